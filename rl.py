@@ -1,0 +1,277 @@
+"""Stage 2, reinforcement learning: GRPO written out (paper, section 3.3).
+
+For each question the policy plays a group of n episodes with rewards r_1 .. r_n:
+
+    A_i   = (r_i - mean(r)) / (std(r) + 1e-6)                          one advantage for all tokens of episode i
+    ratio = exp(log pi(token) - log pi_old(token))
+    d     = log pi_ref(token) - log pi(token)
+    loss  = 1/N * sum over sampled tokens of
+            - min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+            + kl_weight * (exp(d) - d - 1) - entropy_weight * H(pi)
+
+N counts the sampled tokens of a mini-batch over all processes: prompt, tool text and frames are not in it. A group
+whose rewards are all equal teaches nothing and is dropped; new questions are drawn until the batch is full.
+
+    torchrun --standalone --nproc_per_node=2 rl.py                  the demo: goes on from runs/sft, minutes on a CPU
+    torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-7b --data questions.jsonl
+
+Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
+
+From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27, KL 0.001 to the SFT model (k3), entropy
+0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: pi_old is the
+log-probability noted while sampling, not one from a second pass (they are the same to 1e-4, tested; the metric `gap`
+shows it in each run); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen.
+"""
+
+import copy
+import json
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data_prep
+from model import (Policy, UserError, check_bad, clip_and_step, load_policy, parse_flags, read_rows, rollout, run_main,
+                   save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients, token_log_probs)
+from zoom_env import question_error
+
+
+@dataclass
+class Config:
+    model: str | None = None  # checkpoint to start from, and the reference; without it, runs/sft
+    data: str = "runs/data/train.jsonl"  # questions
+    out: str = "runs/rl"  # folder for the checkpoint and the metrics
+    steps: int = 70  # batches
+    batch_size: int = 128  # questions a step whose groups have a spread of rewards, over all processes
+    mini_batch_size: int = 32  # questions an optimizer step
+    group_size: int = 16  # episodes a question
+    max_draws: int = 4  # draw at most this many times batch_size questions a step
+    lr: float = 1e-6  # learning rate of AdamW, constant
+    lr_warmup_steps: int = 0  # steps in which the learning rate rises
+    weight_decay: float = 0.0  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
+    clip_high: float = 0.27  # ... and up to 1 + clip_high
+    kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
+    entropy_weight: float = 0.001  # of the entropy bonus
+    accuracy_weight: float = 0.9  # reward for a right answer
+    format_weight: float = 0.1  # reward for well-formed turns within the frame limit
+    tool_weight: float = 0.5  # bonus for a right answer with a zoom
+    max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
+    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
+    max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
+    max_response_tokens: int = 32_768  # an episode ends when all after the prompt, tool replies too, is longer
+    max_rows: int = 64  # episodes that a process plays at one time
+    max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
+    gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
+    save_every: int = 10  # steps between checkpoints
+    show_every: int = 10  # steps between printed episodes
+    seed: int = 0  # order of the questions, and sampling
+    max_bad: float = 0.01  # share of unusable rows above which the run ends
+    device: str | None = None  # cpu, cuda; by default cuda where there is one
+
+
+DEMO = dict(model="runs/sft", steps=30, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=3e-4,
+            max_turn_tokens=160, max_response_tokens=1500, max_rows=128, max_tokens_per_pass=4096,
+            gradient_checkpointing=False, show_every=5)
+
+
+# ---------------------------------------------------------------------------------------------- the three functions
+def play_batch(policy, questions, config, env_config, root, rank, world, device, generator, bar):
+    """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups over all processes have a
+    spread of rewards, at most max_draws batches of them.
+
+    Returns (this process's groups with a spread, all its episodes, [(id, reason)] of unreadable videos)."""
+    kept, episodes, skipped = [], [], []
+    missing, allowed = config.batch_size, config.max_draws * config.batch_size
+    while missing > 0 and allowed > 0:
+        draw = [next(questions) for _ in range(min(missing, allowed))]  # the same on all processes
+        allowed -= len(draw)
+        groups, bad = rollout(policy, draw[rank::world], config.group_size, env_config=env_config, root=root,
+                              temperature=config.temperature, max_turn_tokens=config.max_turn_tokens,
+                              max_response_tokens=config.max_response_tokens, max_rows=config.max_rows,
+                              generator=generator, progress=bar.update)
+        skipped += bad
+        for group in groups:
+            episodes += group
+            if group and group_advantages(torch.tensor([[e.env.reward()["reward"] for e in group]])).any():
+                kept.append(group)
+        missing = config.batch_size - round(sum_over_processes({"kept": len(kept)}, device)["kept"])
+    return kept, episodes, skipped
+
+
+def group_advantages(rewards):
+    """Advantages (G, n) of rewards (G, n): (r - mean) / (std + 1e-6) in each group, 0 where all are equal."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    spread = (rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)) > 1e-6
+    return torch.where(spread, centred / (rewards.std(dim=1, keepdim=True) + 1e-6), 0.0)
+
+
+def grpo_loss(log_probs, old_log_probs, advantages, config, ref_log_probs=None, entropies=None):
+    """The loss of each token, (N,), and a dict of sums over tokens for the metrics. All arguments are (N,) tensors."""
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    stats = {"clipped_low": ((ratio < 1 - config.clip_low) & (advantages < 0)).sum(),
+             "clipped_high": ((ratio > 1 + config.clip_high) & (advantages > 0)).sum(),
+             "kl": torch.zeros(()), "entropy": torch.zeros(())}
+    if ref_log_probs is not None:
+        d = ref_log_probs - log_probs
+        kl = d.exp() - d - 1
+        loss, stats["kl"] = loss + config.kl_weight * kl, kl.sum()
+    if entropies is not None:
+        loss, stats["entropy"] = loss - config.entropy_weight * entropies, entropies.sum()
+    return loss, {k: v.item() for k, v in stats.items()}
+
+
+def update(policy, reference, groups, optimizer, config, device):
+    """One pass over this process's groups, in mini-batches: an optimizer step for each. Returns metrics over all
+    processes."""
+    num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
+    parameters = policy.trainable_parameters()
+    metrics = Counter()
+    for m in range(num_batches):
+        mini = groups[m::num_batches]
+        tokens = sum_over_processes({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
+        sums = dict.fromkeys(("loss", "clipped_low", "clipped_high", "kl", "entropy", "gap", "gap_tokens"), 0.0)
+        advantage_of = {id(e.dialogue): a for g in mini for e, a in zip(
+            g, group_advantages(torch.tensor([[e.env.reward()["reward"] for e in g]]))[0].tolist())}
+        for batch in split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass):
+            dialogues = [d for group in batch for d in group]
+            old = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], device=device)
+            advantages = torch.tensor([advantage_of[id(d)] for d in dialogues for _ in d.sampled_log_probs], device=device)
+            log_probs, entropies = token_log_probs(policy, batch, config.temperature, entropy=config.entropy_weight != 0)
+            ref = None
+            if reference is not None:
+                with torch.no_grad():
+                    ref, _ = token_log_probs(reference, batch, config.temperature)
+            loss, stats = grpo_loss(log_probs, old, advantages, config, ref, entropies)
+            loss = loss.sum() / max(1, tokens)
+            loss.backward()
+            stats["loss"] = loss.item() * tokens
+            if m == 0:  # the policy has not moved yet, so this is the gap between the two ways to compute them
+                stats["gap"], stats["gap_tokens"] = (log_probs.detach() - old).abs().sum().item(), len(old)
+            for key, value in stats.items():
+                sums[key] += value
+        sync_gradients(parameters)
+        metrics["grad_norm"] += clip_and_step(optimizer, parameters, config.max_grad_norm) / num_batches
+        metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
+    gap = metrics["gap"] / max(1, metrics["gap_tokens"])
+    per_token = {k: metrics[k] / max(1, metrics["tokens"]) for k in ("loss", "clipped_low", "clipped_high", "kl", "entropy")}
+    return per_token | {"grad_norm": metrics["grad_norm"], "gap": gap, "trained_tokens": metrics["tokens"]}
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+def episode_metrics(episodes, num_kept, group_size, device):
+    """Means over the episodes of all processes."""
+    sums = Counter(episodes=len(episodes), groups_kept=num_kept)
+    for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "turns", "truncated", "frames",
+                "response_tokens", "sampled_tokens"):
+        sums[key] = 0
+    for e in episodes:
+        sums.update(e.env.reward())
+        sums.update(zooms=e.env.num_zooms(), invalid=e.env.num_invalid(), turns=len(e.env.turns), truncated=e.truncated,
+                    frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
+                    response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
+    total = sum_over_processes(sums, device)
+    count = max(1.0, total.pop("episodes"))
+    groups, invalid, turns = total.pop("groups_kept"), total.pop("invalid"), max(1.0, total["turns"])
+    return {k: v / count for k, v in total.items()} | {
+        "invalid": invalid / turns, "no_spread": 1 - groups * group_size / count, "groups": groups, "episodes": count}
+
+
+def endless(rows, seed):
+    """The rows in a new random order for each pass, for ever."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(rows, len(rows))
+
+
+def train(policy, reference, rows, config, rank, world, device):
+    env_config = replace(policy.env_config, accuracy_weight=config.accuracy_weight, format_weight=config.format_weight,
+                         tool_weight=config.tool_weight,
+                         max_zooms=policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms)
+    policy.env_config = env_config
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.lr, betas=(0.9, 0.95),
+                                  weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
+    generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
+    questions, root, out = endless(rows, config.seed), Path(config.data).parent, Path(config.out)
+    skipped, unreadable = [], 0
+    for step in range(1, config.steps + 1):
+        began = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
+        with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0, leave=False) as bar:
+            policy.hf.eval()
+            groups, episodes, bad = play_batch(policy, questions, config, env_config, root, rank, world, device,
+                                               generator, bar)
+        played = time.time()
+        skipped += bad
+        unreadable = sum_over_processes({"bad": len(skipped)}, device)["bad"]
+        if unreadable > max(config.max_bad * len(rows), 0):
+            check_bad(skipped, 1, 0, config.data)
+            raise UserError(f"{config.data}: {unreadable:.0f} videos cannot be read by other processes")
+        policy.hf.train()
+        metrics = {"step": step} | episode_metrics(episodes, len(groups), config.group_size, device)
+        if metrics["groups"]:
+            metrics |= update(policy, reference, groups, optimizer, config, device)
+        metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
+                    "seconds": time.time() - began, "lr": optimizer.param_groups[0]["lr"], "skipped": unreadable}
+        if rank == 0:
+            log(metrics, episodes, config, out)
+            if step % config.save_every == 0 or step == config.steps:
+                save_policy(policy, out)
+    return skipped
+
+
+def log(metrics, episodes, config, out):
+    """One line a step, metrics.jsonl, an episode now and then, a warning when the tool is no longer used."""
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    m = Counter(metrics)
+    print(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} (right {m['accuracy']:.2f}, format {m['format']:.2f}, "
+          f"tool {m['tool']:.2f})  zooms {m['zooms']:.2f}  invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  "
+          f"clipped {m['clipped_low']:.2%}/{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
+          f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  gap {m['gap']:.0e}  "
+          f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s", flush=True)
+    if not m["groups"]:
+        print("  no group had a spread of rewards: nothing learned in this step")
+    if m["zooms"] < 0.05:
+        print("  warning: the policy has stopped zooming (see tool_weight)")
+    if episodes and (m["step"] - 1) % config.show_every == 0:
+        print(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.reward()}", flush=True)
+
+
+def main():
+    config = parse_flags(Config, __doc__, DEMO)
+    rank, world, device = start_processes(config.device)
+    if config.group_size < 2:
+        raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
+    if config.model == DEMO["model"] and not Path(config.model).exists():
+        raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
+    rows, bad = read_rows(config.data, config.max_bad, question_error)
+    torch.manual_seed(config.seed)
+    policy = load_policy(config.model, device).freeze_vision()
+    if config.gradient_checkpointing:
+        policy.checkpoint_layers()
+    reference = None
+    if config.kl_weight:
+        reference = Policy(copy.deepcopy(policy.hf).eval().requires_grad_(False), policy.tokenizer,
+                           policy.image_processor, policy.env_config)
+    if rank == 0:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
+        print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on {device}")
+    skipped = bad + train(policy, reference, rows, config, rank, world, device)
+    if rank == 0:
+        data_prep.write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
+        print(f"rl: wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

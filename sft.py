@@ -1,0 +1,176 @@
+"""Stage 1, cold start: supervised fine-tuning on trajectories (paper, section 3.2).
+
+    loss = - 1/N * sum over trained tokens t of log pi(token_t | everything before t)
+
+A trained token is one that the assistant produced in a turn that its row marks with `learn`. N counts them over the
+whole batch on all processes, so the loss does not depend on how the batch is split. What the policy saw is replayed
+from the video by the environment, through the same encoder as in RL.
+
+    python sft.py                                                   the tiny base on synthetic data, minutes on a CPU
+    torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data trajectories.jsonl
+
+Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
+
+From the paper: 1 epoch, batch 64, cosine schedule with warm-up 0.1, vision encoder and projector frozen, bf16, context
+32,768. The learning rate is the text's 5e-6 (its table says 5e-5). Departures: master weights stay in float32;
+trajectories that are longer than the context are skipped and named, not cut.
+"""
+
+import json
+import math
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data_prep
+from model import (UserError, VideoError, check_bad, clip_and_step, fill_features, load_policy, parse_flags, read_rows,
+                   replay, run_main, save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients,
+                   token_log_probs)
+from zoom_env import question_error
+
+
+@dataclass
+class Config:
+    model: str | None = None  # checkpoint folder or hub name; without it, the tiny base
+    data: str = "runs/data/sft.jsonl"  # trajectories; made, if missing, in the demo
+    out: str = "runs/sft"  # folder for the checkpoint and the metrics
+    epochs: int = 1  # passes over the trajectories
+    batch_size: int = 64  # trajectories an optimizer step, over all processes
+    lr: float = 5e-6  # peak learning rate of AdamW
+    warmup: float = 0.1  # share of the steps in which the learning rate rises; then cosine to 0
+    weight_decay: float = 0.0  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_length: int = 32_768  # longer trajectories are skipped
+    max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
+    gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
+    system_prompt: str | None = None  # file with another system prompt
+    seed: int = 0  # order of the data
+    max_bad: float = 0.01  # share of unusable rows above which the run ends
+    device: str | None = None  # cpu, cuda; by default cuda where there is one
+
+
+DEMO = dict(lr=1e-3, batch_size=16, max_tokens_per_pass=8192, gradient_checkpointing=False)
+
+
+def row_error(row):
+    """Why a trajectory row cannot be used, or None."""
+    if reason := question_error(row["question"]):
+        return reason
+    if not row["turns"] or not all(isinstance(turn, str) for turn in row["turns"]):
+        return "turns must be texts"
+    if len(row["turns"]) != len(row["learn"]):
+        return "turns and learn differ in length"
+    return None
+
+
+def learning_rate(step, steps, config):
+    """Linear warm-up, then half a cosine to 0."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def load_dialogues(policy, rows, root, max_length):
+    """Dialogues of trajectory rows, and [(id, reason)] of those that cannot be replayed."""
+    def load(row):
+        try:
+            dialogue, _ = replay(policy, row, root)
+        except (VideoError, ValueError) as error:
+            return row["question"]["id"], str(error)
+        if len(dialogue.ids) > max_length:
+            return row["question"]["id"], f"{len(dialogue.ids)} tokens, above --max_length {max_length}"
+        return dialogue
+
+    with ThreadPoolExecutor(4) as pool:  # videos decode side by side
+        loaded = list(pool.map(load, rows))
+    return [d for d in loaded if not isinstance(d, tuple)], [d for d in loaded if isinstance(d, tuple)]
+
+
+def train_step(policy, dialogues, optimizer, config, device):
+    """One optimizer step on this process's share of a batch. Returns metrics over all processes."""
+    num_trained = sum(sum(d.trained) for d in dialogues)
+    total = sum_over_processes({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
+    fill_features(policy, dialogues)
+    loss_sum = 0.0
+    for batch in split_by_tokens([[d] for d in dialogues], config.max_tokens_per_pass):
+        log_probs, _ = token_log_probs(policy, batch)
+        loss = -log_probs.sum() / max(1, total["tokens"])
+        loss.backward()
+        loss_sum += loss.item()
+    parameters = policy.trainable_parameters()
+    sync_gradients(parameters)
+    grad_norm = clip_and_step(optimizer, parameters, config.max_grad_norm)
+    return sum_over_processes({"loss": loss_sum}, device) | total | {"grad_norm": grad_norm}
+
+
+def train(policy, rows, config, rank, world, device):
+    out, root = Path(config.out), Path(config.data).parent
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.lr, betas=(0.9, 0.95),
+                                  weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
+    steps = config.epochs * math.ceil(len(rows) / config.batch_size)
+    bar = tqdm(total=steps, desc="sft", unit="step", dynamic_ncols=True, disable=rank > 0)
+    skipped, step = [], 0
+    for epoch in range(config.epochs):
+        order = list(range(len(rows)))
+        random.Random(config.seed + epoch).shuffle(order)
+        for start in range(0, len(order), config.batch_size):
+            began = time.time()
+            mine = order[start:start + config.batch_size][rank::world]
+            dialogues, bad = load_dialogues(policy, [rows[i] for i in mine], root, config.max_length)
+            skipped += bad
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
+            metrics = train_step(policy, dialogues, optimizer, config, device)
+            num_bad = sum_over_processes({"bad": len(skipped)}, device)["bad"]
+            if num_bad > config.max_bad * len(rows) * config.epochs:
+                check_bad(skipped, 1, 0, config.data)
+                raise UserError(f"{config.data}: {num_bad:.0f} of {len(rows)} rows cannot be used on other processes")
+            step += 1
+            if rank == 0:
+                metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": num_bad,
+                           "seconds": time.time() - began}
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                bar.update()
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+                if step % max(1, steps // 10) == 0 or step == steps:
+                    tqdm.write(f"step {step}/{steps}  loss {metrics['loss']:.4f}  trained tokens "
+                               f"{metrics['tokens']:.0f} of {metrics['length']:.0f}  lr {lr:.1e}  grad norm "
+                               f"{metrics['grad_norm']:.2f}  {metrics['seconds']:.1f} s")
+    bar.close()
+    return skipped
+
+
+def main():
+    config = parse_flags(Config, __doc__, DEMO)
+    rank, world, device = start_processes(config.device)
+    if config.model is None and rank == 0:
+        data_prep.ensure_demo(Path(config.data).parent, config.seed)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    rows, bad = read_rows(config.data, config.max_bad, row_error)
+    torch.manual_seed(config.seed)
+    prompt = Path(config.system_prompt).read_text() if config.system_prompt else None
+    policy = load_policy(config.model or data_prep.TINY_BASE, device, system_prompt=prompt).freeze_vision()
+    policy.hf.train()
+    if config.gradient_checkpointing:
+        policy.checkpoint_layers()
+    if rank == 0:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
+        print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or data_prep.TINY_BASE}, "
+              f"{sum(p.numel() for p in policy.trainable_parameters()):,} trained parameters, {world} process(es) on {device}")
+    skipped = bad + train(policy, rows, config, rank, world, device)
+    if rank == 0:
+        save_policy(policy, config.out)
+        data_prep.write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
+        print(f"sft: wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

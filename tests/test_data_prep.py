@@ -1,0 +1,108 @@
+"""Synthetic data: what the videos show is what the questions say, the teacher's trajectories verify, the bound holds."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import data_prep
+from model import load_policy, replay
+from zoom_env import Video, ZoomEnv, question_error
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    data_prep.synthetic(folder, 40, 10, seed=7)
+    read = lambda name: [json.loads(line) for line in open(folder / name)]
+    return folder, read("train.jsonl"), read("test.jsonl"), read("sft.jsonl")
+
+
+def test_same_seed_same_data(made, tmp_path):
+    folder, *_ = made
+    data_prep.synthetic(tmp_path, 40, 10, seed=7)
+    for name in ("train.jsonl", "test.jsonl", "sft.jsonl", "videos/train_0003.mp4"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_questions_are_well_formed_and_of_all_kinds(made):
+    folder, train, test, _ = made
+    assert len(train) == 40 and len(test) == 10 and not any(map(question_error, train + test))
+    assert Counter(q["meta"]["kind"] for q in train) == {"detail": 16, "count": 8, "order": 8, "holistic": 8}
+    assert not {q["video"] for q in train} & {q["video"] for q in test}
+
+
+def nearest(pixel):
+    colours = data_prep.PALETTE | {"grey": data_prep.GREY, "black": (0, 0, 0)}
+    return min(colours, key=lambda c: sum((int(a) - b) ** 2 for a, b in zip(pixel, colours[c])))
+
+
+def test_videos_show_the_evidence(made):
+    """The decoded file, looked at in the middle of each piece of evidence, shows a flash on the scene asked about, in
+    the colour of the right option; and the overview shows no flash at all."""
+    folder, train, _, _ = made
+    seen = 0
+    for q in train:
+        video = Video(folder / q["video"])
+        assert video.duration_s == pytest.approx(q["meta"]["duration_s"], abs=0.01) and 128 <= video.duration_s <= 192.1
+        right = q["options"]["ABCD".index(q["answer"])]
+        for start, end in q["evidence"] or []:
+            (_, image), = video.frames_at([(start + end) / 2])
+            assert nearest(image[1, 1]) in q["question"]
+            centre = nearest(image[14, 14])
+            assert centre not in ("grey", "black", nearest(image[1, 1]))
+            if "colour" in q["question"]:
+                assert centre in right
+                seen += 1
+        env = ZoomEnv(q, data_prep.TINY_ENV, folder)
+        env.reset()
+        for frame in env.watched[0]:
+            assert nearest(frame.image[:, 14, 14]) == nearest(frame.image[:, 1, 1])
+        video.close()
+    assert seen > 10
+
+
+def test_trajectories_verify_and_reflections_start_wrong(made):
+    folder, _, _, rows = made
+    policy = load_policy(data_prep.TINY_BASE)
+    kinds = Counter()
+    for row in rows:
+        dialogue, env = replay(policy, row, folder)
+        assert env.reward()["accuracy"] == 1 and env.reward()["format"] == 1
+        kinds[row["kind"], row["question"]["meta"]["kind"], env.num_zooms() > 0] += 1
+        if row["kind"] == "reflection":
+            assert not env.turns[0].hit and any(t.hit for t in env.turns[1:])
+    zooms = lambda kind: sum(n for (k, q, z), n in kinds.items() if q == kind and z)
+    assert zooms("detail") and zooms("count") and zooms("order") and not zooms("holistic")
+    assert any(k == "reflection" for k, _, _ in kinds)
+
+
+def test_uniform_accuracy_equals_a_simulation(made):
+    """The bound counts what uniform frames show: against drawing phases at random and looking."""
+    _, train, _, _ = made
+    rng = np.random.default_rng(0)
+    for q in train[:20]:
+        if not q["evidence"]:
+            assert data_prep.uniform_accuracy(q, 8) == 1
+            continue
+        scores = []
+        step = q["meta"]["duration_s"] / 30
+        for _ in range(3000):
+            times = (np.arange(30) + rng.random()) * step
+            shown = [((start <= times) & (times < end)).any() for start, end in q["evidence"]]
+            open_options = {"detail": 4, "count": 5 - max(1, sum(shown)), "order": 2 if any(shown) else 4}
+            scores.append(1.0 if all(shown) else 1 / open_options[q["meta"]["kind"]])
+        assert data_prep.uniform_accuracy(q, 30) == pytest.approx(np.mean(scores), abs=0.03)
+        assert data_prep.uniform_accuracy(q, 100_000) == 1
+
+
+def test_careless_teacher_leaves_something_to_learn(made):
+    """It chooses between 0.5 and 1 frame a second, and only the denser one always shows a flash."""
+    folder, train, _, rows = made
+    fps = Counter(t.split('"fps": ')[1][:3].rstrip("}<") for row in rows for t in row["turns"] if "fps" in t)
+    assert set(fps) == {"0.5", "1"}
+    rng = random.Random(0)
+    duration_s, scenes = data_prep.make_scenes(rng)
+    assert all(f[1] - f[0] > 1 for s in scenes for f in s.flashes)

@@ -1,0 +1,219 @@
+"""The policy: one encoder, exact log-probabilities, rollouts that score what they sample, checkpoints."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import data_prep
+from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, rollout,
+                   save_policy, split_by_tokens, token_log_probs)
+from zoom_env import Frame, Message, ZoomEnv
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few synthetic videos with questions and trajectories."""
+    folder = tmp_path_factory.mktemp("data")
+    data_prep.synthetic(folder, 10, 5, seed=3)
+    read = lambda name: [json.loads(line) for line in open(folder / name)]
+    return folder, read("train.jsonl"), read("sft.jsonl")
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """The architecture with random weights: nothing here depends on what was learned."""
+    torch.manual_seed(0)
+    texts = [data_prep.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>, up to <frame2_time20.00s>. A. red"] * 50
+    policy = data_prep.make_tiny_model(data_prep.make_tokenizer(texts, vocab_size=400)).freeze_vision()
+    policy.hf.eval()
+    return policy
+
+
+def plain_log_probs(policy, dialogue, temperature=1.0):
+    """What token_log_probs must equal: transformers' own forward pass over the whole sequence, all logits at once. (Its
+    top level finds image tokens by their value, which a random policy also says; the dialogue knows which are frames.)"""
+    model = policy.hf.model
+    pixels = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
+    embeds = model.language_model.embed_tokens(torch.tensor([dialogue.ids]))
+    embeds[0, torch.tensor(dialogue.is_image)] = model.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+    positions = torch.tensor(dialogue.positions).T[:, None]
+    hidden = model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0]
+    log_p = torch.log_softmax(policy.hf.lm_head(hidden).float() / temperature, dim=-1)
+    return torch.stack([log_p[t - 1, dialogue.ids[t]] for t, trained in enumerate(dialogue.trained) if trained])
+
+
+class Chatter(torch.nn.Module):
+    """Wraps a random policy's head so that it often says what ends a turn: a random model never would."""
+
+    def __init__(self, head, boosted):
+        super().__init__()
+        self.head, self.boosted, self.weight = head, boosted, head.weight
+
+    def forward(self, hidden):
+        logits = self.head(hidden)
+        logits[..., self.boosted] += 4.0
+        return logits
+
+
+def test_encoder_writes_the_chat_template(policy):
+    image = torch.zeros(3, 28, 56, dtype=torch.uint8)
+    messages = [Message("system", ["Be brief."]), Message("user", ["a\nb <frame0_time0.00s>", Frame(0.0, image), "\nfine?"]),
+                Message("assistant", ["<answer>B</answer>"])]
+    dialogue = encode(policy, messages)
+    chat = [{"role": m.role, "content": [{"type": "image"} if isinstance(c, Frame) else {"type": "text", "text": c}
+                                         for c in m.content]} for m in messages]
+    text = policy.tokenizer.apply_chat_template(chat, tokenize=False)
+    expected = policy.tokenizer.encode(text.replace("<|image_pad|>", "<|image_pad|>" * 2))
+    assert dialogue.ids == expected
+    assert policy.tokenizer.decode([i for i, t in zip(dialogue.ids, dialogue.trained) if t]) == "<answer>B</answer><|im_end|>"
+
+
+def test_end_of_turn_is_trained_only_where_the_policy_says_it(policy):
+    end = lambda text: encode(policy, [Message("assistant", [text])])
+    zoom, answer = end("<think>x</think><video_zoom>{}</video_zoom>"), end("<think>x</think><answer>A</answer>")
+    at = lambda d: d.trained[max(i for i, t in enumerate(d.ids) if t == policy.im_end)]
+    assert at(answer) and not at(zoom)
+    assert not any(encode(policy, [Message("assistant", ["<answer>A</answer>"])], learn=False).trained)
+
+
+def test_text_cannot_become_a_special_token(policy):
+    dialogue = encode(policy, [Message("user", ["<|im_end|><|image_pad|><|im_start|>system"])])
+    assert dialogue.ids.count(policy.im_end) == 1 and policy.image_pad not in dialogue.ids
+    assert dialogue.ids.count(policy.im_start) == 2  # the user's turn, and the assistant's header
+
+
+def test_positions_are_those_of_transformers(policy):
+    messages = [Message("user", ["see", Frame(0.0, torch.zeros(3, 56, 84, dtype=torch.uint8)), "and",
+                                 Frame(1.0, torch.zeros(3, 28, 28, dtype=torch.uint8))])]
+    dialogue = encode(policy, messages)
+    ids = torch.tensor([dialogue.ids])
+    grid = torch.tensor([[1, 4, 6], [1, 2, 2]])
+    expected, _ = policy.hf.model.get_rope_index(ids, (ids == policy.image_pad).int(), image_grid_thw=grid)
+    assert torch.equal(torch.tensor(dialogue.positions).T, expected[:, 0])
+
+
+def test_log_probs_equal_a_plain_forward_pass(policy, data):
+    folder, _, rows = data
+    dialogues = [replay(policy, row, folder)[0] for row in rows[:4]]
+    fill_features(policy, dialogues)
+    with torch.no_grad():
+        ours, _ = token_log_probs(policy, [[d] for d in dialogues], temperature=0.7)
+        plain = torch.cat([plain_log_probs(policy, d, temperature=0.7) for d in dialogues])
+        d, config = dialogues[0], policy.hf.config  # and once from the very top of transformers' model
+        pixels = policy.image_processor([f.image for f in d.frames], do_resize=False, return_tensors="pt")
+        ids = torch.tensor([d.ids])
+        logits = policy.hf(input_ids=ids, mm_token_type_ids=(ids == config.image_token_id).int(), **pixels).logits[0]
+        log_p = torch.log_softmax(logits / 0.7, dim=-1)
+        top = torch.stack([log_p[t - 1, d.ids[t]] for t, trained in enumerate(d.trained) if trained])
+    torch.testing.assert_close(ours[:len(top)], top, atol=1e-4, rtol=0)
+    assert len(ours) == sum(sum(d.trained) for d in dialogues) > 100
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_rollout_scores_what_it_samples(policy, data, temperature):
+    """DESIGN number 1: log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and
+    tool replies are appended to, equal those of a plain pass over the finished dialogue."""
+    folder, questions, _ = data
+    policy = copy.copy(policy)
+    zoom_ids = policy.tokenizer.encode("</video_zoom>", add_special_tokens=False)
+    policy.hf = copy.deepcopy(policy.hf)
+    policy.language_model, policy.visual = policy.hf.model.language_model, policy.hf.model.visual
+    policy.hf.lm_head = Chatter(policy.hf.lm_head, [policy.im_end, *zoom_ids])
+    groups, skipped = rollout(policy, questions[:3], 6, root=folder, temperature=temperature, max_turn_tokens=24,
+                              generator=torch.Generator().manual_seed(0))
+    episodes = [e for group in groups for e in group]
+    assert not skipped and len(episodes) == 18
+    assert len({len(e.env.turns) for e in episodes}) > 1  # they do not all end together
+    assert max(len(e.env.turns) for e in episodes) > 2
+    for e in episodes:
+        d = e.dialogue
+        assert sum(d.trained) == len(d.sampled_log_probs)
+        with torch.no_grad():
+            plain = plain_log_probs(policy, d, temperature)
+        torch.testing.assert_close(torch.tensor(d.sampled_log_probs), plain, atol=1e-4, rtol=0)
+
+
+def test_zoom_replies_reach_the_model(policy, data):
+    """Frames of a tool reply are in the sequence and change what is predicted after them."""
+    folder, _, rows = data
+    dialogue, env = replay(policy, next(r for r in rows if len(r["turns"]) == 2), folder)
+    assert env.num_zooms() == 1 and len(dialogue.frames) == env.frames_shown > len(env.watched[0])
+    other = dialogue.fork()
+    fill_features(policy, [dialogue, other])
+    other.features[-1] = other.features[0] + 1
+    with torch.no_grad():
+        a, _ = token_log_probs(policy, [[dialogue]])
+        b, _ = token_log_probs(policy, [[other]])
+    first = next(i for i, t in enumerate(dialogue.trained) if t)
+    assert torch.equal(a[:1], b[:1]) and first and not torch.allclose(a[-20:], b[-20:])
+
+
+def test_packed_groups_equal_separate_rows(policy, data):
+    """The same log-probabilities and gradients with the prompt computed once a group and once a row."""
+    folder, questions, _ = data
+    groups, _ = rollout(policy, questions[:2], 4, root=folder, max_turn_tokens=12,
+                        generator=torch.Generator().manual_seed(1))
+    groups = [[e.dialogue for e in group] for group in groups]
+    results = []
+    for packed in (groups, [[d] for group in groups for d in group]):
+        policy.hf.zero_grad(set_to_none=True)
+        log_probs, entropies = token_log_probs(policy, packed, entropy=True)
+        (log_probs.sum() + entropies.sum()).backward()
+        results.append((log_probs.detach(), entropies.detach(),
+                        torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_split_by_tokens_keeps_every_dialogue_and_the_budget():
+    make = lambda length: Dialogue(ids=[0] * length, prompt_length=10)
+    groups = [[make(n) for n in (15, 20, 30)], [make(12)], [make(40), make(41)]]
+    batches = split_by_tokens(groups, 45)
+    assert [id(d) for b in batches for g in b for d in g] == [id(d) for g in groups for d in g]
+    for batch in batches:
+        assert sum(len(g[0].ids) if len(g) == 1 else 10 + sum(len(d.ids) - 10 for d in g) for g in batch) <= 45
+
+
+def test_frames_are_computed_alone(policy):
+    """A frame's features do not depend on which other frames share its pass."""
+    frames = [Frame(float(i), torch.randint(0, 256, (3, 28, 28 * (1 + i % 2)), dtype=torch.uint8)) for i in range(5)]
+    with torch.no_grad():
+        together = frame_features(policy, frames + frames[:1])
+        for frame, features in zip(frames, together):
+            torch.testing.assert_close(frame_features(policy, [frame])[0], features, atol=1e-5, rtol=1e-5)
+    assert torch.equal(together[0], together[-1])
+
+
+def test_saved_checkpoint_loads_in_transformers(policy, tmp_path):
+    save_policy(policy, tmp_path / "saved")
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    for (name, a), b in zip(policy.hf.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    ids = torch.tensor([encode(policy, [Message("user", ["hello"])]).ids])
+    assert loaded.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    again = load_policy(tmp_path / "saved")
+    assert again.env_config == policy.env_config
+    save_policy(policy, tmp_path / "saved")  # over itself
+    assert not list((tmp_path / "saved").glob("*.tmp"))
+    assert load_policy(tmp_path / "saved", max_zooms=1).env_config.max_zooms == 1
+
+
+def test_loading_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(PolicyError, match="no checkpoint folder"):
+        load_policy(tmp_path / "nothing")
+    with pytest.raises(PolicyError, match="config.json"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(PolicyError, match="llama"):
+        load_policy(tmp_path)
+
+
+def test_unreadable_video_is_named_and_the_rest_goes_on(policy, data):
+    folder, questions, _ = data
+    bad = dict(questions[0], id="bad", video="missing.mp4")
+    groups, skipped = rollout(policy, [questions[0], bad], root=folder, max_turn_tokens=4)
+    assert [len(g) for g in groups] == [1, 0] and skipped[0][0] == "bad" and "missing.mp4" in skipped[0][1]

@@ -1,0 +1,182 @@
+"""GRPO: the objective against NumPy, updates that do not depend on how they are split, and a run from end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data_prep
+import rl
+from model import Episode, encode, fill_features, load_policy, save_policy, token_log_probs
+from zoom_env import Message, ZoomEnv
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def numpy_grpo(log_p, old, ref, advantage, clip_low, clip_high, kl_weight):
+    """The loss of each token and its derivative by log_p, from the formula, in float64."""
+    ratio = np.exp(log_p - old)
+    inside = np.clip(ratio, 1 - clip_low, 1 + clip_high)
+    loss = -np.minimum(ratio * advantage, inside * advantage)
+    unclipped = ratio * advantage <= inside * advantage
+    gradient = np.where(unclipped, -ratio * advantage, 0.0)
+    d = ref - log_p
+    return loss + kl_weight * (np.exp(d) - d - 1), gradient + kl_weight * (1 - np.exp(d))
+
+
+def test_objective_and_gradient_equal_numpy():
+    """DESIGN number 4: positive and negative advantages, inside and outside of the clip range on both sides."""
+    config = rl.Config(kl_weight=0.1)
+    ratios = np.array([0.5, 0.79, 0.81, 1.0, 1.26, 1.28, 2.0])
+    log_p = np.log(np.full(14, 0.3))
+    old = log_p - np.log(np.concatenate([ratios, ratios]))
+    advantage = np.repeat([1.7, -0.6], 7)
+    ref = log_p + np.linspace(-1, 1, 14)
+    expected, expected_gradient = numpy_grpo(log_p, old, ref, advantage, 0.2, 0.27, 0.1)
+    x = torch.tensor(log_p, dtype=torch.float32, requires_grad=True)
+    f32 = lambda a: torch.tensor(a, dtype=torch.float32)
+    loss, stats = rl.grpo_loss(x, f32(old), f32(advantage), config, f32(ref))
+    loss.sum().backward()
+    np.testing.assert_allclose(loss.detach(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(x.grad, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert (expected_gradient[[5, 6]] == 0.1 * (1 - np.exp(ref - log_p))[[5, 6]]).all()  # clipped: only the KL pulls
+    assert stats["clipped_high"] == 2 and stats["clipped_low"] == 2
+
+
+def test_entropy_bonus_raises_the_entropy():
+    logits = torch.zeros(1, 5, requires_grad=True)
+    with torch.no_grad():
+        logits[0, 0] = 2.0
+    log_p = torch.log_softmax(logits, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    loss, _ = rl.grpo_loss(log_p[:, 0], log_p[:, 0].detach(), torch.zeros(1), rl.Config(entropy_weight=1.0), None, entropy)
+    loss.sum().backward()
+    assert logits.grad[0, 0] > 0 and (logits.grad[0, 1:] < 0).all()  # descent makes the peak lower
+
+
+def test_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.5, 1.5, 1.5, 1.5], [0.1, 1.5, 0.0, 0.4]])
+    a = rl.group_advantages(rewards)
+    r = rewards[2].double().numpy()
+    np.testing.assert_allclose(a[2], (r - r.mean()) / (r.std(ddof=1) + 1e-6), rtol=1e-5)
+    assert (a[1] == 0).all() and a[0, 0] == -a[0, 1] > 0
+    assert torch.equal(rl.group_advantages(torch.full((1, 3), 0.1)), torch.zeros(1, 3))  # no rounding noise
+
+
+# --------------------------------------------------------------------------- the same update however it is split
+def make_policy(seed=0):
+    torch.manual_seed(seed)
+    tokenizer = data_prep.make_tokenizer([data_prep.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>"] * 50, 400)
+    return data_prep.make_tiny_model(tokenizer).freeze_vision()
+
+
+def make_groups(policy, folder, num_groups):
+    """Groups of episodes of unequal length with right and wrong answers, and old log-probabilities off by some noise."""
+    questions = [json.loads(line) for line in open(folder / "train.jsonl")][:num_groups]
+    noise = torch.Generator().manual_seed(5)
+    groups = []
+    for k, question in enumerate(questions):
+        group, start = [], ZoomEnv(question, policy.env_config, folder)
+        prompt = encode(policy, start.reset())
+        for letter in "ABCD"[: 2 + k % 3]:
+            episode = Episode(start.fork(), prompt.fork())
+            zooms = "BD".find(letter) + 1
+            for text in ['<think>look</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'] * zooms + \
+                    [f"<think>{'so ' * (k + 1)}</think><answer>{letter if k % 2 else question['answer'] if zooms else letter}</answer>"]:
+                ids = policy.tokenizer.encode(text) + ([] if "zoom>" in text else [policy.im_end])
+                encode(policy, [Message("assistant", [ids, [0.0] * len(ids)])], episode.dialogue)
+                encode(policy, episode.env.step(text), episode.dialogue)
+            assert episode.env.done
+            group.append(episode)
+        fill_features(policy, [e.dialogue for e in group])
+        with torch.no_grad():
+            for e in group:
+                log_probs, _ = token_log_probs(policy, [[e.dialogue]])
+                e.dialogue.sampled_log_probs = (log_probs + 0.3 * torch.randn(len(log_probs), generator=noise)).tolist()
+        groups.append(group)
+    return groups
+
+
+def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointing=False):
+    """Parameters' change in one update by plain gradient descent, and the metrics."""
+    policy, reference = make_policy(), make_policy(seed=1)
+    if checkpointing:
+        policy.checkpoint_layers()
+    policy.hf.train()
+    groups = make_groups(policy, folder, 3)[rank::world]
+    config = rl.Config(batch_size=3, mini_batch_size=3, max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9,
+                       kl_weight=0.1, entropy_weight=0.1)
+    before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
+    optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=1.0)
+    metrics = rl.update(policy, reference, groups, optimizer, config, torch.device("cpu"))
+    return torch.cat([p.detach().flatten() for p in policy.trainable_parameters()]) - before, metrics
+
+
+def assert_same(a, b):
+    """DESIGN numbers 2 and 3: 1e-5 relative."""
+    assert (a[0] - b[0]).norm() <= 1e-5 * a[0].norm() and a[0].norm() > 0
+    for key in a[1]:
+        assert a[1][key] == pytest.approx(b[1][key], rel=1e-5, abs=1e-6), key
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    data_prep.synthetic(folder, 10, 5, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return one_update(folder)
+
+
+@pytest.mark.parametrize("split", [dict(max_tokens_per_pass=600), dict(max_tokens_per_pass=1), dict(checkpointing=True)])
+def test_update_does_not_depend_on_the_split(folder, whole, split):
+    assert_same(whole, one_update(folder, **split))
+
+
+def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
+    """With unequal numbers of groups and tokens on them."""
+    script = (f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_rl, model\n"
+              "from pathlib import Path\n"
+              "rank, world, device = model.start_processes('cpu')\n"
+              f"result = test_rl.one_update(Path({str(folder)!r}), rank, world)\n"
+              f"torch.save(result, {str(tmp_path)!r} + f'/{{rank}}.pt')\n")
+    (tmp_path / "run.py").write_text(script)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    str(tmp_path / "run.py")], check=True, timeout=300)
+    for rank in range(2):
+        assert_same(whole, torch.load(tmp_path / f"{rank}.pt"))
+
+
+# ------------------------------------------------------------------------------------------------------- the script
+def test_two_steps_on_two_processes(folder, tmp_path):
+    """rl.py from the command line: metrics of each step, a checkpoint that loads and has moved."""
+    policy = make_policy()
+    save_policy(policy, tmp_path / "start")
+    flags = ["--model", tmp_path / "start", "--data", folder / "train.jsonl", "--out", tmp_path / "out", "--steps", 2,
+             "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 8, "--lr", 1e-3,
+             "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu"]
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                          str(ROOT / "rl.py"), *map(str, flags)], capture_output=True, text=True, timeout=300,
+                         env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert run.returncode == 0, run.stderr
+    metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
+    assert [m["step"] for m in metrics] == [1, 2]
+    for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "no_spread", "truncated", "response_tokens",
+                "seconds_rollout", "seconds_update"):
+        assert key in metrics[0]
+    assert metrics[0]["episodes"] == 6
+    load_policy(tmp_path / "out")
+
+
+def test_group_of_one_is_refused(tmp_path):
+    run = subprocess.run([sys.executable, str(ROOT / "rl.py"), "--model", "x", "--group_size", "1"], capture_output=True,
+                         text=True)
+    assert run.returncode == 2 and run.stderr.strip().count("\n") == 0 and "group_size" in run.stderr

@@ -1,0 +1,124 @@
+"""SFT: the loss against its definition, the same however it is split, schedule, skipped rows, and a run end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_rl import assert_same, make_policy
+
+import data_prep
+import sft
+from model import load_policy, save_policy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    data_prep.synthetic(folder, 10, 5, seed=4)
+    save_policy(make_policy(), folder / "start")
+    return folder
+
+
+def one_step(folder, rank=0, world=1, max_tokens_per_pass=100_000, rows=None):
+    """Parameters' change in one step of plain gradient descent, and the metrics."""
+    policy = make_policy()
+    rows = rows or [json.loads(line) for line in open(folder / "sft.jsonl")][:7]
+    dialogues, bad = sft.load_dialogues(policy, rows[rank::world], folder, 10_000)
+    assert not bad
+    config = sft.Config(max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9)
+    before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
+    optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=1.0)
+    metrics = sft.train_step(policy, dialogues, optimizer, config, torch.device("cpu"))
+    return torch.cat([p.detach().flatten() for p in policy.trainable_parameters()]) - before, metrics
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return one_step(folder)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 1200])
+def test_step_does_not_depend_on_the_micro_batch(folder, whole, max_tokens):
+    assert_same(whole, one_step(folder, max_tokens_per_pass=max_tokens))
+
+
+def test_step_is_the_same_on_two_processes(folder, whole, tmp_path):
+    """Seven trajectories on two processes: unequal numbers of rows and of tokens."""
+    (tmp_path / "run.py").write_text(
+        f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_sft, model\n"
+        "from pathlib import Path\n"
+        "rank, world, device = model.start_processes('cpu')\n"
+        f"torch.save(test_sft.one_step(Path({str(folder)!r}), rank, world), {str(tmp_path)!r} + f'/{{rank}}.pt')\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    str(tmp_path / "run.py")], check=True, timeout=300)
+    for rank in range(2):
+        assert_same(whole, torch.load(tmp_path / f"{rank}.pt"))
+
+
+def test_only_learned_turns_of_the_assistant_are_in_the_loss(folder):
+    row = next(r for line in open(folder / "sft.jsonl") if len((r := json.loads(line))["turns"]) == 2)
+    policy = make_policy()
+    trained = lambda learn: sft.load_dialogues(policy, [row | {"learn": learn}], folder, 10_000)[0][0]
+    text = lambda d: policy.tokenizer.decode([i for i, t in zip(d.ids, d.trained) if t])
+    both, second = trained([True, True]), trained([False, True])
+    assert text(both) == row["turns"][0] + row["turns"][1] + "<|im_end|>"
+    assert text(second) == row["turns"][1] + "<|im_end|>"
+    assert both.ids == second.ids
+
+
+def test_schedule_warms_up_and_ends_near_zero():
+    config = sft.Config(lr=1.0, warmup=0.1)
+    rates = [sft.learning_rate(s, 100, config) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0 and rates[-1] < 0.001
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert sft.learning_rate(0, 1, config) == 1.0
+
+
+def run(*flags, script="sft.py"):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=300)
+
+
+def test_run_learns_the_protocol_and_names_what_it_skips(folder, tmp_path):
+    rows = [json.loads(line) for line in open(folder / "sft.jsonl")]
+    rows[0]["question"]["video"] = "missing.mp4"
+    rows[1]["turns"] = rows[1]["turns"] + ["<think>more</think><answer>A</answer>"]
+    rows[1]["learn"] = [True] * len(rows[1]["turns"])
+    (folder / "some.jsonl").write_text("not json\n" + "".join(json.dumps(r) + "\n" for r in rows))
+    done = run("--model", folder / "start", "--data", folder / "some.jsonl", "--out", tmp_path / "out", "--lr", 3e-3,
+               "--batch_size", 4, "--epochs", 3, "--max_bad", 0.5, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
+    assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
+    skipped = [json.loads(line) for line in open(tmp_path / "out" / "skipped.jsonl")]
+    assert skipped[0]["row"] == "line 1" and len(skipped) == 7  # the line, and two rows in each epoch
+    assert any("missing.mp4" in s["reason"] for s in skipped) and any("over after" in s["reason"] for s in skipped)
+    policy, start = load_policy(tmp_path / "out"), load_policy(folder / "start")
+    same = [torch.equal(a, b) for a, b in zip(policy.visual.parameters(), start.visual.parameters())]
+    assert all(same) and not torch.equal(policy.hf.lm_head.weight, start.hf.lm_head.weight)  # vision is frozen
+    again = run("--model", folder / "start", "--data", folder / "some.jsonl", "--out", tmp_path / "out2")
+    assert again.returncode == 2 and "3 of" not in again.stderr and "line 1" in again.stderr
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--lr", "fast"], "lr"), (["--no_such_flag", "1"], "no_such_flag"), (["--model", "runs/none"], "runs/none"),
+    (["--model", "x/y", "--data", "none.jsonl"], "none.jsonl")])
+def test_wrong_input_gives_one_line_and_status_2(flags, word, folder):
+    done = run("--data", folder / "sft.jsonl", *flags)
+    assert done.returncode == 2 and word in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
+def test_help_names_each_flag_its_meaning_and_default(script):
+    text = " ".join(run("--help", script=script).stdout.split())
+    config = __import__(script[:-3]).Config
+    for field in config.__dataclass_fields__.values():
+        part = text[text.index(f"--{field.name} "):] if f"--{field.name} " in text else text[text.index(f"--{field.name},"):]
+        assert f"(default {field.default}" in part.split(" --")[0] or f"(default {field.default}" in part[:400], field.name
