@@ -63,14 +63,8 @@ def interval(right, total):
 
 
 def load(name, config, device):
-    prompt = None
-    if config.system_prompt:
-        try:
-            prompt = Path(config.system_prompt).read_text()
-        except OSError as error:
-            raise UserError(f"cannot read --system_prompt {config.system_prompt}: {error.strerror}") from None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = load_policy(name, device, dtype, system_prompt=prompt)
+    policy = load_policy(name, device, dtype, system_prompt_file=config.system_prompt)
     changes = {}
     if config.num_frames is not None:
         changes = {"overview_max_frames": config.num_frames, "overview_fps": 1e6}  # always that many

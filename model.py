@@ -87,11 +87,11 @@ class Policy:
         return self
 
 
-def load_policy(name_or_path, device="cpu", dtype=torch.float32, **env_overrides):
+def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_file=None):
     """Loads a Qwen2.5-VL checkpoint by its name on the Hugging Face hub or its folder.
 
-    Environment settings come from the folder's zoom_config.json, else from the paper; `env_overrides` go first (None
-    means no override). Raises PolicyError."""
+    Environment settings come from the folder's zoom_config.json, else from the paper; the text of `system_prompt_file`
+    replaces its system prompt. Raises PolicyError."""
     path = Path(name_or_path)
     if not path.exists() and (str(name_or_path).startswith((".", "/", "~", "runs/")) or "/" not in str(name_or_path)):
         raise PolicyError(f"no checkpoint folder {name_or_path}")
@@ -112,7 +112,11 @@ def load_policy(name_or_path, device="cpu", dtype=torch.float32, **env_overrides
     settings = {}
     if (path / "zoom_config.json").is_file():
         settings = json.loads((path / "zoom_config.json").read_text())
-    settings.update({k: v for k, v in env_overrides.items() if v is not None})
+    if system_prompt_file:
+        try:
+            settings["system_prompt"] = Path(system_prompt_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(f"cannot read the system prompt {system_prompt_file}: {error}") from None
     return Policy(hf.to(device).eval(), tokenizer, image_processor, EnvConfig(**settings))
 
 

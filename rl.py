@@ -69,6 +69,7 @@ class Config:
     max_rows: int = 64  # episodes that a process plays at one time
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
+    system_prompt: str | None = None  # file with another system prompt
     save_every: int = 10  # steps between checkpoints
     show_every: int = 10  # steps between printed episodes
     seed: int = 0  # order of the questions, and sampling
@@ -256,7 +257,7 @@ def main():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
     rows, bad = read_rows(config.data, config.max_bad, question_error)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model, device).freeze_vision()
+    policy = load_policy(config.model, device, system_prompt_file=config.system_prompt).freeze_vision()
     if config.gradient_checkpointing:
         policy.checkpoint_layers()
     reference = None

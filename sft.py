@@ -155,8 +155,8 @@ def main():
         torch.distributed.barrier()
     rows, bad = read_rows(config.data, config.max_bad, row_error)
     torch.manual_seed(config.seed)
-    prompt = Path(config.system_prompt).read_text() if config.system_prompt else None
-    policy = load_policy(config.model or data_prep.TINY_BASE, device, system_prompt=prompt).freeze_vision()
+    policy = load_policy(config.model or data_prep.TINY_BASE, device,
+                         system_prompt_file=config.system_prompt).freeze_vision()
     policy.hf.train()
     if config.gradient_checkpointing:
         policy.checkpoint_layers()

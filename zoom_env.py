@@ -116,21 +116,23 @@ class Video:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise VideoError(f"{self.path}: not a regular file")
             self.file = open(self.path, "rb")  # a file object, so that FFmpeg resolves no URL or protocol
-        except OSError as error:
-            raise VideoError(f"{self.path}: {error.strerror or error}") from None
-        try:
-            self.container = av.open(self.file)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from None
+        try:  # the white list stops playlists before FFmpeg opens what they name
+            self.container = av.open(self.file, options={"format_whitelist": ",".join(sorted(ALLOWED_FORMATS))})
             if not ALLOWED_FORMATS & set(self.container.format.name.split(",")):
                 raise VideoError(f"{self.path}: format {self.container.format.name} is not a video container")
             videos = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not videos:
                 raise VideoError(f"{self.path}: no video stream in it")
             self.stream = videos[0]
+            if self.stream.codec_context is None:
+                raise VideoError(f"{self.path}: no decoder for its video stream")
             if max(self.stream.width, self.stream.height) > MAX_SIDE:
                 raise VideoError(f"{self.path}: {self.stream.width}x{self.stream.height} is above {MAX_SIDE} pixels")
             self.stream.thread_type = "AUTO"
             self._read_timing()
-        except (av.FFmpegError, ValueError, EOFError) as error:
+        except (av.FFmpegError, OSError, ValueError, EOFError) as error:
             self.file.close()
             raise VideoError(f"{self.path}: not a video that FFmpeg can read ({error})") from None
         except VideoError:
@@ -146,25 +148,40 @@ class Video:
         self.start_pts = self.ahead.pts
         entries = getattr(self.stream, "index_entries", None) or []
         self.keyframes = sorted(e.timestamp for e in entries if e.is_keyframe)
-        if self.stream.duration:
-            duration = float(self.stream.duration * self.time_base)
-        elif self.container.duration:
-            duration = self.container.duration / av.time_base
-        else:  # some live recordings: read to the end
-            last = None
-            while self.ahead is not None:
-                last, self.ahead = self.ahead, self._next()
-            duration = float((last.pts - self.start_pts + (last.duration or 1)) * self.time_base)
         rate = self.stream.average_rate or self.stream.guessed_rate
         self.fps = float(rate) if rate else 25.0
-        self.duration_s = max(duration, 1 / self.fps)
+        duration = self._end_pts() - self.start_pts
+        self.duration_s = max(float(duration * self.time_base), 1 / self.fps)
 
-    def _decode_from(self, pts):
-        """Seeks to the last key frame at or before `pts` and decodes one frame, into `self.ahead`. None at the end."""
+    def _end_pts(self):
+        """When the last frame leaves the screen, from the last packets: headers may count from 0 or from the first frame,
+        hold the sound track's length, or stop short of the last B-frame."""
+        if self.stream.duration:
+            about = self.start_pts + self.stream.duration
+        else:
+            about = int((self.container.duration or 0) / av.time_base / self.time_base)
+        one = max(1, round(1 / (self.fps * float(self.time_base))))  # a frame's time, where packets have none
+        ends = [self.start_pts + 1]
+        for pts in (about - int(2 / self.time_base), None):
+            try:
+                self._seek(pts)
+                ends += [p.pts + (p.duration or one) for p in self.container.demux(self.stream) if p.pts is not None]
+            except (av.FFmpegError, IndexError):
+                pass
+            if len(ends) > 1:
+                break
+        self.ahead = self.shown = None  # the decoder stands nowhere now
+        return max(ends)
+
+    def _seek(self, pts):
         try:
             self.container.seek(0 if pts is None else pts, stream=self.stream, backward=True)
         except av.FFmpegError:
             self.container.seek(0)
+
+    def _decode_from(self, pts):
+        """Seeks to the last key frame at or before `pts` and decodes one frame, into `self.ahead`. None at the end."""
+        self._seek(pts)
         self.packets = self.container.demux(self.stream)
         self.decoded = []
         self.shown = None  # the frame on screen now; `ahead` is the one after it
@@ -173,7 +190,10 @@ class Video:
 
     def _next(self):
         while not self.decoded:
-            packet = next(self.packets, None)
+            try:
+                packet = next(self.packets, None)
+            except (av.FFmpegError, IndexError):  # damaged so that reading cannot go on (or shows a new stream: IndexError)
+                packet = None
             if packet is None:
                 return None
             try:
@@ -194,6 +214,7 @@ class Video:
                     back = 0  # containers may list a key frame by its decoding time, which lies before what it shows
                     while self._decode_from(want - back) is None or self.ahead.pts > max(want, self.start_pts):
                         if want - back <= self.start_pts:
+                            self._decode_from(None)  # the first key frame is decoded before start_pts
                             break
                         back = 2 * back + max(1, int(1 / self.time_base))
                 while self.ahead is not None and (self.shown is None or self.ahead.pts <= want):
@@ -255,7 +276,10 @@ def read_frames(path, times_s, min_pixels, max_pixels):
     for time_s, image in open_video(path).frames_at(times_s):
         if time_s not in frames:
             image = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
-            size = frame_size(*image.shape[1:], min_pixels, max_pixels)
+            try:
+                size = frame_size(*image.shape[1:], min_pixels, max_pixels)
+            except VideoError as error:
+                raise VideoError(f"{path}: {error}") from None
             if size != tuple(image.shape[1:]):
                 image = transforms.resize(image, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
             frames[time_s] = Frame(time_s, image.contiguous())
@@ -371,11 +395,12 @@ def read_letter(text, options):
     """The option letter that an answer text names, or None: B, b, (B), B., B: text, \\boxed{B}, option B, or the text
     of one option. Two different letters name none."""
     letters = LETTERS[: len(options)]
-    text = text.strip()
-    if match := re.fullmatch(r"(?:.*[^\w])?\\boxed\{\s*(?:\\text\{)?\s*(.*?)\s*\}*\s*\.?\$?", text, re.DOTALL):
-        text = match[1]
+    text = text.strip(" \n\t*\"'`")
+    if text.count("\\boxed{") == 1:
+        text = text.partition("\\boxed{")[2].rstrip(" \n.$}").strip().removeprefix("\\text{").strip()
     same = [letter for letter, option in zip(letters, options) if normalise(option) == normalise(text)]
-    if len(same) == 1 and normalise(text):
+    lead = re.match(rf"\(?([{letters}])[.):]\s", text)  # normalise drops it: it must not contradict the text
+    if len(same) == 1 and normalise(text) and (not lead or lead[1] == same[0]):
         return same[0]
     text = re.sub(r"^(?:the\s+)?(?:(?:final|correct|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*"
                   r"(?:option\s+)?", "", text, flags=re.IGNORECASE)
@@ -389,6 +414,9 @@ def read_letter(text, options):
     letter, rest = match[1].upper(), match[2] if match.lastindex == 2 else None
     if rest and normalise(rest) in {normalise(o) for o in options} - {normalise(options[letters.index(letter)])}:
         return None  # the letter of one option with the text of another
+    named = {word.strip(".,:;()[]*") for word in rest.split()} if rest else set()
+    if named - {letter} and named <= {*letters, "", "and", "or"}:  # "A, B"
+        return None
     if rest and re.search(rf"\b(?:or|and)\s+\(?[{letters}]\b", rest):
         return None
     return letter
@@ -398,7 +426,7 @@ def normalise(text):
     """Lower case, without articles, punctuation, a leading option letter and extra white space."""
     text = re.sub(r"^\s*\(?[A-Z][.):]\s+", "", str(text))
     text = re.sub(r"[^\w\s.%-]", " ", text.lower())
-    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    text = re.sub(r"\b(?:a|an|the)\b(?=\s+\w)", " ", text)  # an article, not the answer "A"
     return " ".join(word.strip(".") for word in text.split())
 
 
@@ -436,12 +464,16 @@ def question_error(question):
             return f'no "{key}"'
     if not isinstance(question["question"], str) or not question["question"].strip():
         return "empty question"
+    if not isinstance(question["video"], str):
+        return "video is not a path"
     kind, options, answer = question["answer_type"], question.get("options"), question["answer"]
     if kind not in ("multiple_choice", "open_ended", "number", "segment"):
         return f"unknown answer_type {kind!r}"
     if kind == "multiple_choice":
         if not isinstance(options, list) or not 2 <= len(options) <= 26:
             return "multiple_choice needs 2 to 26 options"
+        if not all(isinstance(option, str) for option in options):
+            return "an option is not a text"
         if str(answer).strip().upper() not in LETTERS[: len(options)]:
             return f"answer {answer!r} is not the letter of an option"
     try:

@@ -199,7 +199,8 @@ def test_saved_checkpoint_loads_in_transformers(policy, tmp_path):
     assert again.env_config == policy.env_config
     save_policy(policy, tmp_path / "saved")  # over itself
     assert not list((tmp_path / "saved").glob("*.tmp"))
-    assert load_policy(tmp_path / "saved", max_zooms=1).env_config.max_zooms == 1
+    (tmp_path / "prompt").write_text("Look closely.")
+    assert load_policy(tmp_path / "saved", system_prompt_file=tmp_path / "prompt").env_config.system_prompt == "Look closely."
 
 
 def test_loading_what_is_no_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ import time
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import lru_cache
 
 import av
 import numpy as np
@@ -44,6 +45,7 @@ def write_video(path, times_ms, size=SIZE, b_frames=0, key_every=25, x264=""):
     return path
 
 
+@lru_cache(maxsize=2)
 def decode_all(path):
     """The plain way: every frame of the file in order. A list of (seconds from the first frame, RGB array)."""
     with av.open(str(path)) as container:
@@ -99,9 +101,9 @@ def test_frames_at_gives_the_frame_on_screen(folder, name):
     stamps = [t for t, _ in frames]
     assert stamps == sorted(set(stamps)), "the file itself is out of order"
     rng = random.Random(1)
-    asked = rng.sample(stamps, min(40, len(stamps)))  # exactly at a time stamp
-    asked += [rng.uniform(0, stamps[-1]) for _ in range(40)]
-    asked += [0.0, -0.5, -100.0, stamps[-1] - 0.001, stamps[-1], stamps[-1] + 0.01, stamps[-1] + 1000.0]
+    asked = rng.sample(stamps, min(25, len(stamps)))  # exactly at a time stamp
+    asked += [rng.uniform(0, stamps[-1]) for _ in range(25)]
+    asked += [0.0, 0.96, -0.5, -100.0, stamps[-1] - 0.001, stamps[-1], stamps[-1] + 0.01, stamps[-1] + 1000.0]
     rng.shuffle(asked)
     wrong = []
     for time_s in asked:  # one call each, forwards and backwards through the file
@@ -117,7 +119,8 @@ def test_frames_at_gives_the_frame_on_screen(folder, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_duration_reaches_from_the_first_to_the_last_frame(folder, name):
-    last_s = decode_all(folder / name)[-1][0]
+    times_ms = FILES[name]["times_ms"]
+    last_s = float(times_ms[-1] - times_ms[0]) / 1000
     assert last_s - 1e-6 <= Video(folder / name).duration_s <= last_s + 0.5  # the last frame stays for up to 0.4 s
 
 
@@ -240,7 +243,8 @@ def test_options_that_bring_their_letter_are_not_lettered_again(folder):
 
 
 @pytest.mark.parametrize("start_s, end_s, fps, count", [
-    (4, 8, 2, 8), (0, 16, 1, 16), (3.2, 4.0, 20, 16), (10, 10.5, 1, 1), (7, 8, 0.5, 1), (0.3, 2.9, 3, 7), (2, 18, 0.25, 4),
+    (4, 8, 2, 8), (0, 16, 1, 16), (3.2, 4.0, 20, 16), (10, 10.5, 1, 1), (7, 8, 0.5, 1), (0.3, 2.9, 3, 7),
+    (2, 18, 0.25, 4),
 ])
 def test_zoom_shows_the_segment(folder, start_s, end_s, fps, count):
     env, (_, reply) = play(folder, [zoom(start_s, end_s, fps)])
@@ -397,9 +401,9 @@ def test_what_a_turn_means(text, kind, well_formed):
     f"<think>{'x' * 1_000_000}</think>{GOOD_CALL}",
 ], ids=lambda text: text[:40])
 def test_a_megabyte_is_read_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     turn = parse_turn(text, 100.0, EnvConfig())
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert turn.kind in ("zoom", "answer", "error")
 
 
@@ -489,9 +493,9 @@ OPTIONS = ["blue", "red", "a yellow car", "Both A and B"]
 
 @pytest.mark.parametrize("text", [
     "B", "b", "B.", "B)", "(B)", "(b)", "[B]", "**B**", " B\n", "\\boxed{B}", "$\\boxed{B}$", "\\boxed{(B)}",
-    "\\boxed{\\text{B}}", "\\boxed{B. red}", "The answer is \\boxed{B}.", "B. red", "B: red", "(B) red", "B red", "B. text",
-    "Option B", "Answer: B", "The answer is B.", "The correct answer is (B)", "B, because it is red", "B, not A",
-    "B. It is red, not blue.", "red", "Red.", "the red", "B. The red",
+    "\\boxed{\\text{B}}", "\\boxed{B. red}", "The answer is \\boxed{B}.", "B. red", "B: red", "(B) red", "B red",
+    "B. text", "Option B", "Answer: B", "The answer is B.", "The correct answer is (B)", "B, because it is red",
+    "B, not A", "B. It is red, not blue.", "red", "Red.", "the red", "B. The red",
 ])
 def test_spellings_of_an_option(text):
     assert read_letter(text, OPTIONS) == "B"
@@ -499,15 +503,17 @@ def test_spellings_of_an_option(text):
     assert grade(text, QUESTION) == 1.0 and grade(text, {**QUESTION, "answer": "A"}) == 0.0
 
 
-@pytest.mark.parametrize("text", ["D", "D. Both A and B", "(D) both A and B", "Both A and B", "\\boxed{D. Both A and B}"])
+@pytest.mark.parametrize("text", [
+    "D", "D. Both A and B", "(D) both A and B", "Both A and B", "\\boxed{D. Both A and B}",
+])
 def test_an_option_that_speaks_of_other_options(text):
     assert read_letter(text, OPTIONS) == "D"
 
 
 @pytest.mark.parametrize("text", [
     "", "  ", ".", "A or B", "B or C", "A and B", "A, B", "(A) (B)", "A/B", "AB", "A. blue or B. red", "\\boxed{}",
-    "\\boxed{A or B}", "\\boxed{A} or \\boxed{B}", "Because", "bad", "a dog", "I see a car", "not B", "E", "F.", "blue or red",
-    "A. red", "A: red", "(A) red", "C red", "C. blue", "\\boxed{A. red}",
+    "\\boxed{A or B}", "\\boxed{A} or \\boxed{B}", "Because", "bad", "a dog", "I see a car", "not B", "E", "F.",
+    "blue or red", "A. red", "A: red", "(A) red", "C red", "C. blue", "\\boxed{A. red}",
 ])
 def test_texts_that_name_no_option(text):
     assert read_letter(text, OPTIONS) is None
@@ -515,18 +521,46 @@ def test_texts_that_name_no_option(text):
 
 
 @pytest.mark.parametrize("answer, kind, truth, score", [
-    ("7", "number", 7, 1), ("7.0", "number", "7", 1), ("There are 7 cars.", "number", 7, 1), ("1,234.5", "number", 1234.5, 1),
-    ("-3", "number", -3, 1), (".5", "number", 0.5, 1), ("1e3", "number", 1000, 1), ("3", "number", -3, 0),
-    ("7 or 8", "number", 7, 0), ("7.1", "number", 7, 0), ("seven", "number", 7, 0), ("", "number", 0, 0),
-    ("9" * 400, "number", 7, 0), ("nan", "number", 7, 0), (None, "number", 0, 0),
-    ("[10, 20]", "segment", [10, 20], 1), ("10.0 s to 20.0 s", "segment", [10, 20], 1), ("10-20", "segment", [10, 20], 1),
-    ("[15, 25]", "segment", [10, 20], 1 / 3), ("[12, 17]", "segment", [10, 20], 0.5), ("[0, 40]", "segment", [10, 20], 0.25),
-    ("[20, 30]", "segment", [10, 20], 0), ("[30, 40]", "segment", [10, 20], 0), ("[20, 10]", "segment", [10, 20], 0),
-    ("[10, 10]", "segment", [10, 20], 0), ("10", "segment", [10, 20], 0), ("10 12 20", "segment", [10, 20], 0),
-    ("0 to " + "9" * 400, "segment", [10, 20], 0), ("", "segment", [10, 20], 0), (None, "segment", [10, 20], 0),
-    ("Paris", "open_ended", "Paris", 1), ("the  paris.", "open_ended", "Paris", 1), ("A red car!", "open_ended", "red car", 1),
-    ("London", "open_ended", "Paris", 0), ("Paris or London", "open_ended", "Paris", 0), ("", "open_ended", "Paris", 0),
-    (None, "open_ended", "Paris", 0), ("12", "open_ended", 12, 1), ("A", "open_ended", "A", 1), ("B", "open_ended", "A", 0),
+    ("7", "number", 7, 1),
+    ("7.0", "number", "7", 1),
+    ("There are 7 cars.", "number", 7, 1),
+    ("1,234.5", "number", 1234.5, 1),
+    ("-3", "number", -3, 1),
+    (".5", "number", 0.5, 1),
+    ("1e3", "number", 1000, 1),
+    ("3", "number", -3, 0),
+    ("7 or 8", "number", 7, 0),
+    ("7.1", "number", 7, 0),
+    ("seven", "number", 7, 0),
+    ("", "number", 0, 0),
+    ("9" * 400, "number", 7, 0),
+    ("nan", "number", 7, 0),
+    (None, "number", 0, 0),
+    ("[10, 20]", "segment", [10, 20], 1),
+    ("10.0 s to 20.0 s", "segment", [10, 20], 1),
+    ("10-20", "segment", [10, 20], 1),
+    ("[15, 25]", "segment", [10, 20], 1 / 3),
+    ("[12, 17]", "segment", [10, 20], 0.5),
+    ("[0, 40]", "segment", [10, 20], 0.25),
+    ("[20, 30]", "segment", [10, 20], 0),
+    ("[30, 40]", "segment", [10, 20], 0),
+    ("[20, 10]", "segment", [10, 20], 0),
+    ("[10, 10]", "segment", [10, 20], 0),
+    ("10", "segment", [10, 20], 0),
+    ("10 12 20", "segment", [10, 20], 0),
+    ("0 to " + "9" * 400, "segment", [10, 20], 0),
+    ("", "segment", [10, 20], 0),
+    (None, "segment", [10, 20], 0),
+    ("Paris", "open_ended", "Paris", 1),
+    ("the  paris.", "open_ended", "Paris", 1),
+    ("A red car!", "open_ended", "red car", 1),
+    ("12", "open_ended", 12, 1),
+    ("A", "open_ended", "A", 1),
+    ("B", "open_ended", "A", 0),
+    ("London", "open_ended", "Paris", 0),
+    ("Paris or London", "open_ended", "Paris", 0),
+    ("", "open_ended", "Paris", 0),
+    (None, "open_ended", "Paris", 0),
     (None, "multiple_choice", "B", 0),
 ])
 def test_grade(answer, kind, truth, score):
@@ -534,14 +568,20 @@ def test_grade(answer, kind, truth, score):
     assert grade(answer, question) == pytest.approx(score)
 
 
-@pytest.mark.parametrize("text", ["\\boxed{x" + " " * 800 + "y", "\\boxed{x" + "}" * 9000 + "y", "\\boxed{" * 100_000,
-                                  "A" + ")" * 1_000_000 + "x", "answer is option " * 50_000, "1," * 500_000, "9" * 1_000_000],
-                         ids=lambda text: text[:12])
+@pytest.mark.parametrize("text", [
+    "\\boxed{x" + " " * 800 + "y",
+    "\\boxed{x" + "}" * 9000 + "y",
+    "\\boxed{" * 100_000,
+    "A" + ")" * 1_000_000 + "x",
+    "answer is option " * 50_000,
+    "1," * 500_000,
+    "9" * 1_000_000,
+], ids=lambda text: text[:12])
 def test_grading_a_long_answer_takes_no_time(text):
-    start = time.perf_counter()
+    start = time.process_time()
     for kind, truth in (("multiple_choice", "B"), ("number", 7), ("segment", [1, 2]), ("open_ended", "red")):
         grade(text, {"answer": truth, "answer_type": kind, "options": OPTIONS})
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 # ------------------------------------------------------------------------------------------------------ rewards
