@@ -47,7 +47,7 @@ PALETTE = {"red": (215, 40, 40), "green": (30, 160, 60), "blue": (45, 75, 225), 
            "purple": (140, 40, 180), "orange": (240, 130, 20), "cyan": (70, 210, 220), "white": (245, 245, 245)}
 GREY = (105, 105, 105)
 COLOURS, SHAPES = list(PALETTE), ["circle", "square", "triangle", "cross"]
-SIDE, VIDEO_FPS, NUM_SLOTS = 28, 8, 16  # a frame of 28x28 pixels is one visual token; one overview frame a slot
+SIDE, VIDEO_FPS, NUM_SLOTS = 28, 8, 12  # a frame of 28x28 pixels is one visual token; one overview frame a slot
 FLASH_S = 1.25
 
 TINY_PROMPT = """Answer the question about the video. In each turn first write <think>your thoughts</think>, then \
@@ -83,9 +83,9 @@ class Scene:
 
 
 def make_scenes(rng):
-    """A random video: (duration_s, 16 scenes), 2 to 3 minutes. Each scene begins a little before one slot's middle,
-    where a 16-frame overview looks, and its flashes follow before the next scene begins."""
-    slot_s = rng.uniform(8, 12)
+    """A random video: (duration_s, 12 scenes), 2 to 2.5 minutes. Each scene begins a little before one slot's middle,
+    where a 12-frame overview looks, and its flashes follow before the next scene begins."""
+    slot_s = rng.uniform(10, 12.5)
     duration_s = round(slot_s * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
     slot_s = duration_s / NUM_SLOTS
     starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
@@ -212,9 +212,20 @@ def make_questions(rng, video, duration_s, scenes, kinds=("detail", "detail", "c
 
 
 # ------------------------------------------------------------------------------------------------ scripted teacher
+def survey(colours):
+    """The overview in words, what is seen before its number: so that a number can be found by what is seen there."""
+    return " ".join(f"{colour} {i}" for i, colour in enumerate(colours)) + "."
+
+
+def choose(options, right):
+    """The options in words, text before letter, and the right one."""
+    said = [f"{text} {letter}" for text, letter in zip(options, "ABCD")]
+    return f"{'; '.join(said)}. So {said[options.index(right)]}"
+
+
 def place(scene, tags):
     """The sentence that says where a scene is. tags: of the overview's frames, one a slot."""
-    return f"The {scene} scene is at {tags[0]}, up to {tags[1]}."
+    return f"{scene}: {tags[0]} to {tags[1]}."
 
 
 def transcript(flashes):
@@ -225,10 +236,13 @@ def transcript(flashes):
     return words + "." + "".join(f" {n} {c} {s}." for n, (c, s) in enumerate(runs, 1)), runs
 
 
+HASTE = 0.75
+
+
 class Teacher:
     """Plays a synthetic question through the environment. It finds the scene and reads every frame right, but it is
-    careless about how closely to look: at random it takes 0.5 or 1 frames a second, and at 0.5 it can miss a flash. If
-    it saw none it looks again or guesses. What is left for RL to find out is how closely to look.
+    careless about how closely to look: with probability HASTE it takes 0.5 frames a second, which can miss a flash, else
+    1, which cannot. If it saw none it looks again or guesses. What is left for RL to find out is how closely to look.
 
     wrong_zooms: zooms into wrong scenes before the right one (a reflection trajectory has 1)."""
 
@@ -244,6 +258,7 @@ class Teacher:
         if messages[0].role == "system":
             self.tags = [f"<frame{i}_time{f.time_s:.2f}s>" for i, f in enumerate(frames)]
             self.times = [f"{f.time_s:.2f}" for f in frames]
+            self.thoughts = survey([s.colour for s in self.scenes]) + " "
             if messages[-1].content[-1].endswith(LAST_TURN):
                 return self.answer()
         else:
@@ -253,7 +268,7 @@ class Teacher:
         return self.answer()
 
     def zoom(self):
-        target, fps = self.targets[0], self.rng.choice(["0.5", "1"])
+        target, fps = self.targets[0], "0.5" if self.rng.random() < HASTE else "1"
         if self.wrong_zooms:
             target = self.rng.choice([s for s in self.scenes if s.colour not in ("grey", target.colour)])
         self.looked_at = target
@@ -287,8 +302,10 @@ class Teacher:
             colour, shape = self.found[0][0]
             text = {"detail": shape if shape in options else colour, "count": str(len(self.found[0])),
                     "order": ", then ".join(runs[0][0] for runs in self.found)}[kind]
-        letter = "ABCD"[options.index(text) if text in options else 0]
-        return f"<think>{self.thoughts}{text}</think><answer>{letter}</answer>"
+        if text not in options:  # it misread or missed a flash
+            text = self.rng.choice(options)
+        said = choose(options, text)
+        return f"<think>{self.thoughts}{said}</think><answer>{said[-1]}</answer>"
 
 
 def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
@@ -351,7 +368,7 @@ def write_jsonl(path, rows):
 
 
 # ------------------------------------------------------------------------------------------------- the tiny base
-BASE_STEPS = 2600
+BASE_STEPS = 1800
 TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))
 BASE_PROMPT = "You are a helpful assistant."
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -442,7 +459,7 @@ class Lessons:
     def overview(self, num_slots):
         """A video's scenes as one frame a slot: (colours, times, tags, items)."""
         rng = self.rng
-        slot_s = rng.uniform(8, 12)
+        slot_s = rng.uniform(10, 12.5)
         coloured = sorted(rng.sample(range(num_slots), min(len(COLOURS), max(2, num_slots // 2))))
         colours = dict(zip(coloured, rng.sample(COLOURS, len(coloured))))
         colours = [colours.get(i, "grey") for i in range(num_slots)]
@@ -467,8 +484,10 @@ class Lessons:
         return flashes, self.show([(background, f) for f in flashes], times)
 
     def options(self, right, wrong):
+        if len(wrong) < 3:
+            wrong = [c for c in COLOURS if c != right]
         options = self.rng.sample([right, *self.rng.sample(wrong, 3)], 4)
-        return "\n".join(f"{letter}. {o}" for letter, o in zip("ABCD", options)), "ABCD"[options.index(right)]
+        return "\n".join(f"{letter}. {o}" for letter, o in zip("ABCD", options)), choose(options, right)
 
     def lesson(self, kind, level):
         """[(user items, assistant text), ...] for one skill; level from 0 (short) to 2 (at full length)."""
@@ -482,8 +501,8 @@ class Lessons:
             else:
                 texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
             lines = [f"{letter}. {text}" for letter, text in zip("ABCD", rng.sample(texts, 4))]
-            said = " ".join(f"It is {line[3:]} {line[0]}" for line in rng.sample(lines, 4))
-            return [(["Name the options.\n" + "\n".join(lines)], said)]
+            right = rng.choice(lines)[3:]
+            return [([f"Which option is: {right}?\n" + "\n".join(lines)], choose([line[3:] for line in lines], right))]
         if kind == "repeat":
             said = " ".join(rng.choices(COLOURS + SHAPES + list("ABCD1234"), k=rng.randint(8, 24)))
             return [([f"Repeat: {said}."], f"It is {said}.")]
@@ -502,19 +521,19 @@ class Lessons:
                 (f"How many shapes flash in the {background} scene?", str(len(runs)), [str(n) for n in range(1, 5) if n != len(runs)]),
                 (f"What colour is the shape that flashes in the {background} scene?", runs[0][0], [c for c in COLOURS if c != runs[0][0]]),
                 (f"Which shape flashes in the {background} scene?", runs[0][1], [s for s in SHAPES if s != runs[0][1]])])
-            text, letter = self.options(right, wrong)
-            return [([f"{question}\n{text}\n", *items], f"{words} {right} {letter}")]
+            text, said = self.options(right, wrong)
+            return [([f"{question}\n{text}\n", *items], f"{words} {said}")]
         colours, times, tags, items = self.overview(num_slots)
         coloured = [c for c in colours if c != "grey"]
         slot = colours.index
         if kind == "scenes":
-            return [(["Name the scene of each frame.\n", *items], " ".join(colours))]
+            return [(["Name the scene of each frame.\n", *items], survey(colours))]
         if kind == "whole":
             k = rng.randrange(len(coloured) - 1)
             question, right = rng.choice([("Which scene comes first?", coloured[0]), ("Which scene comes last?", coloured[-1]),
                                           (f"Which scene comes right after the {coloured[k]} scene?", coloured[k + 1])])
-            text, letter = self.options(right, [c for c in coloured if c != right and c not in question])
-            return [([f"{question}\n{text}\n", *items], f"{right} {letter}")]
+            text, said = self.options(right, [c for c in coloured if c != right and c not in question])
+            return [([f"{question}\n{text}\n", *items], f"{survey(colours)} {said}")]
         place_of = lambda c: place(c, (tags + [f"<end_time{times[-1]:.2f}s>"])[slot(c):])
         findable = [c for c in coloured if slot(c) < num_slots - 1]
         asked = rng.sample(findable, min(len(findable), rng.randint(1, 6)))
@@ -525,7 +544,7 @@ class Lessons:
                 asked = sorted(asked, key=slot)
             else:
                 question = "Where is " + ", ".join(f"the {c} scene" for c in asked) + "?"
-            return [([question + "\n", *items], " ".join(map(place_of, asked)))]
+            return [([question + "\n", *items], survey(colours) + " " + " ".join(map(place_of, asked)))]
         asked = asked[:rng.randint(1, 2)]  # a visit: a place, its clip, perhaps another place and its clip
         named = list(asked)
         if len(asked) == 2 and rng.random() < 0.7:
@@ -533,7 +552,7 @@ class Lessons:
             question = f"What flashes in the {named[0]} scene and in the {named[1]} scene, in order of time?"
         else:
             question = "What flashes in " + " and ".join(f"the {c} scene" for c in asked) + "?"
-        dialogue, user, thoughts = [], [question + "\n", *items], ""
+        dialogue, user, thoughts = [], [question + "\n", *items], survey(colours) + " "
         seen = []
         for c in asked:
             dialogue.append((user, thoughts + place_of(c)))
@@ -554,11 +573,10 @@ class Lessons:
 # Short and single skills first: a look-up by content in a long dialogue is not found from scratch. The next stage begins
 # when each skill of this one is answered right, to the last token, with this probability, or after so many steps.
 CURRICULUM = [
-    ({("repeat", 0): 1, ("caption", 0): 2}, 0.5, 500),
-    ({("repeat", 0): 1, ("caption", 0): 1, ("clip", 0): 1, ("scenes", 0): 1, ("letter", 0): 3}, 0.6, 500),
-    ({("caption", 0): 1, ("clip", 1): 1, ("letter", 0): 2, ("where", 0): 4}, 0.6, 500),
-    ({("clip", 1): 1, ("letter", 0): 1, ("where", 1): 2, ("whole", 1): 1}, 0.6, 400),
-    ({("clip", 2): 1, ("letter", 0): 1, ("where", 2): 2, ("visit", 2): 3, ("whole", 2): 1}, 2.0, 0),
+    ({("repeat", 0): 1, ("caption", 0): 2}, 0.3, 400),
+    ({("repeat", 0): 1, ("caption", 0): 1, ("scenes", 0): 1, ("letter", 0): 2, ("clip", 0): 1}, 0.6, 300),
+    ({("clip", 1): 2, ("letter", 0): 1, ("where", 1): 3, ("visit", 1): 1, ("whole", 1): 1}, 0.6, 400),
+    ({("clip", 2): 2, ("letter", 0): 1, ("where", 2): 3, ("visit", 2): 6, ("whole", 2): 2}, 2.0, 0),
 ]
 
 
@@ -587,7 +605,7 @@ def tiny_base(out, steps, seed, batch_tokens=6144, lr=1.5e-3):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 0.02 + 2 * (1 - step / steps))
         (shares, enough, most_steps), dialogues, skills, tokens = CURRICULUM[stage], [], [], 0
-        while tokens < (batch_tokens if stage > 2 else 4096) / world:
+        while tokens < (batch_tokens if stage > 1 else 4096) / world:
             skills += lessons.rng.choices(list(shares), list(shares.values()))
             dialogues.append(lessons.dialogue(policy, *skills[-1]))
             tokens += len(dialogues[-1].ids)
@@ -608,6 +626,8 @@ def tiny_base(out, steps, seed, batch_tokens=6144, lr=1.5e-3):
                            "answer: " + ", ".join(f"{skill} {level}: {right[skill, level]:.2f}" for skill, level in shares))
             if stage + 1 < len(CURRICULUM) and (min(right.values()) >= enough or step + 1 - began >= most_steps):
                 stage, began = stage + 1, step + 1
+        if rank == 0 and (step + 1) % 250 == 0:
+            save_policy(policy, out)
     if rank == 0:
         policy.hf.to(torch.bfloat16)
         save_policy(policy, out)

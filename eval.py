@@ -8,8 +8,9 @@ Modes: `zoom` plays full episodes; `uniform` shows --num_frames uniform frames a
 adds, for each policy, its accuracy with zooming off, and for synthetic data the best accuracy that any uniform sampler
 could reach with as many frames as the policy looked at (data_prep.py says how that is counted).
 
-Writes --out/results.json (a row each) and --out/episodes.jsonl (what each policy said). Temperature 0, as in the paper.
-Intervals are Wilson's, 95%.
+Writes to --out: results.json (a row for each policy and mode), by_kind.jsonl (the same by kind of question) and
+episodes.jsonl (what each policy said). Temperature 0, as in the paper. Intervals are Wilson's, 95%. An invalid call is a
+turn that could not be carried out; its rate is counted among all calls.
 """
 
 import json
@@ -83,31 +84,36 @@ def evaluate(policy, name, mode, questions, root, config, env_config=None):
     """Plays one episode of each question. Returns (rows for the table by kind, episodes, [(id, reason)])."""
     env_config = env_config or policy.env_config
     generator = torch.Generator(policy.device).manual_seed(config.seed)
-    began = time.time()
+    began, episodes, skipped = time.time(), [], []
     with tqdm(total=len(questions), desc=f"{name} {mode}", unit="question", dynamic_ncols=True, leave=False) as bar:
-        groups, skipped = rollout(policy, questions, env_config=env_config, root=root, temperature=config.temperature,
-                                  max_turn_tokens=config.max_turn_tokens, max_rows=config.max_rows,
-                                  generator=generator, progress=bar.update)
+        for start in range(0, len(questions), config.max_rows):
+            groups, bad = rollout(policy, questions[start:start + config.max_rows], env_config=env_config, root=root,
+                                  temperature=config.temperature, max_turn_tokens=config.max_turn_tokens,
+                                  max_rows=config.max_rows, generator=generator, progress=bar.update)
+            skipped += bad
+            for e in (e for group in groups for e in group):
+                e.dialogue.features, e.dialogue.frames, e.env.watched = [], [], []  # memory stays that of one batch
+                episodes.append(e)
     seconds = time.time() - began
-    episodes = [e for group in groups for e in group]
     if not episodes:
         raise UserError("no question could be played")
     by_kind = defaultdict(list)
     for e in episodes:
         by_kind["all"].append(e)
-        by_kind[e.env.question["meta"].get("kind") or e.env.question.get("source") or "other"].append(e)
+        by_kind[(e.env.question.get("meta") or {}).get("kind") or e.env.question.get("source") or "other"].append(e)
     rows = []
     for kind, some in by_kind.items():
         right = sum(e.env.reward()["accuracy"] >= 0.5 for e in some)
         low, high = interval(right, len(some))
         zooms = [t for e in some for t in e.env.turns if t.kind == "zoom"]
         known = [t for t in zooms if t.hit is not None]
+        invalid = sum(e.env.num_invalid() for e in some)
         mean = lambda f: sum(f(e) for e in some) / len(some)
         rows.append({
             "policy": name, "mode": mode, "kind": kind, "num_questions": len(some), "accuracy": right / len(some),
             "accuracy_low": low, "accuracy_high": high, "frames_per_question": mean(lambda e: e.env.frames_shown),
             "zooms_per_question": mean(lambda e: e.env.num_zooms()),
-            "invalid_call_rate": sum(e.env.num_invalid() for e in some) / max(1, sum(len(e.env.turns) for e in some)),
+            "invalid_call_rate": invalid / max(1, invalid + len(zooms)),
             "hit_rate": sum(t.hit for t in known) / len(known) if known else None,
             "tokens_per_question": mean(lambda e: len(e.dialogue.ids)),
             "seconds_per_question": seconds / len(episodes)})
@@ -166,7 +172,7 @@ def ask(policy, config):
 
 
 def main():
-    config = parse_flags(Config, __doc__, DEMO)
+    config = parse_flags(Config, __doc__, DEMO, ("max_questions", "max_turn_tokens", "max_rows"))
     _, world, device = start_processes(config.device)
     if world > 1:
         raise UserError("eval.py runs as one process")
@@ -196,8 +202,8 @@ def main():
         for mode, env_config in plays:
             new, episodes, skipped = evaluate(policy, name, mode, questions, root, config, env_config)
             check_bad(skipped, len(questions), config.max_bad, config.data)
-            bad += skipped
-            if bound is None and all("uniform_accuracy" in e.env.question["meta"] for e in episodes):
+            bad += [skip for skip in skipped if skip not in bad]
+            if bound is None and all("uniform_accuracy" in (e.env.question.get("meta") or {}) for e in episodes):
                 bound = uniform_bound(new[0], episodes)
             rows += new
             said += [{"policy": name, "mode": mode, "question": e.env.question["id"], "right": e.env.reward()["accuracy"],

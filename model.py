@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import sys
+import types
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -63,8 +64,9 @@ class Policy:
         if missing := [t for t, i in special.items() if i is None or i == tokenizer.unk_token_id]:
             raise PolicyError(f"the tokenizer has no {', '.join(missing)}; is this a Qwen2.5-VL checkpoint?")
         self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad = special.values()
-        vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.can_close_tag = torch.tensor([t is not None and ">" in t for t in vocabulary])  # may end </video_zoom>
+        self.can_close_tag = [False] * hf.lm_head.out_features  # which tokens can end </video_zoom>; models pad the vocabulary
+        for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+            self.can_close_tag[i] = ">" in (token or "")
 
     @property
     def device(self):
@@ -106,18 +108,17 @@ def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_f
             raise PolicyError(f"{name_or_path} lacks weights: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         image_processor = Qwen2VLImageProcessor.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        settings = json.loads((path / "zoom_config.json").read_text()) if (path / "zoom_config.json").is_file() else {}
+        env_config = EnvConfig(**settings)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PolicyError(f"cannot load {name_or_path}: {reason}") from None
-    settings = {}
-    if (path / "zoom_config.json").is_file():
-        settings = json.loads((path / "zoom_config.json").read_text())
     if system_prompt_file:
         try:
-            settings["system_prompt"] = Path(system_prompt_file).read_text().strip()
+            env_config = replace(env_config, system_prompt=Path(system_prompt_file).read_text().strip())
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError(f"cannot read the system prompt {system_prompt_file}: {error}") from None
-    return Policy(hf.to(device).eval(), tokenizer, image_processor, EnvConfig(**settings))
+    return Policy(hf.to(device).eval(), tokenizer, image_processor, env_config)
 
 
 def save_policy(policy, path):
@@ -153,6 +154,7 @@ class Dialogue:
     features: list = field(default_factory=list)  # (tokens of the frame, hidden) of the first frames, once computed
     prompt_length: int = 0  # tokens before the first assistant turn: shared by the rollouts of a question
     sampled_log_probs: list = field(default_factory=list)  # of the sampled tokens, in order
+    advantage: float = 0.0  # of all its sampled tokens, set by rl.py
 
     def fork(self):
         """A copy that grows on its own."""
@@ -177,23 +179,31 @@ class Dialogue:
         self.frames.append(frame)
 
 
+@dataclass
+class Sampled:
+    """An assistant turn as it was sampled: token ids and their log-probabilities."""
+
+    ids: list
+    log_probs: list
+
+
 def encode(policy, messages, dialogue=None, learn=True):
     """Appends messages to a dialogue (a new one by default) in Qwen's chat template and returns it.
 
     After a system or user message that ends `messages`, the header of the assistant's turn follows, ready to generate.
-    An assistant message holds either its text, or the ids that were sampled: [ids, log_probs]. `learn` says whether
-    what the assistant produced is trained."""
+    An assistant message holds either its text or a Sampled. `learn` says whether what the assistant produced is
+    trained."""
     dialogue = Dialogue() if dialogue is None else dialogue
     # split_special_tokens: text, whoever wrote it, never turns into a special token
     tokenize = lambda text: policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     for i, message in enumerate(messages):
         if message.role == "assistant":
-            if isinstance(message.content[0], str):
-                text = message.content[0]
-                ids = tokenize(text) + ([] if text.endswith("</video_zoom>") else [policy.im_end])
+            said = message.content[0]
+            if isinstance(said, Sampled):
+                ids = said.ids
+                dialogue.sampled_log_probs += said.log_probs
             else:
-                ids, log_probs = message.content
-                dialogue.sampled_log_probs += log_probs
+                ids = tokenize(said) + ([] if said.endswith("</video_zoom>") else [policy.im_end])
             dialogue.add(ids, trained=learn)
             dialogue.add(([] if ids and ids[-1] == policy.im_end else [policy.im_end]) + tokenize("\n"))
             continue
@@ -219,12 +229,15 @@ def replay(policy, row, root="."):
     (with the `max_zooms` of the row's provenance, where it names one).
 
     Returns (dialogue, env). Raises VideoError, and ValueError if the turns do not fit the episode."""
-    config = replace(policy.env_config, max_zooms=row["provenance"].get("max_zooms", policy.env_config.max_zooms))
+    max_zooms = (row.get("provenance") or {}).get("max_zooms", policy.env_config.max_zooms)
+    config = replace(policy.env_config, max_zooms=max_zooms)
     env = ZoomEnv(row["question"], config, root)
     dialogue = encode(policy, env.reset())
     for i, (text, is_learned) in enumerate(zip(row["turns"], row["learn"], strict=True)):
         if env.done:
             raise ValueError(f"the episode is over after {i} of {len(row['turns'])} turns")
+        if "</video_zoom>" in text:  # where generation stops
+            text = text.partition("</video_zoom>")[0] + "</video_zoom>"
         encode(policy, [Message("assistant", [text])], dialogue, learn=is_learned)
         encode(policy, env.step(text), dialogue)
     if not env.done:
@@ -302,19 +315,19 @@ def token_log_probs(policy, groups, temperature=1.0, entropy=False):
         entropy: whether to compute entropies too (else None).
     Returns: (N,) tensors over all trained tokens, dialogue after dialogue."""
     ids, is_image, positions, features, spans = [], [], [], [], []
-    predictors, targets = [], []  # index of the position that predicts, and the id that it has to predict
+    predictors, targets = [], []  # place in the pack of the position that predicts, and the id that it has to predict
     for group in groups:
         shared = group[0].prompt_length if len(group) > 1 else len(group[0].ids)
         offset, lengths = len(ids), []
         for d in group:
-            start = 0 if d is group[0] else shared
-            if start:
+            packed = 0 if d is group[0] else shared  # its first tokens that are in the pack already
+            if packed:
                 assert d.ids[:shared] == group[0].ids[:shared] and not any(d.trained[:shared])
-            base = len(ids) - start
-            ids += d.ids[start:]
-            is_image += d.is_image[start:]
-            positions += d.positions[start:]
-            skip = sum(d.is_image[:start])
+            base = len(ids) - packed  # token t of the reply is at base + t, token t of the prompt at offset + t
+            ids += d.ids[packed:]
+            is_image += d.is_image[packed:]
+            positions += d.positions[packed:]
+            skip = sum(d.is_image[:packed])
             features.append((d.features, skip))
             lengths.append(len(d.ids) - shared)
             for t, trained in enumerate(d.trained):
@@ -358,9 +371,16 @@ def attend_packed(query, key, value, spans):
             own = slice(at, at + length)
             k, v = (torch.cat([x[:, :, part], x[:, :, own]], dim=2) for x in (key, value))
             seen = torch.ones(length, shared + length, dtype=torch.bool, device=query.device).tril(shared)
-            out.append(F.scaled_dot_product_attention(query[:, :, own], k, v, attn_mask=seen, enable_gqa=True))
+            out.append(masked_attention(query[:, :, own], k, v, seen))
             at += length
     return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def masked_attention(query, key, value, seen):
+    """SDPA with a mask; key heads are repeated, as with enable_gqa and a mask CUDA would fall back to the kernel that
+    stores all scores."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
 
 
 def packed_length(group):
@@ -416,8 +436,7 @@ class KVCache:
         self.reserve(int(at.max()) + 1)
         rows = torch.arange(slots.start, slots.stop, device=device)[:, None]
         seen = torch.arange(longest, device=device) <= at[:, :, None]  # (B, T, longest)
-        if width > 1:
-            seen = seen[:, None]
+        fresh = not starts.any()  # a prefill: plain causal attention, as the padding is on the right
 
         def attend(layer, query, key, value):
             keys, values = self.data[layer]
@@ -426,8 +445,10 @@ class KVCache:
             k = keys[slots, :longest].transpose(1, 2)  # (B, kv heads, longest, D)
             v = values[slots, :longest].transpose(1, 2)
             query = query.to(k.dtype)
-            if width > 1:
-                out = F.scaled_dot_product_attention(query, k, v, attn_mask=seen, enable_gqa=True)
+            if fresh:
+                out = F.scaled_dot_product_attention(query, k, v, is_causal=True, enable_gqa=True)
+            elif width > 1:
+                out = masked_attention(query, k, v, seen[:, None])
             else:  # the heads that share a key as several queries of it
                 B, heads, _, D = query.shape
                 grouped = query.view(B, k.shape[1], -1, D)
@@ -452,15 +473,17 @@ class Episode:
     def finish_turn(self, policy, stopped, max_response_tokens):
         """Gives the sampled turn to the environment and appends the reply."""
         text = policy.tokenizer.decode(self.turn_ids[:-1] if self.turn_ids[-1] == policy.im_end else self.turn_ids)
-        encode(policy, [Message("assistant", [self.turn_ids, self.turn_log_probs])], self.dialogue)
+        encode(policy, [Message("assistant", [Sampled(self.turn_ids, self.turn_log_probs)])], self.dialogue)
         self.turn_ids, self.turn_log_probs = [], []
         reply = self.env.step(text)
         if not stopped:
             self.env.done = self.truncated = True
         if not self.env.done:
-            encode(policy, reply, self.dialogue)
-            if len(self.dialogue.ids) - self.dialogue.prompt_length > max_response_tokens:
+            longer = encode(policy, reply, self.dialogue.fork())
+            if len(longer.ids) - longer.prompt_length > max_response_tokens:
                 self.env.done = self.truncated = True
+            else:
+                self.dialogue = longer
 
 
 @torch.no_grad()
@@ -497,7 +520,7 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
 
 def _extend(policy, cache, episodes, first_slot):
     """Runs all tokens of the episodes that are not in the cache yet; episode i is in slot first_slot + i. Returns the
-    log-probabilities' input: the hidden state of each one's last token, (B, hidden)."""
+    hidden states from which each one's next token is sampled, (B, hidden)."""
     device = policy.device
     lengths = [len(e.dialogue.ids) + len(e.turn_ids) - e.cached for e in episodes]
     width = max(lengths)
@@ -544,7 +567,8 @@ def _sample(policy, episodes, hidden, temperature, generator):
 
 
 def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, generator, progress):
-    """Plays one wave of groups to the end. Slots of the cache: [those that decode | those whose reply waits]."""
+    """Plays one wave of groups to the end. live[i] has slot i of the cache. The first `decoding` ones are in the middle
+    of a turn, and only their last token, just sampled, is not in the cache; the others wait with a reply to be read."""
     prompts = [group[0] for group in groups]
     cache = KVCache(policy, len(groups), max(len(e.dialogue.ids) for e in prompts))
     hidden = _extend(policy, cache, prompts, 0)
@@ -555,15 +579,15 @@ def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, gen
     cache.data = cache.data.repeat_interleave(sizes, dim=2)
     cache.reserve(cache.data.shape[3] + max_turn_tokens)
     hidden = hidden.repeat_interleave(sizes, dim=0)
-    live = [e for group in groups for e in group]  # live[i] is in slot i
-    decoding, newly = len(live), slice(0, len(live))
+    live = [e for group in groups for e in group]
+    decoding, to_sample = len(live), slice(0, len(live))
     while live:
-        ended = _sample(policy, live[newly], hidden, temperature, generator)
-        for i in reversed(range(newly.start, newly.stop)):  # from the back, so that swaps move only what was handled
+        ended = _sample(policy, live[to_sample], hidden, temperature, generator)
+        for i in reversed(range(to_sample.start, to_sample.stop)):  # from the back, so that swaps move only what was handled
             e = live[i]
-            if not ended[i - newly.start] and len(e.turn_ids) < max_turn_tokens:
+            if not ended[i - to_sample.start] and len(e.turn_ids) < max_turn_tokens:
                 continue
-            e.finish_turn(policy, ended[i - newly.start], max_response_tokens)
+            e.finish_turn(policy, ended[i - to_sample.start], max_response_tokens)
             decoding -= 1
             cache.swap(i, decoding)
             live[i], live[decoding] = live[decoding], live[i]
@@ -575,12 +599,12 @@ def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, gen
                     progress(1)
         waiting = len(live) - decoding
         if waiting and (decoding == 0 or waiting >= max(4, len(live) // 4)):
-            newly = slice(decoding, len(live))
-            hidden = _extend(policy, cache, live[newly], decoding)
+            to_sample = slice(decoding, len(live))
+            hidden = _extend(policy, cache, live[to_sample], decoding)
             decoding = len(live)
         elif decoding:
-            newly = slice(0, decoding)
-            hidden = _extend(policy, cache, live[newly], 0)
+            to_sample = slice(0, decoding)
+            hidden = _extend(policy, cache, live[to_sample], 0)
 
 
 # --------------------------------------------------------------------------------- what the stages share: processes
@@ -590,9 +614,14 @@ def start_processes(device=None):
     Everything distributed here is: each process computes the gradient of its own share of a sum whose denominator is
     counted over all processes, and `sync_gradients` adds the shares up."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {device} is no device; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda") or device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: there is none here; use cpu or cuda")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     elif world > 1:  # torchrun starts each process with one thread; share the cores instead
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
@@ -619,6 +648,15 @@ def sum_over_processes(values, device):
     if dist.is_initialized():
         dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
+
+
+def gather(items):
+    """The lists of all processes, joined."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
 def clip_and_step(optimizer, parameters, max_norm):
@@ -649,29 +687,33 @@ def run_main(main):
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def parse_flags(config_class, description, demo, argv=None):
+def parse_flags(config_class, description, demo, at_least_one, argv=None):
     """A config from the command line. Each field of the dataclass is a flag, with its comment as help; where --model is
-    not given, the values in `demo` (the tiny model's) take the place of the defaults (the paper's)."""
+    not given, the values in `demo` (the tiny model's) take the place of the defaults (the paper's). Values of the
+    fields in `at_least_one` are checked."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (see --help)")
     for f in fields(config_class):
         default = f"default {f.default}" + (f"; without --model {demo[f.name]}" if f.name in demo else "")
         text = f"{comments[f.name]} ({default})".replace("%", "%%")
-        if f.type is bool:
+        kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # int | None: int
+        if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        elif getattr(f.type, "__origin__", None) is list:
-            parser.add_argument(f"--{f.name}", nargs="+", type=f.type.__args__[0], default=argparse.SUPPRESS, help=text)
+        elif getattr(kind, "__origin__", None) is list:
+            parser.add_argument(f"--{f.name}", nargs="+", type=kind.__args__[0], default=argparse.SUPPRESS, help=text)
         else:
-            kind = next((t for t in getattr(f.type, "__args__", ()) if t is not type(None)), f.type)
             parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
     given = vars(parser.parse_args(argv))
-    return config_class(**(demo if given.get("model") is None else {}) | given)
+    config = config_class(**(demo if given.get("model") is None else {}) | given)
+    for name in at_least_one:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(config, name)}")
+    return config
 
 
 def read_rows(path, max_bad, check):

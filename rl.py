@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import data_prep
-from model import (Policy, UserError, check_bad, clip_and_step, load_policy, parse_flags, read_rows, rollout, run_main,
+from model import (Policy, UserError, check_bad, clip_and_step, gather, load_policy, parse_flags, read_rows, rollout, run_main,
                    save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients, token_log_probs)
 from zoom_env import question_error
 
@@ -87,12 +87,13 @@ def play_batch(policy, questions, config, env_config, root, rank, world, device,
     """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups over all processes have a
     spread of rewards, at most max_draws batches of them.
 
-    Returns (this process's groups with a spread, all its episodes, [(id, reason)] of unreadable videos)."""
+    Returns (this process's groups with a spread, all its episodes, [(id, reason)] of unreadable videos, number of
+    questions drawn over all processes)."""
     kept, episodes, skipped = [], [], []
-    missing, allowed = config.batch_size, config.max_draws * config.batch_size
-    while missing > 0 and allowed > 0:
-        draw = [next(questions) for _ in range(min(missing, allowed))]  # the same on all processes
-        allowed -= len(draw)
+    missing, drawn = config.batch_size, 0
+    while missing > 0 and drawn < config.max_draws * config.batch_size:
+        draw = [next(questions) for _ in range(min(missing, config.max_draws * config.batch_size - drawn))]
+        drawn += len(draw)  # the same on all processes
         groups, bad = rollout(policy, draw[rank::world], config.group_size, env_config=env_config, root=root,
                               temperature=config.temperature, max_turn_tokens=config.max_turn_tokens,
                               max_response_tokens=config.max_response_tokens, max_rows=config.max_rows,
@@ -100,10 +101,21 @@ def play_batch(policy, questions, config, env_config, root, rank, world, device,
         skipped += bad
         for group in groups:
             episodes += group
-            if group and group_advantages(torch.tensor([[e.env.reward()["reward"] for e in group]])).any():
+            if group and set_advantages(group):
                 kept.append(group)
+            else:
+                for e in group:
+                    e.dialogue.features, e.dialogue.frames = [], []  # no longer needed
         missing = config.batch_size - round(sum_over_processes({"kept": len(kept)}, device)["kept"])
-    return kept, episodes, skipped
+    return kept, episodes, skipped, drawn
+
+
+def set_advantages(group):
+    """Gives each episode of a group its advantage. Returns whether any is not 0."""
+    advantages = group_advantages(torch.tensor([[e.env.reward()["reward"] for e in group]]))[0].tolist()
+    for e, advantage in zip(group, advantages):
+        e.dialogue.advantage = advantage
+    return any(advantages)
 
 
 def group_advantages(rewards):
@@ -130,22 +142,23 @@ def grpo_loss(log_probs, old_log_probs, advantages, config, ref_log_probs=None, 
     return loss, {k: v.item() for k, v in stats.items()}
 
 
-def update(policy, reference, groups, optimizer, config, device):
-    """One pass over this process's groups, in mini-batches: an optimizer step for each. Returns metrics over all
-    processes."""
+def update(policy, reference, groups, optimizer, config, rank, device):
+    """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals its groups to
+    the mini-batches in turn, starting at its rank, so that all of them are of about the same size. Returns metrics over
+    all processes."""
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
     parameters = policy.trainable_parameters()
-    metrics = Counter()
+    metrics, updates = Counter(), 0
     for m in range(num_batches):
-        mini = groups[m::num_batches]
+        mini = groups[(m + rank) % num_batches::num_batches]
         tokens = sum_over_processes({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
+        if not tokens:
+            continue
         sums = dict.fromkeys(("loss", "clipped_low", "clipped_high", "kl", "entropy", "gap", "gap_tokens"), 0.0)
-        advantage_of = {id(e.dialogue): a for g in mini for e, a in zip(
-            g, group_advantages(torch.tensor([[e.env.reward()["reward"] for e in g]]))[0].tolist())}
         for batch in split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass):
             dialogues = [d for group in batch for d in group]
             old = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], device=device)
-            advantages = torch.tensor([advantage_of[id(d)] for d in dialogues for _ in d.sampled_log_probs], device=device)
+            advantages = torch.tensor([d.advantage for d in dialogues for _ in d.sampled_log_probs], device=device)
             log_probs, entropies = token_log_probs(policy, batch, config.temperature, entropy=config.entropy_weight != 0)
             ref = None
             if reference is not None:
@@ -155,16 +168,17 @@ def update(policy, reference, groups, optimizer, config, device):
             loss = loss.sum() / max(1, tokens)
             loss.backward()
             stats["loss"] = loss.item() * tokens
-            if m == 0:  # the policy has not moved yet, so this is the gap between the two ways to compute them
+            if updates == 0:  # the policy has not moved yet, so this is the gap between the two ways to compute them
                 stats["gap"], stats["gap_tokens"] = (log_probs.detach() - old).abs().sum().item(), len(old)
             for key, value in stats.items():
                 sums[key] += value
         sync_gradients(parameters)
-        metrics["grad_norm"] += clip_and_step(optimizer, parameters, config.max_grad_norm) / num_batches
+        metrics["grad_norm"] += clip_and_step(optimizer, parameters, config.max_grad_norm)
+        updates += 1
         metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
     gap = metrics["gap"] / max(1, metrics["gap_tokens"])
     per_token = {k: metrics[k] / max(1, metrics["tokens"]) for k in ("loss", "clipped_low", "clipped_high", "kl", "entropy")}
-    return per_token | {"grad_norm": metrics["grad_norm"], "gap": gap, "trained_tokens": metrics["tokens"]}
+    return per_token | {"updates": updates, "grad_norm": metrics["grad_norm"] / max(1, updates), "gap": gap, "trained_tokens": metrics["tokens"]}
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -181,9 +195,9 @@ def episode_metrics(episodes, num_kept, group_size, device):
                     response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
     total = sum_over_processes(sums, device)
     count = max(1.0, total.pop("episodes"))
-    groups, invalid, turns = total.pop("groups_kept"), total.pop("invalid"), max(1.0, total["turns"])
+    groups, invalid = total.pop("groups_kept"), total.pop("invalid")
     return {k: v / count for k, v in total.items()} | {
-        "invalid": invalid / turns, "no_spread": 1 - groups * group_size / count, "groups": groups, "episodes": count}
+        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - groups * group_size / count, "groups": groups, "episodes": count}
 
 
 def endless(rows, seed):
@@ -202,27 +216,25 @@ def train(policy, reference, rows, config, rank, world, device):
                                   weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
     questions, root, out = endless(rows, config.seed), Path(config.data).parent, Path(config.out)
-    skipped, unreadable = [], 0
+    skipped, total_drawn = [], 0
     for step in range(1, config.steps + 1):
         began = time.time()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
         with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0, leave=False) as bar:
             policy.hf.eval()
-            groups, episodes, bad = play_batch(policy, questions, config, env_config, root, rank, world, device,
+            groups, episodes, bad, drawn = play_batch(policy, questions, config, env_config, root, rank, world, device,
                                                generator, bar)
         played = time.time()
-        skipped += bad
-        unreadable = sum_over_processes({"bad": len(skipped)}, device)["bad"]
-        if unreadable > max(config.max_bad * len(rows), 0):
-            check_bad(skipped, 1, 0, config.data)
-            raise UserError(f"{config.data}: {unreadable:.0f} videos cannot be read by other processes")
+        total_drawn += drawn
+        skipped += gather(bad)
+        check_bad(skipped, max(len(rows), total_drawn), config.max_bad, config.data)
         policy.hf.train()
         metrics = {"step": step} | episode_metrics(episodes, len(groups), config.group_size, device)
         if metrics["groups"]:
-            metrics |= update(policy, reference, groups, optimizer, config, device)
+            metrics |= update(policy, reference, groups, optimizer, config, rank, device)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
-                    "seconds": time.time() - began, "lr": optimizer.param_groups[0]["lr"], "skipped": unreadable}
+                    "seconds": time.time() - began, "lr": optimizer.param_groups[0]["lr"], "skipped": len(skipped)}
         if rank == 0:
             log(metrics, episodes, config, out)
             if step % config.save_every == 0 or step == config.steps:
@@ -249,10 +261,14 @@ def log(metrics, episodes, config, out):
 
 
 def main():
-    config = parse_flags(Config, __doc__, DEMO)
+    config = parse_flags(Config, __doc__, DEMO, (
+        "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens", "max_rows",
+        "max_tokens_per_pass", "save_every", "show_every"))
     rank, world, device = start_processes(config.device)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
+    if not config.temperature > 0:
+        raise UserError("--temperature must be above 0: at 0 all episodes of a question are the same")
     if config.model == DEMO["model"] and not Path(config.model).exists():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
     rows, bad = read_rows(config.data, config.max_bad, question_error)
@@ -267,7 +283,8 @@ def main():
     if rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
-        print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on {device}")
+        print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on {device}; a step is "
+              f"{config.batch_size} questions x {config.group_size} episodes, learning rate {config.lr}")
     skipped = bad + train(policy, reference, rows, config, rank, world, device)
     if rank == 0:
         data_prep.write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])

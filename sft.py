@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 import data_prep
-from model import (UserError, VideoError, check_bad, clip_and_step, fill_features, load_policy, parse_flags, read_rows,
-                   replay, run_main, save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients,
+from model import (VideoError, check_bad, clip_and_step, fill_features, gather, load_policy, parse_flags, read_rows, replay,
+                   run_main, save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients,
                    token_log_probs)
 from zoom_env import question_error
 
@@ -123,16 +123,13 @@ def train(policy, rows, config, rank, world, device):
             began = time.time()
             mine = order[start:start + config.batch_size][rank::world]
             dialogues, bad = load_dialogues(policy, [rows[i] for i in mine], root, config.max_length)
-            skipped += bad
+            skipped += gather(bad)
+            check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
             metrics = train_step(policy, dialogues, optimizer, config, device)
-            num_bad = sum_over_processes({"bad": len(skipped)}, device)["bad"]
-            if num_bad > config.max_bad * len(rows) * config.epochs:
-                check_bad(skipped, 1, 0, config.data)
-                raise UserError(f"{config.data}: {num_bad:.0f} of {len(rows)} rows cannot be used on other processes")
             step += 1
             if rank == 0:
-                metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": num_bad,
+                metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
                            "seconds": time.time() - began}
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics) + "\n")
@@ -147,9 +144,9 @@ def train(policy, rows, config, rank, world, device):
 
 
 def main():
-    config = parse_flags(Config, __doc__, DEMO)
+    config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", "max_tokens_per_pass"))
     rank, world, device = start_processes(config.device)
-    if config.model is None and rank == 0:
+    if config.model is None and config.data == Config.data and rank == 0:
         data_prep.ensure_demo(Path(config.data).parent, config.seed)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -68,7 +68,7 @@ class EnvConfig:
     overview_fps: float = 0.5  # frames a second of the first look at the video
     overview_max_frames: int = 64  # ... and at most so many over the whole video
     zoom_max_frames: int = 16  # a call may ask for (end - start) * fps up to this
-    max_zooms: int = 4  # zooms in one episode; rounds are one more
+    max_zooms: int = 4  # rounds before the last one, in which the policy has to answer; a failed call uses one up, too
     min_pixels: int = 25_088  # a frame is scaled up to at least 32 tokens of 28x28 pixels
     max_pixels: int = 100_352  # ... and down to at most 128
     accuracy_weight: float = 0.9  # reward for a right answer
@@ -211,7 +211,8 @@ class Video:
             for time_s in times_s:
                 want = self.start_pts + math.floor(time_s / float(self.time_base) + 1e-6)
                 if self._worth_a_seek(want):
-                    back = 0  # containers may list a key frame by its decoding time, which lies before what it shows
+                    back = 0  # seek further back until what is decoded is not after `want`: containers may list a key
+                    # frame by its decoding time, which lies before the time that it is shown at
                     while self._decode_from(want - back) is None or self.ahead.pts > max(want, self.start_pts):
                         if want - back <= self.start_pts:
                             self._decode_from(None)  # the first key frame is decoded before start_pts
@@ -334,7 +335,8 @@ def between(text, tag):
 def parse_turn(text, duration_s, config):
     """Reads one assistant text: never raises, linear in its length.
 
-    The action is what stands after the last </think>; a call or an answer inside the thoughts is none. A call that
+    The action is what stands after the last </think>, or anywhere if there is none; what is inside closed thoughts is no
+    action. A call that
     cannot be carried out, or a turn without exactly one action, is of kind "error", with the reason."""
     body = text.rpartition("</think>")[2]
     zooms, zooms_clean = between(body, "video_zoom")
@@ -347,12 +349,14 @@ def parse_turn(text, duration_s, config):
         and stripped.endswith(("</video_zoom>", "</answer>"))
         and body.strip().startswith(("<video_zoom>", "<answer>"))
     )
-    if len(zooms) + len(answers) != 1 or not zooms_clean or not answers_clean:
+    reason = None
+    if len(zooms) + len(answers) > 1:
+        reason = "the turn has more than one <video_zoom> call or <answer>"
+    elif not zooms_clean or not answers_clean:
+        reason = "a tag in the turn is not closed or is nested"
+    elif not zooms and not answers:
         reason = "the turn has no <video_zoom> call and no <answer>"
-        if len(zooms) + len(answers) > 1:
-            reason = "the turn has more than one <video_zoom> call or <answer>"
-        elif not zooms_clean or not answers_clean:
-            reason = "a tag in the turn is not closed or is nested"
+    if reason:
         return Turn(text, "error", False, error=f"Error: {reason}. Give exactly one.")
     if answers:
         return Turn(text, "answer", well_formed, answer=answers[0].strip())
@@ -366,7 +370,7 @@ def parse_turn(text, duration_s, config):
 def parse_zoom(text, duration_s, config):
     """The (start_s, end_s) and fps of a call's JSON. Raises ValueError with a text for the policy."""
     try:
-        call = json.loads(text, parse_int=float)
+        call = json.loads(text, parse_int=float)  # one type of number, and no integer of a million digits
     except (ValueError, RecursionError):
         raise ValueError('the call is not JSON like {"segment": [12.0, 20.0], "fps": 2}') from None
     if not isinstance(call, dict) or set(call) != {"segment", "fps"}:
@@ -442,8 +446,8 @@ def grade(answer, question):
     answer = answer[:10_000]
     if kind == "multiple_choice":
         return float(read_letter(answer, question["options"]) == str(truth).strip().upper())
-    numbers = [float(n.replace(",", "")) for n in NUMBER.findall(answer)]
     if kind == "number":
+        numbers = [float(n.replace(",", "")) for n in NUMBER.findall(answer)]
         return float(len(numbers) == 1 and math.isclose(numbers[0], float(truth), rel_tol=1e-6, abs_tol=1e-9))
     if kind == "segment":
         numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", answer)]
@@ -479,10 +483,17 @@ def question_error(question):
     try:
         if kind == "number":
             float(answer)
-        if kind == "segment" and not float(answer[0]) < float(answer[1]):
+        if kind == "segment" and not (len(answer) == 2 and answer[0] < answer[1] - 0.0):
             return f"answer {answer!r} is not [start_s, end_s]"
     except (TypeError, ValueError, IndexError):
         return f"answer {answer!r} is not a {kind}"
+    try:
+        if not all(start < end - 0.0 for start, end in question.get("evidence") or []):
+            return "evidence has an interval that ends before it starts"
+    except (TypeError, ValueError):
+        return "evidence is not a list of [start_s, end_s]"
+    if not isinstance(question.get("meta") or {}, dict):
+        return "meta is not an object"
     return None
 
 

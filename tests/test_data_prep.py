@@ -46,13 +46,14 @@ def test_videos_show_the_evidence(made):
     seen = 0
     for q in train:
         video = Video(folder / q["video"])
-        assert video.duration_s == pytest.approx(q["meta"]["duration_s"], abs=0.01) and 128 <= video.duration_s <= 192.1
+        assert video.duration_s == pytest.approx(q["meta"]["duration_s"], abs=0.01) and 119.9 <= video.duration_s <= 150.1
         right = q["options"]["ABCD".index(q["answer"])]
         for start, end in q["evidence"] or []:
             (_, image), = video.frames_at([(start + end) / 2])
-            assert nearest(image[1, 1]) in q["question"]
+            corners = {nearest(image[y, x]) for y in (0, 27) for x in (0, 27)}  # the card can cover some of them
+            scene = next(c for c in corners if c in q["question"])
             centre = nearest(image[14, 14])
-            assert centre not in ("grey", "black", nearest(image[1, 1]))
+            assert centre not in ("grey", "black", scene)
             if "colour" in q["question"]:
                 assert centre in right
                 seen += 1
@@ -102,7 +103,7 @@ def test_careless_teacher_leaves_something_to_learn(made):
     """It chooses between 0.5 and 1 frame a second, and only the denser one always shows a flash."""
     folder, train, _, rows = made
     fps = Counter(t.split('"fps": ')[1][:3].rstrip("}<") for row in rows for t in row["turns"] if "fps" in t)
-    assert set(fps) == {"0.5", "1"}
+    assert set(fps) == {"0.5", "1"} and fps["0.5"] > fps["1"]
     rng = random.Random(0)
     duration_s, scenes = data_prep.make_scenes(rng)
     assert all(f[1] - f[0] > 1 for s in scenes for f in s.flashes)

@@ -12,7 +12,7 @@ import torch
 
 import data_prep
 import rl
-from model import Episode, encode, fill_features, load_policy, save_policy, token_log_probs
+from model import Episode, Sampled, encode, fill_features, load_policy, save_policy, token_log_probs
 from zoom_env import Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,9 +87,9 @@ def make_groups(policy, folder, num_groups):
             episode = Episode(start.fork(), prompt.fork())
             zooms = "BD".find(letter) + 1
             for text in ['<think>look</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'] * zooms + \
-                    [f"<think>{'so ' * (k + 1)}</think><answer>{letter if k % 2 else question['answer'] if zooms else letter}</answer>"]:
+                    [f"<think>{'so ' * (k + 1)}</think><answer>{question['answer'] if zooms else letter}</answer>"]:
                 ids = policy.tokenizer.encode(text) + ([] if "zoom>" in text else [policy.im_end])
-                encode(policy, [Message("assistant", [ids, [0.0] * len(ids)])], episode.dialogue)
+                encode(policy, [Message("assistant", [Sampled(ids, [0.0] * len(ids))])], episode.dialogue)
                 encode(policy, episode.env.step(text), episode.dialogue)
             assert episode.env.done
             group.append(episode)
@@ -98,6 +98,7 @@ def make_groups(policy, folder, num_groups):
             for e in group:
                 log_probs, _ = token_log_probs(policy, [[e.dialogue]])
                 e.dialogue.sampled_log_probs = (log_probs + 0.3 * torch.randn(len(log_probs), generator=noise)).tolist()
+        assert rl.set_advantages(group)
         groups.append(group)
     return groups
 
@@ -113,7 +114,7 @@ def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointi
                        kl_weight=0.1, entropy_weight=0.1)
     before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
     optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=1.0)
-    metrics = rl.update(policy, reference, groups, optimizer, config, torch.device("cpu"))
+    metrics = rl.update(policy, reference, groups, optimizer, config, rank, torch.device("cpu"))
     return torch.cat([p.detach().flatten() for p in policy.trainable_parameters()]) - before, metrics
 
 

@@ -1,7 +1,7 @@
 """SFT: the loss against its definition, the same however it is split, schedule, skipped rows, and a run end to end."""
 
 import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +118,12 @@ def test_wrong_input_gives_one_line_and_status_2(flags, word, folder):
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
 def test_help_names_each_flag_its_meaning_and_default(script):
     text = " ".join(run("--help", script=script).stdout.split())
-    config = __import__(script[:-3]).Config
+    config, flags = __import__(script[:-3]).Config, {}
+    for flag in text[text.index("options:"):].split(" --")[1:]:
+        name = re.split(r"[ ,]", flag)[0]
+        if name in config.__dataclass_fields__:
+            flags[name] = flags.get(name, "") + flag
+        elif name.startswith("no-"):
+            flags[name[3:]] += flag
     for field in config.__dataclass_fields__.values():
-        part = text[text.index(f"--{field.name} "):] if f"--{field.name} " in text else text[text.index(f"--{field.name},"):]
-        assert f"(default {field.default}" in part.split(" --")[0] or f"(default {field.default}" in part[:400], field.name
+        assert re.search(r"\w{3,}.* \(default " + re.escape(str(field.default)), flags[field.name]), field.name
