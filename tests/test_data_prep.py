@@ -107,3 +107,9 @@ def test_careless_teacher_leaves_something_to_learn(made):
     rng = random.Random(0)
     duration_s, scenes = data_prep.make_scenes(rng)
     assert all(f[1] - f[0] > 1 for s in scenes for f in s.flashes)
+
+
+def test_shipped_base_has_the_environment_of_the_data():
+    policy = load_policy(data_prep.TINY_BASE)
+    assert policy.env_config == data_prep.TINY_ENV
+    assert sum(p.numel() for p in policy.hf.parameters()) < 3_000_000

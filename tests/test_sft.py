@@ -117,13 +117,9 @@ def test_wrong_input_gives_one_line_and_status_2(flags, word, folder):
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
 def test_help_names_each_flag_its_meaning_and_default(script):
-    text = " ".join(run("--help", script=script).stdout.split())
+    text = run("--help", script=script).stdout
     config, flags = __import__(script[:-3]).Config, {}
-    for flag in text[text.index("options:"):].split(" --")[1:]:
-        name = re.split(r"[ ,]", flag)[0]
-        if name in config.__dataclass_fields__:
-            flags[name] = flags.get(name, "") + flag
-        elif name.startswith("no-"):
-            flags[name[3:]] += flag
+    for flag in re.split(r"\n  --", text[text.index("\noptions:"):])[1:]:
+        flags[re.split(r"[ ,]", flag)[0]] = " ".join(flag.split())
     for field in config.__dataclass_fields__.values():
         assert re.search(r"\w{3,}.* \(default " + re.escape(str(field.default)), flags[field.name]), field.name
