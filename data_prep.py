@@ -224,9 +224,10 @@ def choose(options, right):
 
 
 def place(colours, scene, tags):
-    """Where a scene is. tags: of the overview's frames, one a slot."""
+    """Where a scene is, as tags and in seconds. tags: of the overview's frames, one a slot."""
     i = colours.index(scene)
-    return [f"{scene} {i}: {tags[i]} to {tags[i + 1]}"]
+    start, end = (tag.partition("_time")[2].rstrip("s>") for tag in tags[i:i + 2])
+    return [f"{scene} {i}: {tags[i]} to {tags[i + 1]}", f"from [{start}, {end}]"]
 
 
 def transcript(flashes):
@@ -368,7 +369,7 @@ def write_jsonl(path, rows):
 
 
 # ------------------------------------------------------------------------------------------------- the tiny base
-BASE_STEPS = 1300
+BASE_STEPS = 1400
 TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))
 BASE_PROMPT = "You are a helpful assistant."
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -600,7 +601,7 @@ class Lessons:
 CURRICULUM = [
     ({("repeat", 0): 1, ("caption", 0): 2}, 0.4, 300),
     ({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2}, 0.6, 250),
-    ({("repeat", 0): 1, ("letter", 0): 1, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 5, ("whole", 2): 2}, 2.0, 0),
+    ({("repeat", 0): 1, ("letter", 0): 1, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 4, ("whole", 2): 4}, 2.0, 0),
 ]
 
 
