@@ -53,7 +53,7 @@ class Chatter(torch.nn.Module):
         self.head, self.boosted, self.weight = head, boosted, head.weight
 
     def forward(self, hidden):
-        logits = self.head(hidden)
+        logits = 0.3 * self.head(hidden)
         logits[..., self.boosted] += 4.0
         return logits
 
@@ -165,8 +165,10 @@ def test_packed_groups_equal_separate_rows(policy, data):
         (log_probs.sum() + entropies.sum()).backward()
         results.append((log_probs.detach(), entropies.detach(),
                         torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])))
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    (log_probs, entropies, gradient), separate = results
+    torch.testing.assert_close(log_probs, separate[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(entropies, separate[1], atol=1e-4, rtol=0)
+    assert (gradient - separate[2]).norm() <= 1e-5 * gradient.norm()
 
 
 def test_split_by_tokens_keeps_every_dialogue_and_the_budget():
