@@ -1,6 +1,6 @@
 """Questions and trajectories: synthetic videos with a scripted teacher, and the tiny base model that learns from them.
 
-    python data_prep.py synthetic --out runs/data --train 600 --test 300 --seed 0
+    python data_prep.py synthetic --out runs/data --train 1200 --test 300 --seed 0
     python data_prep.py tiny_base --out tiny_base
 
 synthetic writes into --out: videos/*.mp4 (H.264), train.jsonl and test.jsonl (questions), sft.jsonl (trajectories).
@@ -665,7 +665,7 @@ def ensure_demo(data, seed):
         synthetic(data, NUM_TRAIN, NUM_TEST, seed)
 
 
-NUM_TRAIN, NUM_TEST = 800, 300
+NUM_TRAIN, NUM_TEST = 1200, 300
 
 
 def main():
