@@ -306,7 +306,7 @@ class Teacher:
         if text not in options:  # it misread or missed a flash
             text = self.rng.choice(options)
         thoughts = "; ".join(self.thoughts + choose(options, text))
-        return f"<think>{thoughts}</think><answer>{thoughts[-1]}</answer>"
+        return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"  # the space: the same token as in the thoughts
 
 
 def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
