@@ -47,8 +47,9 @@ PALETTE = {"red": (215, 40, 40), "green": (30, 160, 60), "blue": (45, 75, 225), 
            "purple": (140, 40, 180), "orange": (240, 130, 20), "cyan": (70, 210, 220), "white": (245, 245, 245)}
 GREY = (105, 105, 105)
 COLOURS, SHAPES = list(PALETTE), ["circle", "square", "triangle", "cross"]
-SIDE, VIDEO_FPS, NUM_SLOTS = 28, 8, 12  # a frame of 28x28 pixels is one visual token; one overview frame a slot
-FLASH_S = 1.25
+SIDE, VIDEO_FPS = 28, 8  # a frame of 28x28 pixels is one visual token
+NUM_SLOTS = len(COLOURS) + 1  # a scene of each colour and a grey end; the overview shows one frame of each
+SLOT_S, FLASH_S = (13.5, 15.5), 1.25
 
 TINY_PROMPT = """Answer the question about the video. In each turn first write <think>your thoughts</think>, then \
 <video_zoom>{"segment": [start_sec, end_sec], "fps": n}</video_zoom> to look closer, at most ZOOM_MAX_FRAMES frames, \
@@ -77,25 +78,23 @@ def draw(background, flash=None, offset=(0, 0)):
 
 @dataclass
 class Scene:
-    colour: str  # a colour's name, or "grey" between the others
+    colour: str  # a colour's name, or "grey" at the end
     start_s: float
     flashes: list  # (start_s, end_s, (colour, shape), offset)
 
 
 def make_scenes(rng):
-    """A random video: (duration_s, 12 scenes), 2 to 2.5 minutes. Each scene begins a little before one slot's middle,
-    where a 12-frame overview looks, and its flashes follow before the next scene begins."""
-    slot_s = rng.uniform(10, 12.5)
-    duration_s = round(slot_s * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
+    """A random video: (duration_s, 9 scenes), 2 to 2.3 minutes. Each scene begins a little before one slot's middle,
+    where a 9-frame overview looks, and its flashes follow before the next scene begins."""
+    duration_s = round(rng.uniform(*SLOT_S) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
     slot_s = duration_s / NUM_SLOTS
     starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
-    coloured = sorted(rng.sample(range(NUM_SLOTS - 1), len(COLOURS)))
-    colours = dict(zip(coloured, rng.sample(COLOURS, len(COLOURS))))
-    num_flashes = dict(zip(coloured, rng.sample([1, 1, 1, 1, 1, 2, 3, 4], len(COLOURS))))
+    colours = [*rng.sample(COLOURS, len(COLOURS)), "grey"]
+    num_flashes = [*rng.sample([1, 1, 1, 1, 1, 2, 3, 4], len(COLOURS)), 0]
     scenes = []
     for i in range(NUM_SLOTS):
-        colour, flashes = colours.get(i, "grey"), []
-        if n := num_flashes.get(i, 0):
+        colour, flashes = colours[i], []
+        if n := num_flashes[i]:
             first_s, last_s = (i + 0.5) * slot_s + 0.15, starts[i + 1] - 0.15
             gaps = sorted(rng.uniform(0, last_s - first_s - n * FLASH_S - (n - 1) * 0.2) for _ in range(n))
             seen = colour
@@ -191,8 +190,8 @@ def make_questions(rng, video, duration_s, scenes, kinds=("detail", "detail", "c
             text = (f"One shape flashes in the {named[0].colour} scene and one in the {named[1].colour} scene. "
                     "Which colours, in order of time?")
             c, d = rng.sample([x for x in COLOURS if x not in (a, b)], 2)
-            right = f"{a}, then {b}"
-            wrong = [f"{b}, then {a}", f"{a}, then {c}", f"{d}, then {b}"]
+            right = f"{a} then {b}"
+            wrong = [f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
         else:
             k = rng.randrange(len(coloured) - 1)
             text, right = rng.choice([
@@ -213,29 +212,53 @@ def make_questions(rng, video, duration_s, scenes, kinds=("detail", "detail", "c
 
 # ------------------------------------------------------------------------------------------------ scripted teacher
 def survey(colours):
-    """The overview in clauses, what is seen before its number: so that a number can be found by what is seen there."""
-    return [f"{colour} {i}" for i, colour in enumerate(colours)]
+    """The overview: what is seen before its number, so that a number can be found by what is seen there."""
+    return "scenes " + " ".join(f"{colour}{i}" for i, colour in enumerate(colours))
 
 
-def choose(options, right):
-    """The options in clauses, text before letter, and the right one."""
-    said = [f"{text} {letter}" for text, letter in zip(options, "ABCD")]
-    return [*said, "so", said[options.index(right)]]
+def plan(colours, named):
+    """(clauses, scenes in order of time, an ordinal for each) for the one or two scenes that a question names."""
+    if len(named) == 1:
+        return [], list(named), ["first"]
+    first, second = sorted(named, key=colours.index)
+    at = {c: f"{c}{colours.index(c)}" for c in named}
+    return [" and ".join(at[c] for c in named), f"second {at[second]}"], [first, second], ["first", "second"]
 
 
-def place(colours, scene, tags):
+def neighbours(colours, right, question):
+    """The part of the survey that answers which scene comes first, last or after another."""
+    i = colours.index(right)
+    first, last = (i - 1, i) if "right after" in question else (i, i + 1) if "last" in question else (i, i)
+    return " ".join(f"{colours[k]}{k}" for k in range(first, last + 1))
+
+
+def place(colours, scene, tags, ordinal=""):
     """Where a scene is, as tags and in seconds. tags: of the overview's frames, one a slot."""
     i = colours.index(scene)
     start, end = (tag.partition("_time")[2].rstrip("s>") for tag in tags[i:i + 2])
-    return [f"{scene} {i}: {tags[i]} to {tags[i + 1]}", f"from [{start}, {end}]"]
+    return [f"{ordinal} {scene}{i}: {tags[i]} to {tags[i + 1]}".strip(), f"from [{start}, {end}]"]
 
 
-def transcript(flashes):
-    """(clauses, flashes): what each frame of a clip shows, given as (colour, shape) or None, then the flashes by number;
-    one that several frames in a row show is one."""
-    words = " ".join("-" if f is None else " ".join(f) for f in flashes)
-    runs = [f for i, f in enumerate(flashes) if f and (i == 0 or flashes[i - 1] != f)]
-    return [words, *(f"{n} {c} {s}" for n, (c, s) in enumerate(runs, 1))], runs
+def transcript(scene, flashes):
+    """(clause, different flashes): what each frame of a clip shows, given as (colour, shape) or None, again before its
+    number. A flash is counted where it begins ("red circle4=1"); the next frame that shows it says "same"."""
+    said, runs = [], []
+    for i, flash in enumerate(flashes):
+        if flash and i and flash == flashes[i - 1]:
+            said.append(f"same{i}")
+        elif flash:
+            runs.append(flash)
+            said.append(f"{' '.join(flash)}{i}={len(runs)}")
+        else:
+            said.append(f"-{i}")
+    return f"{scene}: " + " ".join(said), runs
+
+
+def choose(options, right):
+    """The options as the question lists them, each with its letter once more at the end, and the right one: a letter is
+    found by the text before it."""
+    said = [f"{letter}. {text} {letter}" for text, letter in zip(options, "ABCD")]
+    return "\n" + "\n".join(said) + "\nso " + said[options.index(right)][3:]
 
 
 HASTE = 0.75
@@ -251,8 +274,11 @@ class Teacher:
     def __init__(self, question, scenes, rng, wrong_zooms=0):
         self.question, self.scenes, self.rng, self.wrong_zooms = question, scenes, rng, wrong_zooms
         named = [w for w in question["question"].replace("?", "").split() if w in COLOURS]
-        self.targets = [s for s in scenes if s.colour in named] if question["evidence"] else []  # in order of time
         self.colours = [scene.colour for scene in scenes]
+        self.plan, self.targets = [], []
+        if question["evidence"]:
+            self.plan, in_order, ordinals = plan(self.colours, named)
+            self.targets = [(scenes[self.colours.index(c)], ordinal) for c, ordinal in zip(in_order, ordinals)]
         self.found, self.thoughts = [], []
 
     def turn(self, messages):
@@ -261,9 +287,10 @@ class Teacher:
         if messages[0].role == "system":
             self.tags = [f"<frame{i}_time{f.time_s:.2f}s>" for i, f in enumerate(frames)]
             self.times = [f"{f.time_s:.2f}" for f in frames]
-            self.thoughts = survey(self.colours)
+            self.thoughts = [survey(self.colours)]
             if messages[-1].content[-1].endswith(LAST_TURN):
                 return self.answer()
+            self.thoughts += self.plan
         else:
             self.read(frames)
         if self.targets:
@@ -271,41 +298,45 @@ class Teacher:
         return self.answer()
 
     def zoom(self):
-        target, fps = self.targets[0], "0.5" if self.rng.random() < HASTE else "1"
+        (target, ordinal), fps = self.targets[0], "0.5" if self.rng.random() < HASTE else "1"
         if self.wrong_zooms:
-            target = self.rng.choice([s for s in self.scenes if s.colour not in ("grey", target.colour)])
+            target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in ("grey", target.colour)]), ""
         self.looked_at = target
         slot = self.scenes.index(target)
-        thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags))
+        thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal))
         return (f"<think>{thoughts}</think><video_zoom>"
                 f'{{"segment": [{self.times[slot]}, {self.times[slot + 1]}], "fps": {fps}}}</video_zoom>')
 
     def read(self, frames):
         shown = [next((f[2] for s in self.scenes for f in s.flashes if f[0] <= frame.time_s < f[1]), None)
                  for frame in frames]
-        self.thoughts, runs = transcript(shown)
+        clause, runs = transcript(self.looked_at.colour, shown)
+        self.thoughts = [clause]
         if self.wrong_zooms:
             self.wrong_zooms -= 1
-            self.thoughts.append("not the scene")
+            self.thoughts.append("not found")
         elif runs or self.rng.random() < 0.5:
             self.found.append(runs)
             self.targets.pop(0)
         else:
-            self.thoughts.append("nothing seen")
+            self.thoughts.append("not found")
 
     def answer(self):
         """The answer that what was found supports, a guess where nothing was."""
         kind, options = self.question["meta"]["kind"], self.question["options"]
-        text = self.rng.choice(options)
+        text = None
         if kind == "holistic":
             text = options["ABCD".index(self.question["answer"])]
+            self.thoughts.append(neighbours(self.colours, text, self.question["question"]))
         elif self.found and all(self.found):
             colour, shape = self.found[0][0]
             text = {"detail": shape if shape in options else colour, "count": str(len(self.found[0])),
-                    "order": ", then ".join(runs[0][0] for runs in self.found)}[kind]
-        if text not in options:  # it misread or missed a flash
+                    "order": " then ".join(runs[0][0] for runs in self.found)}[kind]
+            if kind == "order":
+                self.thoughts.append(text)
+        if text not in options:  # it saw nothing, or missed a flash
             text = self.rng.choice(options)
-        thoughts = "; ".join(self.thoughts + choose(options, text))
+        thoughts = "; ".join(self.thoughts) + choose(options, text)
         return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"  # the space: the same token as in the thoughts
 
 
@@ -369,7 +400,7 @@ def write_jsonl(path, rows):
 
 
 # ------------------------------------------------------------------------------------------------- the tiny base
-BASE_STEPS = 1400
+BASE_STEPS = 3000
 TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))
 BASE_PROMPT = "You are a helpful assistant."
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -484,52 +515,57 @@ class Lessons:
 
     def overview(self, num_slots):
         """A video's scenes as one frame a slot: (colours, times, tags, items)."""
-        rng = self.rng
-        slot_s = rng.uniform(10, 12.5)
-        coloured = sorted(rng.sample(range(num_slots), min(len(COLOURS), max(2, num_slots // 2))))
-        colours = dict(zip(coloured, rng.sample(COLOURS, len(coloured))))
-        colours = [colours.get(i, "grey") for i in range(num_slots)]
+        slot_s = self.rng.uniform(*SLOT_S)
+        colours = [*self.rng.sample(COLOURS, num_slots - 1), "grey"]
         times = [round((i + 0.5) * slot_s * 8) / 8 for i in range(num_slots)]
         tags = [f"<frame{i}_time{t:.2f}s>" for i, t in enumerate(times)]
         return colours, times, tags, self.show([(c, None) for c in colours], times)
 
     def clip(self, background, start_s, num_flashes, num_frames):
-        """Frames of one scene with flashes in it: (flash of each frame, items)."""
-        rng, flashes = self.rng, []
-        seen = background
-        starts = sorted(rng.sample(range(num_frames), min(num_flashes, num_frames)))
-        flashes = [None] * num_frames
+        """Frames of one scene with flashes in it, often with the next scene's beginning: (flash of each, items)."""
+        rng = self.rng
+        after = rng.choice([0, 1, 1, 2, 3]) if num_frames > 5 else 0
+        flashes, seen, length = [None] * num_frames, background, num_frames - after
+        starts = sorted(rng.sample(range(length), min(num_flashes, length)))
         for start in starts:
             seen = rng.choice([c for c in COLOURS if c not in (background, seen)])
-            flash = (seen, rng.choice(SHAPES))
-            flashes[start] = flash
-            if rng.random() < 0.4 and start + 1 < num_frames and start + 1 not in starts:
-                flashes[start + 1] = flash
+            flashes[start] = (seen, rng.choice(SHAPES))
+            if rng.random() < 0.4 and start + 1 < length and start + 1 not in starts:
+                flashes[start + 1] = flashes[start]
         step = rng.uniform(0.5, 2.2)
         times = [round((start_s + (i + 0.5) * step) * 8) / 8 for i in range(num_frames)]
-        return flashes, self.show([(background, f) for f in flashes], times)
+        next_scene = rng.choice(["grey", *(c for c in COLOURS if c != background)])
+        keys = [(background, f) for f in flashes[:length]] + [(next_scene, None)] * after
+        return flashes, self.show(keys, times)
 
     def options(self, right, wrong):
-        if len(wrong) < 3:
-            wrong = [c for c in COLOURS if c != right]
+        """(the options' lines, the options in their order)."""
         options = self.rng.sample([right, *self.rng.sample(wrong, 3)], 4)
-        return "\n".join(f"{letter}. {o}" for letter, o in zip("ABCD", options)), choose(options, right)
+        return "".join(f"\n{letter}. {o}" for letter, o in zip("ABCD", options)), options
+
+    def ask(self, scene, runs):
+        """A question on one clip: (its text, the right option, wrong ones)."""
+        return self.rng.choice([
+            (f"How many shapes flash in the {scene} scene?", str(len(runs)), [n for n in "1234" if n != str(len(runs))]),
+            (f"What colour is the shape that flashes in the {scene} scene?", runs[0][0],
+             [c for c in COLOURS if c not in (runs[0][0], scene)]),
+            (f"Which shape flashes in the {scene} scene?", runs[0][1], [s for s in SHAPES if s != runs[0][1]])])
 
     def lesson(self, kind, level):
         """[(user items, assistant text), ...] for one skill; level from 0 (short) to 2 (at full length)."""
         rng = self.rng
-        num_slots = (4, rng.randint(4, 10), NUM_SLOTS)[level]
-        num_frames = (4, rng.randint(3, 8), rng.randint(3, 12))[level]
+        num_slots = (4, rng.randint(4, NUM_SLOTS), NUM_SLOTS)[level]
+        num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 13, 14, 15]))[level]
         if kind == "letter":
-            if rng.random() < 0.4:
+            if rng.random() < 0.5:
                 a, b, c, d = rng.sample(COLOURS, 4)
-                texts = [f"{a}, then {b}", f"{b}, then {a}", f"{a}, then {c}", f"{d}, then {b}"]
+                texts = [f"{a} then {b}", f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
             else:
                 texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
-            lines = [f"{letter}. {text}" for letter, text in zip("ABCD", rng.sample(texts, 4))]
-            options, asked = [line[3:] for line in lines], rng.sample(texts, 4)
-            said = choose(options, asked[0]) + [part for text in asked[1:] for part in choose(options, text)[-2:]]
-            return [(["Which option is: " + "; ".join(asked) + "?\n" + "\n".join(lines)], "; ".join(said))]
+            text, options = self.options(texts[0], texts[1:])
+            asked = rng.sample(texts, 4)
+            said = choose(options, asked[0]) + "".join(choose(options, a)[choose(options, a).index("\nso"):] for a in asked[1:])
+            return [(["Which option is: " + "; ".join(asked) + "?" + text], said[1:])]
         if kind == "repeat":
             words = rng.choices(COLOURS + SHAPES + list("ABCD1234"), k=rng.randint(8, 24))
             said = " ".join(words)
@@ -540,54 +576,59 @@ class Lessons:
             said = " ".join(f"{scene} {' '.join(flash) if flash else '-'}." for scene, flash in keys)
             return [(["Describe each frame.\n", *self.show(keys, times)], said)]
         if kind == "clip":
-            background = rng.choice(COLOURS)
-            flashes, items = self.clip(background, rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4]), num_frames)
-            words, runs = transcript(flashes)
-            if not runs or rng.random() < 0.4:
-                return [([f"What flashes in the {background} scene?\n", *items], "; ".join(words))]
-            question, right, wrong = rng.choice([
-                (f"How many shapes flash in the {background} scene?", str(len(runs)), [str(n) for n in range(1, 5) if n != len(runs)]),
-                (f"What colour is the shape that flashes in the {background} scene?", runs[0][0], [c for c in COLOURS if c != runs[0][0]]),
-                (f"Which shape flashes in the {background} scene?", runs[0][1], [s for s in SHAPES if s != runs[0][1]])])
-            text, said = self.options(right, wrong)
-            return [([f"{question}\n{text}\n", *items], "; ".join(words + said))]
+            scene = rng.choice(COLOURS)
+            flashes, items = self.clip(scene, rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4]), num_frames)
+            clause, runs = transcript(scene, flashes)
+            if not runs or rng.random() < 0.3:
+                return [([f"What flashes in the {scene} scene?\n", *items], clause)]
+            question, right, wrong = self.ask(scene, runs)
+            text, options = self.options(right, wrong)
+            return [([f"{question}{text}\n", *items], clause + choose(options, right))]
         colours, times, tags, items = self.overview(num_slots)
-        coloured = [c for c in colours if c != "grey"]
-        slot, seen_first = colours.index, survey(colours)
+        coloured = colours[:-1]
+        head = f"\nThe video lasts {times[-1] + times[0]:.2f} seconds. {num_slots} frames of it:\n"
         if kind == "scenes":
-            return [(["Name the scene of each frame.\n", *items], "; ".join(seen_first))]
+            return [(["Name the scene of each frame.\n", *items], survey(colours))]
         if kind == "whole":
             k = rng.randrange(len(coloured) - 1)
             question, right = rng.choice([("Which scene comes first?", coloured[0]), ("Which scene comes last?", coloured[-1]),
-                                          (f"Which scene comes right after the {coloured[k]} scene?", coloured[k + 1])])
-            text, said = self.options(right, [c for c in coloured if c != right and c not in question])
-            return [([f"{question}\n{text}\n", *items], "; ".join(seen_first + said))]
-        findable = [c for c in coloured if slot(c) < num_slots - 1]
-        asked = rng.sample(findable, min(len(findable), rng.randint(1, 6)))
+                                          *[(f"Which scene comes right after the {coloured[k]} scene?", coloured[k + 1])] * 2])
+            text, options = self.options(right, [c for c in COLOURS if c != right and c not in question])
+            said = f"{survey(colours)}; {neighbours(colours, right, question)}" + choose(options, right)
+            return [([question + text + head, *items], said)]
+        named = rng.sample(coloured, rng.randint(1, 2))
+        clauses, in_order, ordinals = plan(colours, named)
+        clauses = [survey(colours), *clauses]
         if kind == "where":
-            if len(asked) > 1 and rng.random() < 0.4:
-                asked = asked[:2]
-                question = f"Where are the {asked[0]} scene and the {asked[1]} scene, in order of time?"
-                asked = sorted(asked, key=slot)
-            else:
-                question = "Where is " + ", ".join(f"the {c} scene" for c in asked) + "?"
-            return [([question + "\n", *items], "; ".join(seen_first + [text for c in asked for text in place(colours, c, tags)]))]
-        asked = asked[:rng.randint(1, 2)]  # a visit: a place, its clip, perhaps another place and its clip
-        named = list(asked)
-        if len(asked) == 2 and rng.random() < 0.7:
-            asked = sorted(asked, key=slot)
-            question = f"What flashes in the {named[0]} scene and in the {named[1]} scene, in order of time?"
+            for c, ordinal in zip(in_order, ordinals):
+                clauses += place(colours, c, tags, ordinal)
+            return [(["Where is " + " and ".join(f"the {c} scene" for c in named) + "?" + head, *items], "; ".join(clauses))]
+        one, clips = len(named) == 1, []  # a visit: a place, its clip, perhaps another place and its clip
+        for c in in_order:
+            clips.append(self.clip(c, times[colours.index(c)], rng.choice([1, 1, 1, 2, 3, 4]) if one else 1, num_frames))
+        seen = [transcript(c, flashes)[1] for c, (flashes, _) in zip(in_order, clips)]
+        if one:
+            question, right, wrong = self.ask(named[0], seen[0])
         else:
-            question = "What flashes in " + " and ".join(f"the {c} scene" for c in asked) + "?"
-        dialogue, user, thoughts = [], [question + "\n", *items], seen_first
-        seen = []
-        for c in asked:
-            dialogue.append((user, "; ".join(thoughts + place(colours, c, tags))))
-            flashes, clip = self.clip(c, times[slot(c)], rng.choice([1, 1, 1, 2, 3, 4, 0]), num_frames)
-            user = clip
-            thoughts, runs = transcript(flashes)
-            seen.append(runs[0][0] if runs else "-")
-        return [*dialogue, (user, "; ".join([*thoughts, ", then ".join(seen)]))]
+            question = (f"One shape flashes in the {named[0]} scene and one in the {named[1]} scene. "
+                        "Which colours, in order of time?")
+            a, b = (runs[0][0] for runs in seen)
+            c, d = rng.sample([x for x in COLOURS if x not in (a, b)], 2)
+            right, wrong = f"{a} then {b}", [f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
+            if a == b:
+                wrong[0] = f"{c} then {a}"
+        text, options = self.options(right, wrong)
+        dialogue, user = [], [question + text + head, *items]
+        for c, ordinal, (flashes, clip) in zip(in_order, ordinals, clips):
+            dialogue.append((user, "; ".join(clauses + place(colours, c, tags, ordinal))))
+            if rng.random() < 0.2:  # the first clip shows nothing
+                flashes_before, clip_before = self.clip(c, times[colours.index(c)], 0, num_frames)
+                clauses = [transcript(c, flashes_before)[0], "not found", *place(colours, c, tags, ordinal)]
+                dialogue.append((clip_before, "; ".join(clauses)))
+            user, clauses = clip, [transcript(c, flashes)[0]]
+        if not one:
+            clauses.append(right)
+        return [*dialogue, (user, "; ".join(clauses) + choose(options, right))]
 
     def dialogue(self, policy, kind, level):
         messages = [Message("system", [BASE_PROMPT])]
@@ -601,7 +642,7 @@ class Lessons:
 CURRICULUM = [
     ({("repeat", 0): 1, ("caption", 0): 2}, 0.4, 300),
     ({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2}, 0.6, 250),
-    ({("repeat", 0): 1, ("letter", 0): 1, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 4, ("whole", 2): 4}, 2.0, 0),
+    ({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6, ("whole", 2): 3}, 2.0, 0),
 ]
 
 
@@ -613,10 +654,10 @@ def tiny_base(out, steps, seed, batch_tokens=6144, lr=1.5e-3):
     folder.mkdir(parents=True, exist_ok=True)
     lessons = Lessons(make_frame_bank(folder), seed)
     folder.rmdir()
-    spoken = [part for i in range(2000) for user, said in lessons.lesson(("clip", "letter", "where", "visit")[i % 4], 2)
+    spoken = [part for i in range(2000) for user, said in lessons.lesson(("clip", "letter", "where", "visit", "whole")[i % 5], 2)
               for part in [*(u for u in user if isinstance(u, str)), said]]
     protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n", "system\nuser\nassistant\n",
-                "The video lasts 1 seconds. frames of it:\n; nothing seen; not the scene; so; One shape flashes in the and one"]
+                "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
     policy = make_tiny_model(make_tokenizer(spoken + protocol * 300))
     parameters = list(policy.hf.parameters())
     if rank == 0:
@@ -625,7 +666,7 @@ def tiny_base(out, steps, seed, batch_tokens=6144, lr=1.5e-3):
     lessons.rng.seed(f"{seed} {rank}")
     torch.manual_seed(seed * 1000 + rank)
     stage, began, exact = 0, 0, defaultdict(lambda: deque(maxlen=100))
-    bar = tqdm(range(steps), desc="pretraining", unit="step", dynamic_ncols=True, mininterval=5, disable=rank > 0)
+    bar = tqdm(range(steps), desc="pretraining", unit="step", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 0.02 + 2 * (1 - step / steps))

@@ -408,19 +408,19 @@ def split_by_tokens(groups, max_tokens):
 
 # --------------------------------------------------------------------------------------------- generation, rollouts
 class KVCache:
-    """Keys and values of many rows of unequal length: (layers, 2, slots, capacity, kv heads, D)."""
+    """Keys and values of many rows of unequal length: (layers, 2, slots, kv heads, capacity, D)."""
 
     def __init__(self, policy, slots, capacity):
         config = policy.language_model.config
         heads = config.num_key_value_heads
         dtype = torch.bfloat16 if policy.device.type == "cuda" else policy.hf.lm_head.weight.dtype
-        self.data = torch.zeros(config.num_hidden_layers, 2, slots, capacity, heads,
+        self.data = torch.zeros(config.num_hidden_layers, 2, slots, heads, capacity,
                                 config.hidden_size // config.num_attention_heads, dtype=dtype, device=policy.device)
 
     def reserve(self, capacity):
-        if capacity > self.data.shape[3]:
+        if capacity > self.data.shape[4]:
             grown = capacity + capacity // 4
-            self.data = F.pad(self.data, (0, 0, 0, 0, 0, grown - self.data.shape[3]))
+            self.data = F.pad(self.data, (0, 0, 0, grown - self.data.shape[4]))
 
     def swap(self, a, b):
         if a != b:
@@ -440,10 +440,9 @@ class KVCache:
 
         def attend(layer, query, key, value):
             keys, values = self.data[layer]
-            keys[rows, at] = key.transpose(1, 2).to(keys.dtype)
-            values[rows, at] = value.transpose(1, 2).to(values.dtype)
-            k = keys[slots, :longest].transpose(1, 2)  # (B, kv heads, longest, D)
-            v = values[slots, :longest].transpose(1, 2)
+            keys[rows, :, at] = key.transpose(1, 2).to(keys.dtype)
+            values[rows, :, at] = value.transpose(1, 2).to(values.dtype)
+            k, v = keys[slots, :, :longest], values[slots, :, :longest]  # (B, kv heads, longest, D)
             query = query.to(k.dtype)
             if fresh:
                 out = F.scaled_dot_product_attention(query, k, v, is_causal=True, enable_gqa=True)
@@ -577,7 +576,7 @@ def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, gen
         for e in group:
             e.dialogue.features, e.cached = list(group[0].dialogue.features), group[0].cached
     cache.data = cache.data.repeat_interleave(sizes, dim=2)
-    cache.reserve(cache.data.shape[3] + max_turn_tokens)
+    cache.reserve(cache.data.shape[4] + max_turn_tokens)
     hidden = hidden.repeat_interleave(sizes, dim=0)
     live = [e for group in groups for e in group]
     decoding, to_sample = len(live), slice(0, len(live))

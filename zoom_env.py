@@ -39,6 +39,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torchvision.transforms.v2 import functional as transforms
 
 SYSTEM_PROMPT = """You answer a question about a video. You first see a few frames of the whole video, each after a tag \
@@ -112,6 +113,7 @@ class Video:
     def __init__(self, path):
         self.path = str(path)
         self.lock = threading.Lock()
+        self.reformatter = VideoReformatter()  # one a video: setting it up takes longer than converting a small frame
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise VideoError(f"{self.path}: not a regular file")
@@ -222,7 +224,7 @@ class Video:
                     self.shown, self.ahead = self.ahead, self._next()
                 if self.shown is None:
                     raise VideoError(f"{self.path}: no frame can be decoded at {time_s:.2f} s")
-                out.append((float((self.shown.pts - self.start_pts) * self.time_base), to_rgb(self.shown)))
+                out.append((float((self.shown.pts - self.start_pts) * self.time_base), self._rgb(self.shown)))
         return out
 
     def _worth_a_seek(self, want):
@@ -234,16 +236,15 @@ class Video:
             return at > 0 and self.keyframes[at - 1] > self.ahead.pts
         return (want - self.ahead.pts) * self.time_base > 5
 
+    def _rgb(self, frame):
+        """A decoded frame as an upright (H, W, 3) uint8 RGB array."""
+        image = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+        quarter_turns = round((frame.rotation or 0) / 90) % 4
+        return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
     def close(self):
         self.container.close()
         self.file.close()
-
-
-def to_rgb(frame):
-    """A decoded frame as an upright (H, W, 3) uint8 RGB array."""
-    image = frame.to_ndarray(format="rgb24")
-    quarter_turns = round((frame.rotation or 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
 
 @lru_cache(maxsize=16)
