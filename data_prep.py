@@ -337,7 +337,8 @@ class Teacher:
         if text not in options:  # it saw nothing, or missed a flash
             text = self.rng.choice(options)
         thoughts = "; ".join(self.thoughts) + choose(options, text)
-        return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"  # the space: the same token as in the thoughts
+        said = f"answer: {thoughts[-1]}"  # the same words in both places: the letter is found by what is before it
+        return f"<think>{thoughts}\n{said}</think><answer>{said}</answer>"
 
 
 def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
