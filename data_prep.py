@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (Policy, UserError, clip_and_step, encode, fail, frame_features, run_main, save_policy,
+from model import (Policy, UserError, clip_and_step, encode, fail, frame_features, load_policy, run_main, save_policy,
                    start_processes, sum_over_processes, sync_gradients, token_log_probs)
 from zoom_env import LAST_TURN, MAY_ZOOM, EnvConfig, Frame, Message, VideoError, ZoomEnv
 
@@ -337,8 +337,7 @@ class Teacher:
         if text not in options:  # it saw nothing, or missed a flash
             text = self.rng.choice(options)
         thoughts = "; ".join(self.thoughts) + choose(options, text)
-        said = f"answer: {thoughts[-1]}"  # the same words in both places: the letter is found by what is before it
-        return f"<think>{thoughts}\n{said}</think><answer>{said}</answer>"
+        return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"  # the space: the same token as in the thoughts
 
 
 def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
@@ -503,7 +502,7 @@ class Lessons:
     """Draws pretraining dialogues: what the base can do that the demo's stages build on. No word of the tool."""
 
     def __init__(self, bank, seed):
-        self.bank, self.rng = bank, random.Random(seed)
+        self.bank, self.rng, self.answers = bank, random.Random(seed), False
 
     def picture(self, key):
         image = self.rng.choice(self.bank[key]).int() + torch.randint(-5, 6, (3, 1, 1)) + torch.randint(-3, 4, (3, SIDE, SIDE))
@@ -634,6 +633,8 @@ class Lessons:
     def dialogue(self, policy, kind, level):
         messages = [Message("system", [BASE_PROMPT])]
         for user, assistant in self.lesson(kind, level):
+            if self.answers and "\nso " in assistant:
+                assistant += f"\n<answer> {assistant[-1]}</answer>"
             messages += [Message("user", user), Message("assistant", [assistant])]
         return encode(policy, messages)
 
@@ -647,22 +648,39 @@ CURRICULUM = [
 ]
 
 
-def tiny_base(out, steps, seed, batch_tokens=6144, lr=1.5e-3):
-    """Pretrains the tiny base and writes its checkpoint folder, in bfloat16. Runs on any number of processes."""
+def tiny_base(out, steps, seed, init=None):
+    """Pretrains the tiny base and writes its checkpoint folder, in bfloat16. Runs on any number of processes. After
+    `steps` steps of the curriculum come a tenth as many in which an answer also stands in its tags; `init` is a folder
+    to begin these from."""
     rank, world, device = start_processes("cpu")
     torch.manual_seed(seed)
     folder = Path(out) / f"bank{rank}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
     lessons = Lessons(make_frame_bank(folder), seed)
     folder.rmdir()
-    spoken = [part for i in range(2000) for user, said in lessons.lesson(("clip", "letter", "where", "visit", "whole")[i % 5], 2)
-              for part in [*(u for u in user if isinstance(u, str)), said]]
-    protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n", "system\nuser\nassistant\n",
-                "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
-    policy = make_tiny_model(make_tokenizer(spoken + protocol * 300))
-    parameters = list(policy.hf.parameters())
+    if init is None:
+        spoken = [part for i in range(2000) for user, said in lessons.lesson(("clip", "letter", "where", "visit", "whole")[i % 5], 2)
+                  for part in [*(u for u in user if isinstance(u, str)), said]]
+        protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n",
+                    "system\nuser\nassistant\n",
+                    "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
+        policy = make_tiny_model(make_tokenizer(spoken + protocol * 300))
+        if rank == 0:
+            print(f"tiny base: {sum(p.numel() for p in policy.hf.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
+        pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed, out)
+    else:
+        policy = load_policy(init)
+    lessons.answers = True
+    pretrain(policy, lessons, CURRICULUM[-1:], steps // 10, 1e-3, seed + 1, out)
     if rank == 0:
-        print(f"tiny base: {sum(p.numel() for p in parameters):,} parameters, {len(policy.tokenizer)} tokens")
+        policy.hf.to(torch.bfloat16)
+        save_policy(policy, out)
+
+
+def pretrain(policy, lessons, curriculum, steps, lr, seed, out, batch_tokens=6144):
+    """Trains the whole model on lessons: AdamW, the learning rate constant in the first half and then linear to 0."""
+    rank, world, device = start_processes("cpu")
+    parameters = list(policy.hf.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     lessons.rng.seed(f"{seed} {rank}")
     torch.manual_seed(seed * 1000 + rank)
@@ -671,8 +689,8 @@ def tiny_base(out, steps, seed, batch_tokens=6144, lr=1.5e-3):
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 0.02 + 2 * (1 - step / steps))
-        (shares, enough, most_steps), dialogues, skills, tokens = CURRICULUM[stage], [], [], 0
-        while tokens < (batch_tokens if stage > 1 else 3072) / world:
+        (shares, enough, most_steps), dialogues, skills, tokens = curriculum[stage], [], [], 0
+        while tokens < (3072 if enough <= 1 else batch_tokens) / world:
             skills += lessons.rng.choices(list(shares), list(shares.values()))
             dialogues.append(lessons.dialogue(policy, *skills[-1]))
             tokens += len(dialogues[-1].ids)
@@ -691,13 +709,10 @@ def tiny_base(out, steps, seed, batch_tokens=6144, lr=1.5e-3):
             if rank == 0:
                 tqdm.write(f"step {step + 1}, stage {stage}, loss {-log_probs.mean().item():.3f}, probability of the whole "
                            "answer: " + ", ".join(f"{skill} {level}: {right[skill, level]:.2f}" for skill, level in shares))
-            if stage + 1 < len(CURRICULUM) and (min(right.values()) >= enough or step + 1 - began >= most_steps):
+            if stage + 1 < len(curriculum) and (min(right.values()) >= enough or step + 1 - began >= most_steps):
                 stage, began = stage + 1, step + 1
         if rank == 0 and (step + 1) % 100 == 0:
             save_policy(policy, out)
-    if rank == 0:
-        policy.hf.to(torch.bfloat16)
-        save_policy(policy, out)
 
 
 def ensure_demo(data, seed):
@@ -724,13 +739,14 @@ def main():
     sub.add_argument("--out", default="tiny_base", help="checkpoint folder to write")
     sub.add_argument("--steps", type=int, default=BASE_STEPS, help="optimizer steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
+    sub.add_argument("--init", help="checkpoint folder to begin the last tenth from")
     args = parser.parse_args()
     if args.command == "synthetic":
         if args.train < 1 or args.test < 1:
             raise UserError("--train and --test must be at least 1")
         synthetic(args.out, args.train, args.test, args.seed)
     else:
-        tiny_base(args.out, args.steps, args.seed)
+        tiny_base(args.out, args.steps, args.seed, args.init)
 
 
 if __name__ == "__main__":
