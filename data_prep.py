@@ -634,7 +634,7 @@ class Lessons:
         messages = [Message("system", [BASE_PROMPT])]
         for user, assistant in self.lesson(kind, level):
             if self.answers and "\nso " in assistant:
-                assistant += f"\n<answer> {assistant[-1]}</answer>"
+                assistant = f"<think>{assistant}</think><answer> {assistant[-1]}</answer>"
             messages += [Message("user", user), Message("assistant", [assistant])]
         return encode(policy, messages)
 
@@ -650,8 +650,8 @@ CURRICULUM = [
 
 def tiny_base(out, steps, seed, init=None):
     """Pretrains the tiny base and writes its checkpoint folder, in bfloat16. Runs on any number of processes. After
-    `steps` steps of the curriculum come a tenth as many in which an answer also stands in its tags; `init` is a folder
-    to begin these from."""
+    `steps` steps of the curriculum come a tenth as many in which thoughts and answers stand in their tags; `init` is a
+    folder to begin these from."""
     rank, world, device = start_processes("cpu")
     torch.manual_seed(seed)
     folder = Path(out) / f"bank{rank}.tmp"
