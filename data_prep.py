@@ -303,7 +303,7 @@ class Teacher:
             target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in ("grey", target.colour)]), ""
         self.looked_at = target
         slot = self.scenes.index(target)
-        thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal))
+        thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal)[:1])  # seconds: the call
         return (f"<think>{thoughts}</think><video_zoom>"
                 f'{{"segment": [{self.times[slot]}, {self.times[slot + 1]}], "fps": {fps}}}</video_zoom>')
 
