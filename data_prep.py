@@ -298,7 +298,7 @@ class Teacher:
         return self.answer()
 
     def zoom(self):
-        (target, ordinal), fps = self.targets[0], "0.5" if self.rng.random() < HASTE else "1"
+        (target, ordinal), fps = self.targets[0], "0.50" if self.rng.random() < HASTE else "1.00"
         if self.wrong_zooms:
             target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in ("grey", target.colour)]), ""
         self.looked_at = target

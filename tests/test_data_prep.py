@@ -102,8 +102,8 @@ def test_uniform_accuracy_equals_a_simulation(made):
 def test_careless_teacher_leaves_something_to_learn(made):
     """It chooses between 0.5 and 1 frame a second, and only the denser one always shows a flash."""
     folder, train, _, rows = made
-    fps = Counter(t.split('"fps": ')[1][:3].rstrip("}<") for row in rows for t in row["turns"] if "fps" in t)
-    assert set(fps) == {"0.5", "1"} and fps["0.5"] > fps["1"]
+    fps = Counter(t.split('"fps": ')[1][:4] for row in rows for t in row["turns"] if "fps" in t)
+    assert set(fps) == {"0.50", "1.00"} and fps["0.50"] > fps["1.00"]
     rng = random.Random(0)
     duration_s, scenes = data_prep.make_scenes(rng)
     assert all(f[1] - f[0] > 1 for s in scenes for f in s.flashes)
