@@ -54,7 +54,7 @@ class Config:
     device: str | None = None  # cpu, cuda; by default cuda where there is one
 
 
-DEMO = dict(lr=5e-4, batch_size=16, max_tokens_per_pass=8192, gradient_checkpointing=False)
+DEMO = dict(lr=1e-3, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)
 
 
 def row_error(row):
