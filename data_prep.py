@@ -300,7 +300,8 @@ class Teacher:
     def zoom(self):
         (target, ordinal), fps = self.targets[0], "0.50" if self.rng.random() < HASTE else "1.00"
         if self.wrong_zooms:
-            target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in ("grey", target.colour)]), ""
+            wanted = {scene.colour for scene, _ in self.targets} | {"grey"}
+            target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in wanted]), ""
         self.looked_at = target
         slot = self.scenes.index(target)
         thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal)[:1])  # seconds: the call
