@@ -25,7 +25,7 @@ from torchvision.io import write_png
 from tqdm import tqdm
 
 import data_prep
-from model import UserError, load_policy, parse_flags, read_rows, rollout, run_main, start_processes, check_bad
+from model import UserError, check_bad, load_policy, parse_flags, read_rows, rollout, run_main, start_processes, use_overview
 from zoom_env import LETTERS, open_video, question_error
 
 
@@ -42,6 +42,7 @@ class Config:
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
     max_rows: int = 16  # episodes at one time
     system_prompt: str | None = None  # file with another system prompt
+    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
     video: str | None = None  # ask about this video file instead
     question: str | None = None  # ... this question
     options: list[str] | None = None  # ... with these options
@@ -185,7 +186,9 @@ def main():
         names = config.model or [n for n in ("runs/rl", "runs/sft") if Path(n).exists()][:1]
         if not names:
             raise UserError("no runs/rl or runs/sft yet: run sft.py and rl.py first, or name a checkpoint with --model")
-        return ask(load(names[0], config, device), config)
+        policy = load(names[0], config, device)
+        use_overview(policy, [], config.overview, config.max_bad)
+        return ask(policy, config)
 
     names = config.model or [n for n in ("runs/sft", "runs/rl") if Path(n).exists()]
     if not names:
@@ -195,6 +198,8 @@ def main():
     root, out, rows, said = Path(config.data).parent, Path(config.out), [], []
     for name in names:
         policy = load(name, config, device)
+        questions, without = use_overview(policy, questions, config.overview, config.max_bad)
+        bad += without
         plays = [(config.mode, None)]
         if config.model is None and config.mode == "zoom":
             plays.append(("zoom off", replace(policy.env_config, max_zooms=0)))

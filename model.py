@@ -25,6 +25,8 @@ import re
 import shutil
 import sys
 import types
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -468,15 +470,19 @@ class Episode:
     cached: int = 0  # tokens of the dialogue that are in the KV cache
     turn_ids: list = field(default_factory=list)
     turn_log_probs: list = field(default_factory=list)
+    reply: Future | None = None  # the environment's next message, while its frames are decoded
 
-    def finish_turn(self, policy, stopped, max_response_tokens):
-        """Gives the sampled turn to the environment and appends the reply."""
+    def end_turn(self, policy, stopped, decoders):
+        """Gives the sampled turn to the environment, which answers in a thread of `decoders`."""
         text = policy.tokenizer.decode(self.turn_ids[:-1] if self.turn_ids[-1] == policy.im_end else self.turn_ids)
         encode(policy, [Message("assistant", [Sampled(self.turn_ids, self.turn_log_probs)])], self.dialogue)
         self.turn_ids, self.turn_log_probs = [], []
-        reply = self.env.step(text)
-        if not stopped:
-            self.env.done = self.truncated = True
+        self.reply, self.truncated = decoders.submit(self.env.step, text), not stopped
+
+    def take_reply(self, policy, max_response_tokens):
+        """Waits for the reply and appends it, unless the episode is over."""
+        reply, self.reply = self.reply.result(), None
+        self.env.done |= self.truncated
         if not self.env.done:
             longer = encode(policy, reply, self.dialogue.fork())
             if len(longer.ids) - longer.prompt_length > max_response_tokens:
@@ -497,23 +503,31 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
         max_rows: episodes that run at one time.
         generator: torch.Generator on the policy's device.
         progress: called with the number of episodes that ended."""
-    groups, skipped = [[] for _ in questions], []
-    waves, room = [], 0
-    for group, question in zip(groups, questions):
+    def begin(question):
+        env = ZoomEnv(question, env_config or policy.env_config, root)
         try:
-            env = ZoomEnv(question, env_config or policy.env_config, root)
-            dialogue = encode(policy, env.reset())
+            return env, env.reset()
         except VideoError as error:
-            skipped.append((question["id"], str(error)))
-            continue
-        group += [Episode(env.fork(), dialogue.fork()) for _ in range(group_size)]
-        if room < group_size:
-            waves.append([])
-            room = max(max_rows, group_size)
-        waves[-1].append(group)
-        room -= group_size
-    for wave in waves:
-        _play(policy, wave, temperature, max_turn_tokens, max_response_tokens, generator, progress)
+            return env, error
+
+    groups, skipped, at_once = [[] for _ in questions], [], max(1, max_rows // group_size)
+    waves = [range(i, min(i + at_once, len(questions))) for i in range(0, len(questions), at_once)]
+    with ThreadPoolExecutor(4) as decoders:
+        ahead = deque()  # the next wave's videos are decoded while this one plays
+        for number in range(len(waves)):
+            while len(ahead) < min(2, len(waves) - number):
+                ahead.append([decoders.submit(begin, questions[i]) for i in waves[number + len(ahead)]])
+            playing = []
+            for i, started in zip(waves[number], ahead.popleft()):
+                env, messages = started.result()
+                if isinstance(messages, VideoError):
+                    skipped.append((questions[i]["id"], str(messages)))
+                    continue
+                dialogue = encode(policy, messages)
+                groups[i] += [Episode(env.fork(), dialogue.fork()) for _ in range(group_size)]
+                playing.append(groups[i])
+            if playing:
+                _play(policy, playing, temperature, max_turn_tokens, max_response_tokens, generator, progress, decoders)
     return groups, skipped
 
 
@@ -565,9 +579,9 @@ def _sample(policy, episodes, hidden, temperature, generator):
     return ended
 
 
-def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, generator, progress):
+def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, generator, progress, decoders):
     """Plays one wave of groups to the end. live[i] has slot i of the cache. The first `decoding` ones are in the middle
-    of a turn, and only their last token, just sampled, is not in the cache; the others wait with a reply to be read."""
+    of a turn, and only their last token, just sampled, is not in the cache; the others wait for a reply or to read it."""
     prompts = [group[0] for group in groups]
     cache = KVCache(policy, len(groups), max(len(e.dialogue.ids) for e in prompts))
     hidden = _extend(policy, cache, prompts, 0)
@@ -586,18 +600,21 @@ def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, gen
             e = live[i]
             if not ended[i - to_sample.start] and len(e.turn_ids) < max_turn_tokens:
                 continue
-            e.finish_turn(policy, ended[i - to_sample.start], max_response_tokens)
+            e.end_turn(policy, ended[i - to_sample.start], decoders)
             decoding -= 1
             cache.swap(i, decoding)
             live[i], live[decoding] = live[decoding], live[i]
-            if e.env.done:
-                cache.swap(decoding, len(live) - 1)
-                live[decoding], live[-1] = live[-1], live[decoding]
-                live.pop()
-                if progress:
-                    progress(1)
         waiting = len(live) - decoding
         if waiting and (decoding == 0 or waiting >= max(4, len(live) // 4)):
+            for i in reversed(range(decoding, len(live))):
+                live[i].take_reply(policy, max_response_tokens)
+                if live[i].env.done:
+                    cache.swap(i, len(live) - 1)
+                    live[i] = live[-1]
+                    live.pop()
+                    if progress:
+                        progress(1)
+        if decoding < len(live) and (decoding == 0 or live[-1].reply is None):
             to_sample = slice(decoding, len(live))
             hidden = _extend(policy, cache, live[to_sample], decoding)
             decoding = len(live)
@@ -739,6 +756,36 @@ def read_rows(path, max_bad, check):
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows, bad
+
+
+def use_overview(policy, questions, overview, max_bad):
+    """Applies --overview: one of EnvConfig's ways, or a JSON file with the frames that another selector chose, a list of
+    {"video_name", "question", "frame_idx"} (TSPO's format; a row belongs to the question with the same file name and the
+    same first line). Returns the questions that it has frames for and [(id, reason)] of the others."""
+    if overview is None:
+        return questions, []
+    if not overview.endswith(".json"):
+        try:
+            policy.env_config = replace(policy.env_config, overview=overview)
+        except ValueError as error:
+            raise UserError(f"--{error}, or a .json file") from None
+        return questions, []
+    first_line = lambda text: text.strip().splitlines()[0].strip()
+    try:
+        chosen = {(Path(row["video_name"]).name, first_line(row["question"])): [float(n) for n in row["frame_idx"]]
+                  for row in json.loads(Path(overview).read_text()) if row.get("frame_idx")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"cannot read --overview {overview}: {type(error).__name__}: {error}") from None
+    known, bad = [], []
+    for question in questions:
+        frames = chosen.get((Path(question["video"]).name, first_line(question["question"])))
+        if frames:
+            question["overview_frames"] = frames
+            known.append(question)
+        else:
+            bad.append((question["id"], "no frames chosen for it"))
+    check_bad(bad, len(questions), max_bad, overview)
+    return known, bad
 
 
 def check_bad(bad, total, max_bad, path):

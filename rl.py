@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data_prep
 from model import (Policy, UserError, check_bad, clip_and_step, gather, load_policy, parse_flags, read_rows, rollout, run_main,
-                   save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients, token_log_probs)
+                   save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients, token_log_probs, use_overview)
 from zoom_env import question_error
 
 
@@ -70,6 +70,7 @@ class Config:
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     system_prompt: str | None = None  # file with another system prompt
+    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
     save_every: int = 10  # steps between checkpoints
     show_every: int = 10  # steps between printed episodes
     seed: int = 0  # order of the questions, and sampling
@@ -274,6 +275,8 @@ def main():
     rows, bad = read_rows(config.data, config.max_bad, question_error)
     torch.manual_seed(config.seed)
     policy = load_policy(config.model, device, system_prompt_file=config.system_prompt).freeze_vision()
+    rows, without = use_overview(policy, rows, config.overview, config.max_bad)
+    bad += without
     if config.gradient_checkpointing:
         policy.checkpoint_layers()
     reference = None

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data_prep
 from model import (VideoError, check_bad, clip_and_step, fill_features, gather, load_policy, parse_flags, read_rows, replay,
                    run_main, save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients,
-                   token_log_probs)
+                   token_log_probs, use_overview)
 from zoom_env import question_error
 
 
@@ -49,6 +49,7 @@ class Config:
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     system_prompt: str | None = None  # file with another system prompt
+    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, auto
     seed: int = 0  # order of the data
     max_bad: float = 0.01  # share of unusable rows above which the run ends
     device: str | None = None  # cpu, cuda; by default cuda where there is one
@@ -154,6 +155,9 @@ def main():
     torch.manual_seed(config.seed)
     policy = load_policy(config.model or data_prep.TINY_BASE, device,
                          system_prompt_file=config.system_prompt).freeze_vision()
+    known, without = use_overview(policy, [row["question"] for row in rows], config.overview, config.max_bad)
+    known = {id(question) for question in known}
+    rows, bad = [row for row in rows if id(row["question"]) in known], bad + without
     policy.hf.train()
     if config.gradient_checkpointing:
         policy.checkpoint_layers()

@@ -31,9 +31,10 @@ import os
 import re
 import stat
 import threading
-from bisect import bisect_right
+from collections import OrderedDict
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import wraps
 from pathlib import Path
 
 import av
@@ -61,6 +62,9 @@ class VideoError(Exception):
     """A video that cannot be opened or decoded; the message names the file and the reason."""
 
 
+LONG_S = 600  # longer videos are overviewed by key frames
+
+
 # ---------------------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class EnvConfig:
@@ -68,6 +72,8 @@ class EnvConfig:
 
     overview_fps: float = 0.5  # frames a second of the first look at the video
     overview_max_frames: int = 64  # ... and at most so many over the whole video
+    overview: str = "auto"  # uniform; nearest_keyframe: the key frame within half a step, where there is one; auto: that
+    # for videos of more than 10 minutes, of which an exact overview would decode nearly everything
     zoom_max_frames: int = 16  # a call may ask for (end - start) * fps up to this
     max_zooms: int = 4  # rounds before the last one, in which the policy has to answer; a failed call uses one up, too
     min_pixels: int = 25_088  # a frame is scaled up to at least 32 tokens of 28x28 pixels
@@ -81,6 +87,8 @@ class EnvConfig:
         for name in ("overview_fps", "overview_max_frames", "zoom_max_frames", "min_pixels", "max_pixels"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.overview not in ("auto", "uniform", "nearest_keyframe"):
+            raise ValueError(f"overview must be auto, uniform or nearest_keyframe, not {self.overview}")
         if self.max_zooms < 0:
             raise ValueError(f"max_zooms must not be negative, not {self.max_zooms}")
         if self.min_pixels > self.max_pixels:
@@ -103,6 +111,7 @@ class Message:
 ALLOWED_FORMATS = {"mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf",
                    "ogg"}  # containers that hold their own frames; playlists and the like are refused
 MAX_SIDE = 8192  # pixels
+MAX_FUTILE_PACKETS = 1000  # packets in a row that give no frame, after which a stream counts as broken
 
 
 class Video:
@@ -113,6 +122,7 @@ class Video:
     def __init__(self, path):
         self.path = str(path)
         self.lock = threading.Lock()
+        self.pixel_shape = (1.0, 1.0)  # height and width of a pixel on the screen, of the frames last shown
         self.reformatter = VideoReformatter()  # one a video: setting it up takes longer than converting a small frame
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
@@ -121,7 +131,9 @@ class Video:
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from None
         try:  # the white list stops playlists before FFmpeg opens what they name
-            self.container = av.open(self.file, options={"format_whitelist": ",".join(sorted(ALLOWED_FORMATS))})
+            self.container = av.open(self.file, options={
+                "format_whitelist": ",".join(sorted(ALLOWED_FORMATS)), "max_pixels": str(MAX_SIDE * MAX_SIDE)},
+                io_open=self._refuse)
             if not ALLOWED_FORMATS & set(self.container.format.name.split(",")):
                 raise VideoError(f"{self.path}: format {self.container.format.name} is not a video container")
             videos = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -130,8 +142,7 @@ class Video:
             self.stream = videos[0]
             if self.stream.codec_context is None:
                 raise VideoError(f"{self.path}: no decoder for its video stream")
-            if max(self.stream.width, self.stream.height) > MAX_SIDE:
-                raise VideoError(f"{self.path}: {self.stream.width}x{self.stream.height} is above {MAX_SIDE} pixels")
+            self.stream.codec_context.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
             self.stream.thread_type = "AUTO"
             self._read_timing()
         except (av.FFmpegError, OSError, ValueError, EOFError) as error:
@@ -141,19 +152,40 @@ class Video:
             self.file.close()
             raise
 
+    def _refuse(self, url, flags, options):
+        raise VideoError(f"{self.path}: refers to another file")
+
     def _read_timing(self):
         """First and last presentation time, and where the key frames are (in stream time stamps)."""
         self.time_base = self.stream.time_base
+        if not 1e-12 < self.time_base < 1e4:
+            raise VideoError(f"{self.path}: its time base is {self.time_base} s")
         first = self._decode_from(None)
         if first is None:
             raise VideoError(f"{self.path}: no frame can be decoded")
-        self.start_pts = self.ahead.pts
-        entries = getattr(self.stream, "index_entries", None) or []
-        self.keyframes = sorted(e.timestamp for e in entries if e.is_keyframe)
+        self.start_pts = first.pts
+        self.pts = None  # of all frames, where they are asked for by number
+        self._read_index()
         rate = self.stream.average_rate or self.stream.guessed_rate
         self.fps = float(rate) if rate else 25.0
         duration = self._end_pts() - self.start_pts
         self.duration_s = max(float(duration * self.time_base), 1 / self.fps)
+
+    def _read_index(self):
+        """`index`: the container's list of key frames and perhaps other packets, None where there is none that reaches to
+        the end; `delay`: what a key frame's time stamp is above the one listed, which is its decoding time in MP4."""
+        self.index, self.delay = getattr(self.stream, "index_entries", None), 0
+        if not self.index or len(self.index) == 0:
+            self.index = None
+            return
+        self._seek(None)
+        packet = next((p for p in self.container.demux(self.stream) if p.pts is not None), None)
+        span = (self.stream.duration or 0) or (self.container.duration or 0) / av.time_base / self.time_base
+        if packet is None or self.index[-1].timestamp - self.index[0].timestamp < span / 2:  # MPEG-TS lists what was read
+            self.index = None
+        else:
+            self.delay = packet.pts - self.index[0].timestamp
+        self.ahead = self.shown = None
 
     def _end_pts(self):
         """When the last frame leaves the screen, from the last packets: headers may count from 0 or from the first frame,
@@ -191,7 +223,11 @@ class Video:
         return self.ahead
 
     def _next(self):
+        futile = 0
         while not self.decoded:
+            futile += 1
+            if futile > MAX_FUTILE_PACKETS:
+                raise VideoError(f"{self.path}: {MAX_FUTILE_PACKETS} packets in a row give no frame")
             try:
                 packet = next(self.packets, None)
             except (av.FFmpegError, IndexError):  # damaged so that reading cannot go on (or shows a new stream: IndexError)
@@ -231,15 +267,70 @@ class Video:
         """Seek only if that skips frames: when a key frame lies between the decoder's position and `want`."""
         if self.ahead is None or self.ahead.pts > want:
             return self.shown is None or self.shown.pts > want
-        if self.keyframes:
-            at = bisect_right(self.keyframes, want)
-            return at > 0 and self.keyframes[at - 1] > self.ahead.pts
+        if self.index:
+            at = self.index.search_timestamp(want - self.delay)
+            return at >= 0 and self.index[at].timestamp + self.delay > self.ahead.pts
         return (want - self.ahead.pts) * self.time_base > 5
+
+    def nearest_keyframes(self, times_s, within_s):
+        """For each time the key frame nearest to it if that lies closer than `within_s`, else the frame on screen; like
+        `frames_at`. A key frame is decoded by itself, so this is many times faster for a long video."""
+        out = []
+        for time_s in times_s:
+            frame = self._nearest_keyframe(time_s, within_s) if self.index else None
+            out += [frame] if frame else self.frames_at([time_s])
+        return out
+
+    def _nearest_keyframe(self, time_s, within_s):
+        """(time_s, image) of the key frame nearest to `time_s`, or None if that is not closer than `within_s`."""
+        with self.lock:
+            want = self.start_pts + round(time_s / float(self.time_base))
+            near = [self.index.search_timestamp(want - self.delay, backward=backward) for backward in (True, False)]
+            stamps = [self.index[at].timestamp + self.delay for at in near if at >= 0]
+            if not stamps:
+                return None
+            self.ahead = self.shown = None  # the decoder leaves its place
+            self._seek(min(stamps, key=lambda stamp: abs(stamp - want)))
+            context = self.stream.codec_context
+            try:
+                packet = next(p for p in self.container.demux(self.stream) if p.is_keyframe or p.size == 0)
+                frames = packet.decode() + context.decode(None)
+            except (av.FFmpegError, IndexError, StopIteration):
+                return None
+            finally:
+                context.flush_buffers()
+            frames = [f for f in frames if f.pts is not None and f.pts >= self.start_pts]
+            if not frames:
+                return None
+            shown_s = float((frames[0].pts - self.start_pts) * self.time_base)
+            return (shown_s, self._rgb(frames[0])) if abs(shown_s - time_s) < within_s else None
+
+    def times_of(self, numbers):
+        """Seconds at which the frames of these numbers, counted from 0 in the order of presentation, are on screen: a
+        tuple, ascending. At a constant rate from the rate, else from the packets of the whole file."""
+        with self.lock:
+            if self.stream.average_rate and self.stream.average_rate == self.stream.base_rate:
+                times_s = {n: (n + 0.5) / self.fps for n in numbers}
+            else:
+                if self.pts is None:
+                    self._seek(None)
+                    self.pts = sorted(p.pts for p in self.container.demux(self.stream) if p.pts is not None)
+                    self.ahead = self.shown = None
+                times_s = {n: float((self.pts[int(n)] - self.start_pts) * self.time_base) if n < len(self.pts) else math.inf
+                           for n in numbers}
+        for n, time_s in times_s.items():
+            if not 0 <= time_s <= self.duration_s + 1:
+                raise VideoError(f"{self.path}: no frame {n:.0f} in {self.duration_s:.2f} s")
+        return tuple(sorted(round(t, 6) for t in times_s.values()))
 
     def _rgb(self, frame):
         """A decoded frame as an upright (H, W, 3) uint8 RGB array."""
+        if max(frame.width, frame.height) > MAX_SIDE:
+            raise VideoError(f"{self.path}: {frame.width}x{frame.height} is above {MAX_SIDE} pixels a side")
         image = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
         quarter_turns = round((frame.rotation or 0) / 90) % 4
+        aspect = float(self.stream.sample_aspect_ratio or 1)
+        self.pixel_shape = (aspect, 1.0) if quarter_turns % 2 else (1.0, aspect)
         return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
     def close(self):
@@ -247,7 +338,41 @@ class Video:
         self.file.close()
 
 
-@lru_cache(maxsize=16)
+def remember(most, size=lambda result: 1):
+    """Decorator: keeps the last results of a function, up to a total `size` of `most`. Unlike lru_cache, threads that ask
+    for the same at the same time wait for one of them to compute it. An exception is passed on and not kept."""
+    def decorate(function):
+        lock, results, sizes, total = threading.Lock(), OrderedDict(), {}, 0  # results: a Future for each arguments
+
+        @wraps(function)
+        def remembered(*args):
+            nonlocal total
+            with lock:
+                mine = args not in results
+                future = results.setdefault(args, Future())
+                results.move_to_end(args)
+            if mine:
+                try:
+                    result = function(*args)
+                except BaseException as error:
+                    with lock:
+                        del results[args]
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+                    with lock:
+                        sizes[args] = size(result)
+                        total += sizes[args]
+                        while total > most and (old := next((key for key in results if key in sizes), args)) != args:
+                            total -= sizes.pop(old)
+                            del results[old]
+            return future.result()
+
+        return remembered
+    return decorate
+
+
+@remember(most=16)
 def open_video(path):
     """The `Video` at `path`, kept open for the next call. Raises VideoError."""
     return Video(path)
@@ -270,16 +395,20 @@ def frame_size(height, width, min_pixels, max_pixels, factor=28):
     return new_height, new_width
 
 
-@lru_cache(maxsize=64)
-def read_frames(path, times_s, min_pixels, max_pixels):
+@remember(most=256e6, size=lambda frames: sum(frame.image.nbytes for frame in frames))
+def read_frames(path, times_s, min_pixels, max_pixels, keyframes_within_s=None):
     """Frames of `path` on screen at the tuple `times_s`, scaled for the model: a tuple of Frame. Two times that show
-    the same frame give it once. The last results are kept, as the rollouts of one question ask for the same frames."""
-    frames = {}
-    for time_s, image in open_video(path).frames_at(times_s):
+    the same frame give it once. The last 256 MB are kept, as the rollouts of one question ask for the same frames.
+
+    keyframes_within_s: take the nearest key frame instead where it is closer than this."""
+    frames, video = {}, open_video(path)
+    shown = video.frames_at(times_s) if keyframes_within_s is None else video.nearest_keyframes(times_s, keyframes_within_s)
+    for time_s, image in shown:
         if time_s not in frames:
             image = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
             try:
-                size = frame_size(*image.shape[1:], min_pixels, max_pixels)
+                height, width = (max(1, round(n * scale)) for n, scale in zip(image.shape[1:], video.pixel_shape))
+                size = frame_size(height, width, min_pixels, max_pixels)
             except VideoError as error:
                 raise VideoError(f"{path}: {error}") from None
             if size != tuple(image.shape[1:]):
@@ -515,7 +644,7 @@ class ZoomEnv:
         """Starts the episode: the system and the user message. Raises VideoError if the video cannot be read."""
         self.turns, self.done, self.frames_shown, self.watched = [], False, 0, []
         self.duration_s = open_video(self.path).duration_s
-        frames = self._frames(overview_times(self.duration_s, self.config))
+        frames = self._overview()
         lines = [self.question["question"].strip()]
         for letter, option in zip(LETTERS, self.question.get("options") or []):
             lines.append(option if re.match(rf"\(?{letter}[.):]\s", option) else f"{letter}. {option}")
@@ -551,9 +680,16 @@ class ZoomEnv:
             return []
         return [Message("user", ["<tool_response>\n", *content, "\n</tool_response>\n" + self._go_on()])]
 
-    def _frames(self, times_s):
+    def _overview(self):
+        if chosen := self.question.get("overview_frames"):
+            return self._frames(open_video(self.path).times_of(tuple(chosen)))
+        times_s = overview_times(self.duration_s, self.config)
+        by_key = self.config.overview == "nearest_keyframe" or self.config.overview == "auto" and self.duration_s > LONG_S
+        return self._frames(times_s, self.duration_s / len(times_s) / 2 if by_key else None)
+
+    def _frames(self, times_s, keyframes_within_s=None):
         """Message items: the tag and the frame for each time."""
-        frames = read_frames(self.path, times_s, self.config.min_pixels, self.config.max_pixels)
+        frames = read_frames(self.path, times_s, self.config.min_pixels, self.config.max_pixels, keyframes_within_s)
         self.frames_shown += len(frames)
         self.watched.append(frames)
         return [item for index, frame in enumerate(frames)
