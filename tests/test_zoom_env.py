@@ -884,5 +884,6 @@ def test_a_damaged_file_gives_true_frames_or_is_named(folder, tmp_path, name, ki
             for time_s, image in shown:
                 true_s, true = min(whole, key=lambda frame: abs(frame[0] - time_s))
                 assert true_s == pytest.approx(time_s, abs=1e-6)
-                assert abs(image.astype(int) - true).mean() < 2  # MPEG-TS tells no length: its last frame may be cut itself
+                if not (path.suffix == ".ts" and time_s == max(t for t, _ in shown)):  # tells no length: the last frame
+                    assert np.array_equal(image, true)  # of it may itself be cut
     assert given + refused == 25
