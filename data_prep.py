@@ -4,8 +4,9 @@
     python data_prep.py tiny_base --out tiny_base
 
 synthetic writes into --out: videos/*.mp4 (H.264), train.jsonl and test.jsonl (questions), sft.jsonl (trajectories).
-A video is a row of scenes, each of one background colour. Once in most scenes a coloured shape flashes for about a
-second. The overview shows where each scene is, and almost never a flash, so a question about a flash needs a zoom:
+A video is a row of scenes, each of one background colour. In each of them a coloured shape flashes for about a second,
+once or up to four times. The overview shows where each scene is, and almost never a flash, so a question about a flash
+needs a zoom:
 
     detail     which colour or shape flashes in the blue scene?            one zoom
     count      how many shapes flash in the blue scene?                    one zoom, close enough
@@ -18,7 +19,7 @@ and a guess among the options that what they show leaves open elsewhere, average
 The scripted teacher plays through the environment like any policy, and a trajectory is kept only if the environment
 grades it right and well formed. It knows where to look, but not how closely: see `Teacher`.
 
-tiny_base makes the model that the demo starts from, as the paper starts from a pretrained one: a Qwen2.5-VL of 1.4 M
+tiny_base makes the model that the demo starts from, as the paper starts from a pretrained one: a Qwen2.5-VL of 1.1 M
 parameters with a tokenizer of its own, pretrained on descriptions and look-ups over synthetic frames. It can name
 colours and shapes, find a scene's time tags and pick an option's letter, and has never seen the zoom tool.
 """
@@ -313,13 +314,11 @@ class Teacher:
                  for frame in frames]
         clause, runs = transcript(self.looked_at.colour, shown)
         self.thoughts = [clause]
-        if self.wrong_zooms:
-            self.wrong_zooms -= 1
-            self.thoughts.append("not found")
-        elif runs or self.rng.random() < 0.5:
+        if not self.wrong_zooms and (runs or self.rng.random() < 0.5):
             self.found.append(runs)
             self.targets.pop(0)
         else:
+            self.wrong_zooms = max(0, self.wrong_zooms - 1)
             self.thoughts.append("not found")
 
     def answer(self):
@@ -434,7 +433,7 @@ def make_tokenizer(texts, vocab_size=640):
 
 
 def make_tiny_model(tokenizer):
-    """A randomly initialised Qwen2.5-VL of 1.4 M parameters as a Policy."""
+    """A randomly initialised Qwen2.5-VL of 1.1 M parameters as a Policy."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
@@ -565,7 +564,7 @@ class Lessons:
                 texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
             text, options = self.options(texts[0], texts[1:])
             asked = rng.sample(texts, 4)
-            said = choose(options, asked[0]) + "".join(choose(options, a)[choose(options, a).index("\nso"):] for a in asked[1:])
+            said = choose(options, asked[0]) + "".join("\nso" + choose(options, a).partition("\nso")[2] for a in asked[1:])
             return [(["Which option is: " + "; ".join(asked) + "?" + text], said[1:])]
         if kind == "repeat":
             words = rng.choices(COLOURS + SHAPES + list("ABCD1234"), k=rng.randint(8, 24))

@@ -154,6 +154,7 @@ def ask(policy, config):
                 "answer_type": "multiple_choice" if config.options else "open_ended"}
     if reason := question_error(question):
         raise UserError(reason)
+    use_overview(policy, [question], config.overview, config.max_bad)
     open_video(config.video)
     groups, skipped = rollout(policy, [question], temperature=config.temperature,
                               generator=torch.Generator(policy.device).manual_seed(config.seed),
@@ -186,9 +187,7 @@ def main():
         names = config.model or [n for n in ("runs/rl", "runs/sft") if Path(n).exists()][:1]
         if not names:
             raise UserError("no runs/rl or runs/sft yet: run sft.py and rl.py first, or name a checkpoint with --model")
-        policy = load(names[0], config, device)
-        use_overview(policy, [], config.overview, config.max_bad)
-        return ask(policy, config)
+        return ask(load(names[0], config, device), config)
 
     names = config.model or [n for n in ("runs/sft", "runs/rl") if Path(n).exists()]
     if not names:

@@ -316,7 +316,7 @@ class Video:
                     self._seek(None)
                     self.pts = sorted(p.pts for p in self.container.demux(self.stream) if p.pts is not None)
                     self.ahead = self.shown = None
-                times_s = {n: float((self.pts[int(n)] - self.start_pts) * self.time_base) if n < len(self.pts) else math.inf
+                times_s = {n: float((self.pts[int(n)] - self.start_pts) * self.time_base) if 0 <= n < len(self.pts) else math.inf
                            for n in numbers}
         for n, time_s in times_s.items():
             if not 0 <= time_s <= self.duration_s + 1:
@@ -622,6 +622,9 @@ def question_error(question):
             return "evidence has an interval that ends before it starts"
     except (TypeError, ValueError):
         return "evidence is not a list of [start_s, end_s]"
+    chosen = question.get("overview_frames") or []
+    if not isinstance(chosen, list) or not all(type(n) in (int, float) for n in chosen):
+        return "overview_frames is not a list of frame numbers"
     if not isinstance(question.get("meta") or {}, dict):
         return "meta is not an object"
     return None

@@ -24,7 +24,7 @@ from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from zoom_env import (LAST_TURN, EnvConfig, Frame, Video, VideoError, ZoomEnv, frame_size, grade, overview_times,
-                      parse_turn, read_frames, read_letter, remember)
+                      parse_turn, question_error, read_frames, read_letter, remember)
 
 MS = Fraction(1, 1000)
 SIZE = (168, 224)  # multiples of 28 within the pixel limits: what the policy sees is the decoded frame as it is
@@ -328,6 +328,10 @@ def test_overview_of_frames_that_someone_else_chose(folder):
     for bad in ([5000], [-1]):
         with pytest.raises(VideoError, match="20s.mp4: no frame"):
             play(folder, [], overview_frames=bad)
+    for bad in ([len(decode_all(folder / "variable.mp4"))], [-1]):
+        with pytest.raises(VideoError, match="variable.mp4: no frame"):
+            play(folder, [], video="variable.mp4", overview_frames=bad)
+    assert question_error({**QUESTION, "overview_frames": "all"}) and not question_error({**QUESTION, "overview_frames": [1]})
     variable = decode_all(folder / "variable.mp4")
     _, (first,) = play(folder, [], EnvConfig(), video="variable.mp4", overview_frames=[0, 3, 50, len(variable) - 1])
     assert [f.time_s for f in shown(first)] == pytest.approx([variable[n][0] for n in (0, 3, 50, -1)])
