@@ -305,7 +305,7 @@ class Teacher:
             target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in wanted]), ""
         self.looked_at = target
         slot = self.scenes.index(target)
-        thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal)[:1])  # seconds: the call
+        thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal)[:1])
         return (f"<think>{thoughts}</think><video_zoom>"
                 f'{{"segment": [{self.times[slot]}, {self.times[slot + 1]}], "fps": {fps}}}</video_zoom>')
 
@@ -337,7 +337,8 @@ class Teacher:
         if text not in options:  # it saw nothing, or missed a flash
             text = self.rng.choice(options)
         thoughts = "; ".join(self.thoughts) + choose(options, text)
-        return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"  # the space: the same token as in the thoughts
+        # " B" with a space, so that it is the same token as in the thoughts
+        return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"
 
 
 def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
@@ -441,12 +442,13 @@ def make_tiny_model(tokenizer):
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.09, max_position_embeddings=4096, tie_word_embeddings=True,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.09, max_position_embeddings=4096,
+            tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"]),
         vision_config=dict(
-            depth=2, hidden_size=64, initializer_range=0.09, intermediate_size=128, num_heads=2, out_hidden_size=128, window_size=112,
-            fullatt_block_indexes=[1], tokens_per_second=2),
+            depth=2, hidden_size=64, initializer_range=0.09, intermediate_size=128, num_heads=2, out_hidden_size=128,
+            window_size=112, fullatt_block_indexes=[1], tokens_per_second=2),
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
     hf = Qwen2_5_VLForConditionalGeneration(config)
@@ -505,7 +507,8 @@ class Lessons:
         self.bank, self.rng, self.answers = bank, random.Random(seed), False
 
     def picture(self, key):
-        image = self.rng.choice(self.bank[key]).int() + torch.randint(-5, 6, (3, 1, 1)) + torch.randint(-3, 4, (3, SIDE, SIDE))
+        noise = torch.randint(-5, 6, (3, 1, 1)) + torch.randint(-3, 4, (3, SIDE, SIDE))
+        image = self.rng.choice(self.bank[key]).int() + noise
         return image.clamp(0, 255).to(torch.uint8)
 
     def show(self, keys, times_s):
@@ -591,8 +594,9 @@ class Lessons:
             return [(["Name the scene of each frame.\n", *items], survey(colours))]
         if kind == "whole":
             k = rng.randrange(len(coloured) - 1)
-            question, right = rng.choice([("Which scene comes first?", coloured[0]), ("Which scene comes last?", coloured[-1]),
-                                          *[(f"Which scene comes right after the {coloured[k]} scene?", coloured[k + 1])] * 2])
+            after = (f"Which scene comes right after the {coloured[k]} scene?", coloured[k + 1])
+            question, right = rng.choice([("Which scene comes first?", coloured[0]),
+                                          ("Which scene comes last?", coloured[-1]), after, after])
             text, options = self.options(right, [c for c in COLOURS if c != right and c not in question])
             said = f"{survey(colours)}; {neighbours(colours, right, question)}" + choose(options, right)
             return [([question + text + head, *items], said)]
@@ -602,7 +606,8 @@ class Lessons:
         if kind == "where":
             for c, ordinal in zip(in_order, ordinals):
                 clauses += place(colours, c, tags, ordinal)
-            return [(["Where is " + " and ".join(f"the {c} scene" for c in named) + "?" + head, *items], "; ".join(clauses))]
+            scenes = " and ".join(f"the {c} scene" for c in named)
+            return [([f"Where is {scenes}?{head}", *items], "; ".join(clauses))]
         one, clips = len(named) == 1, []  # a visit: a place, its clip, perhaps another place and its clip
         for c in in_order:
             clips.append(self.clip(c, times[colours.index(c)], rng.choice([1, 1, 1, 2, 3, 4]) if one else 1, num_frames))
@@ -659,14 +664,16 @@ def tiny_base(out, steps, seed, init=None):
     lessons = Lessons(make_frame_bank(folder), seed)
     folder.rmdir()
     if init is None:
-        spoken = [part for i in range(2000) for user, said in lessons.lesson(("clip", "letter", "where", "visit", "whole")[i % 5], 2)
+        skills = ("clip", "letter", "where", "visit", "whole")
+        spoken = [part for i in range(2000) for user, said in lessons.lesson(skills[i % 5], 2)
                   for part in [*(u for u in user if isinstance(u, str)), said]]
         protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n",
                     "system\nuser\nassistant\n",
                     "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
         policy = make_tiny_model(make_tokenizer(spoken + protocol * 300))
         if rank == 0:
-            print(f"tiny base: {sum(p.numel() for p in policy.hf.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
+            num_parameters = sum(p.numel() for p in policy.hf.parameters())
+            print(f"tiny base: {num_parameters:,} parameters, {len(policy.tokenizer)} tokens")
         pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed, out)
     else:
         policy = load_policy(init)

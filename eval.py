@@ -25,7 +25,8 @@ from torchvision.io import write_png
 from tqdm import tqdm
 
 import data_prep
-from model import UserError, check_bad, load_policy, parse_flags, read_rows, rollout, run_main, start_processes, use_overview
+from model import (UserError, check_bad, load_policy, parse_flags, read_rows, rollout, run_main, start_processes,
+                   use_overview)
 from zoom_env import LETTERS, open_video, question_error
 
 
@@ -135,7 +136,8 @@ def table(rows):
     """The rows as an aligned text table."""
     percent = lambda x: "" if x is None else f"{100 * x:.1f}"
     number = lambda x, digits: "" if x is None else f"{x:.{digits}f}"
-    lines = [("policy", "mode", "kind", "n", "right %", "95% interval", "frames", "zooms", "invalid %", "hit %", "tokens", "s")]
+    lines = [("policy", "mode", "kind", "n", "right %", "95% interval", "frames", "zooms", "invalid %", "hit %", "tokens",
+              "s")]
     for r in rows:
         ends = "" if r["accuracy_low"] is None else f"{percent(r['accuracy_low'])} - {percent(r['accuracy_high'])}"
         lines.append((r["policy"], r["mode"], r["kind"], str(r["num_questions"]), percent(r["accuracy"]), ends,

@@ -66,7 +66,8 @@ class Policy:
         if missing := [t for t, i in special.items() if i is None or i == tokenizer.unk_token_id]:
             raise PolicyError(f"the tokenizer has no {', '.join(missing)}; is this a Qwen2.5-VL checkpoint?")
         self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad = special.values()
-        self.can_close_tag = [False] * hf.lm_head.out_features  # which tokens can end </video_zoom>; models pad the vocabulary
+        # which tokens can end </video_zoom>; models pad the vocabulary
+        self.can_close_tag = [False] * hf.lm_head.out_features
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
             self.can_close_tag[i] = ">" in (token or "")
 
@@ -596,7 +597,7 @@ def _play(policy, groups, temperature, max_turn_tokens, max_response_tokens, gen
     decoding, to_sample = len(live), slice(0, len(live))
     while live:
         ended = _sample(policy, live[to_sample], hidden, temperature, generator)
-        for i in reversed(range(to_sample.start, to_sample.stop)):  # from the back, so that swaps move only what was handled
+        for i in reversed(range(to_sample.start, to_sample.stop)):  # from the back: swaps move only what was handled
             e = live[i]
             if not ended[i - to_sample.start] and len(e.turn_ids) < max_turn_tokens:
                 continue

@@ -36,8 +36,9 @@ import torch
 from tqdm import tqdm
 
 import data_prep
-from model import (Policy, UserError, check_bad, clip_and_step, gather, load_policy, parse_flags, read_rows, rollout, run_main,
-                   save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients, token_log_probs, use_overview)
+from model import (Policy, UserError, check_bad, clip_and_step, gather, load_policy, parse_flags, read_rows, rollout,
+                   run_main, save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients,
+                   token_log_probs, use_overview)
 from zoom_env import question_error
 
 
@@ -179,7 +180,8 @@ def update(policy, reference, groups, optimizer, config, rank, device):
         metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
     gap = metrics["gap"] / max(1, metrics["gap_tokens"])
     per_token = {k: metrics[k] / max(1, metrics["tokens"]) for k in ("loss", "clipped_low", "clipped_high", "kl", "entropy")}
-    return per_token | {"updates": updates, "grad_norm": metrics["grad_norm"] / max(1, updates), "gap": gap, "trained_tokens": metrics["tokens"]}
+    return per_token | {"updates": updates, "grad_norm": metrics["grad_norm"] / max(1, updates), "gap": gap,
+                        "trained_tokens": metrics["tokens"]}
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -198,7 +200,8 @@ def episode_metrics(episodes, num_kept, group_size, device):
     count = max(1.0, total.pop("episodes"))
     groups, invalid = total.pop("groups_kept"), total.pop("invalid")
     return {k: v / count for k, v in total.items()} | {
-        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - groups * group_size / count, "groups": groups, "episodes": count}
+        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - groups * group_size / count,
+        "groups": groups, "episodes": count}
 
 
 def endless(rows, seed):

@@ -316,8 +316,8 @@ class Video:
                     self._seek(None)
                     self.pts = sorted(p.pts for p in self.container.demux(self.stream) if p.pts is not None)
                     self.ahead = self.shown = None
-                times_s = {n: float((self.pts[int(n)] - self.start_pts) * self.time_base) if 0 <= n < len(self.pts) else math.inf
-                           for n in numbers}
+                times_s = {n: float((self.pts[int(n)] - self.start_pts) * self.time_base)
+                           if 0 <= n < len(self.pts) else math.inf for n in numbers}
         for n, time_s in times_s.items():
             if not 0 <= time_s <= self.duration_s + 1:
                 raise VideoError(f"{self.path}: no frame {n:.0f} in {self.duration_s:.2f} s")
