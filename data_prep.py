@@ -504,7 +504,9 @@ class Lessons:
     """Draws pretraining dialogues: what the base can do that the demo's stages build on. No word of the tool."""
 
     def __init__(self, bank, seed):
-        self.bank, self.rng, self.answers = bank, random.Random(seed), False
+        self.bank, self.rng = bank, random.Random(seed)
+        self.answers = False  # whether thoughts and answers stand in their tags
+        self.any_text = False  # whether any text stands around the lesson
 
     def picture(self, key):
         noise = torch.randint(-5, 6, (3, 1, 1)) + torch.randint(-3, 4, (3, SIDE, SIDE))
@@ -636,12 +638,25 @@ class Lessons:
         return [*dialogue, (user, "; ".join(clauses) + choose(options, right))]
 
     def dialogue(self, policy, kind, level):
-        messages = [Message("system", [BASE_PROMPT])]
+        messages = [Message("system", [self.chatter(policy, 70) or BASE_PROMPT])]
         for user, assistant in self.lesson(kind, level):
             if self.answers and "\nso " in assistant:
                 assistant = f"<think>{assistant}</think><answer> {assistant[-1]}</answer>"
+            if len(messages) > 1 and (before := self.chatter(policy, 10)):
+                user = [before + "\n", *user]
+            if after := self.chatter(policy, 25):
+                user = [*user, "\n" + after]
             messages += [Message("user", user), Message("assistant", [assistant])]
         return encode(policy, messages)
+
+    def chatter(self, policy, most):
+        """Up to `most` random tokens of text if the lessons have such, else "": a model that never saw a word is thrown
+        off by it, and a prompt has words that no lesson has."""
+        if not self.any_text or self.rng.random() < 0.2:
+            return ""
+        words = [w for w in self.rng.choices(range(len(policy.tokenizer)), k=self.rng.randint(1, most))
+                 if w not in policy.tokenizer.all_special_ids]
+        return "".join(c for c in policy.tokenizer.decode(words) if c.isascii() and (c.isprintable() or c == "\n"))
 
 
 # Short and single skills first: a look-up by content in a long dialogue is not found from scratch. The next stage begins
@@ -655,8 +670,8 @@ CURRICULUM = [
 
 def tiny_base(out, steps, seed, init=None):
     """Pretrains the tiny base and writes its checkpoint folder, in bfloat16. Runs on any number of processes. After
-    `steps` steps of the curriculum come a tenth as many in which thoughts and answers stand in their tags; `init` is a
-    folder to begin these from."""
+    `steps` steps of the curriculum come a tenth as many in which thoughts and answers stand in their tags, and a fifth as
+    many in which also any text stands around the lesson; `init` is a folder to begin that last part from."""
     rank, world, device = start_processes("cpu")
     torch.manual_seed(seed)
     folder = Path(out) / f"bank{rank}.tmp"
@@ -675,10 +690,12 @@ def tiny_base(out, steps, seed, init=None):
             num_parameters = sum(p.numel() for p in policy.hf.parameters())
             print(f"tiny base: {num_parameters:,} parameters, {len(policy.tokenizer)} tokens")
         pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed, out)
+        lessons.answers = True
+        pretrain(policy, lessons, CURRICULUM[-1:], steps // 10, 1e-3, seed + 1, out)
     else:
         policy = load_policy(init)
-    lessons.answers = True
-    pretrain(policy, lessons, CURRICULUM[-1:], steps // 10, 1e-3, seed + 1, out)
+    lessons.answers = lessons.any_text = True
+    pretrain(policy, lessons, CURRICULUM[-1:], steps // 5, 1e-3, seed + 2, out)
     if rank == 0:
         policy.hf.to(torch.bfloat16)
         save_policy(policy, out)
@@ -746,7 +763,7 @@ def main():
     sub.add_argument("--out", default="tiny_base", help="checkpoint folder to write")
     sub.add_argument("--steps", type=int, default=BASE_STEPS, help="optimizer steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
-    sub.add_argument("--init", help="checkpoint folder to begin the last tenth from")
+    sub.add_argument("--init", help="checkpoint folder to begin the last part from")
     args = parser.parse_args()
     if args.command == "synthetic":
         if args.train < 1 or args.test < 1:

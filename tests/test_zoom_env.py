@@ -547,6 +547,31 @@ def test_nothing_that_is_said_raises(folder):
     assert min(kinds.count(kind) for kind in ("zoom", "answer", "error")) > 100  # the mutations reach every kind
 
 
+def test_any_text_and_any_json_is_read():
+    """The same with turns that are made up, not mutated, where hypothesis is installed."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    tag = st.sampled_from(["<think>", "</think>", "<video_zoom>", "</video_zoom>", "<answer>", "</answer>"])
+    number = st.floats() | st.integers() | st.sampled_from([0, 1, 10, 18, 0.5])
+    value = st.recursive(st.none() | st.booleans() | number | st.text(max_size=5),
+                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+    segment = st.lists(number, min_size=2, max_size=2) | value
+    json_call = st.fixed_dictionaries({"segment": segment, "fps": number | value}).map(lambda x: call(json.dumps(x)))
+
+    @hypothesis.settings(max_examples=2000, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(st.lists(tag | st.text(max_size=10), max_size=10).map("".join) | json_call | st.text())
+    def reads(text):
+        turn = parse_turn(text, 20.0, EnvConfig())
+        assert turn.kind in ("zoom", "answer", "error") and bool(turn.error) == (turn.kind == "error")
+        if turn.kind == "zoom":
+            (start_s, end_s), fps = turn.segment, turn.fps
+            assert 0 <= start_s < end_s <= 20 and fps > 0 and (end_s - start_s) * fps < 16.001
+        if turn.kind == "answer":
+            assert 0 <= grade(turn.answer, QUESTION) <= 1
+
+    reads()
+
+
 # ------------------------------------------------------------------------------------------------------- rounds
 def test_four_zooms_then_an_answer(folder):
     env, messages = play(folder, [zoom(4 * i, 4 * i + 4, 4) for i in range(4)] + [ANSWER])
