@@ -79,7 +79,7 @@ class Config:
     device: str | None = None  # cpu, cuda; by default cuda where there is one
 
 
-DEMO = dict(model="runs/sft", steps=30, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=1e-4,
+DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=1e-4,
             max_turn_tokens=160, max_response_tokens=1500, max_rows=128, max_tokens_per_pass=4096,
             gradient_checkpointing=False, show_every=5)
 
