@@ -710,8 +710,8 @@ def run_main(main):
 
 def parse_flags(config_class, description, demo, at_least_one, argv=None):
     """A config from the command line. Each field of the dataclass is a flag, with its comment as help; where --model is
-    not given, the values in `demo` (the tiny model's) take the place of the defaults (the paper's). Values of the
-    fields in `at_least_one` are checked."""
+    not given, the values in `demo` (the tiny model's) take the place of the defaults (the paper's). No number
+    may be negative or nan, and those in `at_least_one` not below 1."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (see --help)")
@@ -727,9 +727,10 @@ def parse_flags(config_class, description, demo, at_least_one, argv=None):
             parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
     given = vars(parser.parse_args(argv))
     config = config_class(**(demo if given.get("model") is None else {}) | given)
-    for name in at_least_one:
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            fail(f"--{name} must be at least 1, not {getattr(config, name)}")
+    for f in fields(config_class):
+        value, least = getattr(config, f.name), int(f.name in at_least_one)
+        if isinstance(value, int | float) and not value >= least:  # nan, too
+            fail(f"--{f.name} must be at least {least}, not {value}")
     return config
 
 

@@ -106,6 +106,8 @@ def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path):
         (["--model", tmp_path, "--video", video, "--question", "q"], "config.json"),
         (["--model", policy, "--data", folder / "test.jsonl", "--mode", "sideways"], "sideways"),
         (["--model", policy, "--data", folder / "test.jsonl", "--num_frames", "0"], "overview_max_frames"),
+        (["--model", policy, "--data", folder / "test.jsonl", "--temperature", "-1"], "--temperature"),
+        (["--model", policy, "--data", folder / "test.jsonl", "--max_bad", "nan"], "--max_bad"),
     ]:
         done = run(*flags)
         assert done.returncode == 2, (flags, done.stderr)
