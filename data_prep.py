@@ -761,7 +761,8 @@ def main():
     sub.add_argument("--seed", type=int, default=0, help="seed of videos, questions and the teacher")
     sub = commands.add_parser("tiny_base", help="pretrain the tiny base model", **show)
     sub.add_argument("--out", default="tiny_base", help="checkpoint folder to write")
-    sub.add_argument("--steps", type=int, default=BASE_STEPS, help="optimizer steps")
+    sub.add_argument("--steps", type=int, default=BASE_STEPS,
+                     help="optimizer steps of the curriculum; three tenths as many follow")
     sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
     sub.add_argument("--init", help="checkpoint folder to begin the last part from")
     args = parser.parse_args()
