@@ -769,6 +769,7 @@ BAD_FILES = {  # name: how to make it
     "header_only.mp4": lambda path, good: path.write_bytes(good.read_bytes()[:100]),
     "unknown_codec.mp4": lambda path, good: path.write_bytes(good.read_bytes().replace(b"avc1", b"zz1x")),
     "too_narrow.mp4": lambda path, good: write_video(path, [0, 40], (16, 4096)),
+    "too_wide.mp4": lambda path, good: write_video(path, [0, 40], (64, 8256)),
     "zero\0.mp4": lambda path, good: None,
 }
 
@@ -780,6 +781,22 @@ def test_a_bad_file_is_named(folder, tmp_path, name):
     with pytest.raises(VideoError) as raised:
         ZoomEnv({**QUESTION, "video": name}, EnvConfig(), root=tmp_path).reset()
     assert str(tmp_path / name) in str(raised.value)
+
+
+@pytest.mark.parametrize("ticks_a_second", [0, 1, 2**31 - 1, 2**32 - 1])
+def test_an_absurd_time_base_costs_no_time(folder, tmp_path, ticks_a_second):
+    data = bytearray((folder / "constant.mp4").read_bytes())
+    at = data.index(b"mdhd") + 16  # the track's time scale
+    data[at:at + 4] = struct.pack(">I", ticks_a_second)
+    (tmp_path / "x.mp4").write_bytes(data)
+    start = time.process_time()
+    try:
+        env = ZoomEnv({**QUESTION, "video": "x.mp4"}, EnvConfig(), root=tmp_path)
+        env.reset()
+        assert all(0 <= f.time_s <= env.duration_s for f in env.watched[0]) and len(env.watched[0]) <= 64
+    except VideoError as error:
+        assert "x.mp4" in str(error)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("name", ["playlist.mp4", "playlist.m3u8", "concat.mp4"])
