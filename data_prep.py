@@ -654,9 +654,9 @@ class Lessons:
         off by it, and a prompt has words that no lesson has."""
         if not self.any_text or self.rng.random() < 0.2:
             return ""
-        words = [w for w in self.rng.choices(range(len(policy.tokenizer)), k=self.rng.randint(1, most))
-                 if w not in policy.tokenizer.all_special_ids]
-        return "".join(c for c in policy.tokenizer.decode(words) if c.isascii() and (c.isprintable() or c == "\n"))
+        ids = self.rng.choices(range(len(policy.tokenizer)), k=self.rng.randint(1, most))
+        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        return "".join(c for c in text if c.isascii() and (c.isprintable() or c == "\n"))
 
 
 # Short and single skills first: a look-up by content in a long dialogue is not found from scratch. The next stage begins

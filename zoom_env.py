@@ -180,7 +180,7 @@ class Video:
             return
         self._seek(None)
         packet = next((p for p in self.container.demux(self.stream) if p.pts is not None), None)
-        span = (self.stream.duration or 0) or (self.container.duration or 0) / av.time_base / self.time_base
+        span = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
         if packet is None or self.index[-1].timestamp - self.index[0].timestamp < span / 2:  # MPEG-TS lists what was read
             self.index = None
         else:
@@ -466,8 +466,8 @@ def parse_turn(text, duration_s, config):
     """Reads one assistant text: never raises, linear in its length.
 
     The action is what stands after the last </think>, or anywhere if there is none; what is inside closed thoughts is no
-    action. A call that
-    cannot be carried out, or a turn without exactly one action, is of kind "error", with the reason."""
+    action. A call that cannot be carried out, or a turn without exactly one action, is of kind "error", with the
+    reason."""
     body = text.rpartition("</think>")[2]
     zooms, zooms_clean = between(body, "video_zoom")
     answers, answers_clean = between(body, "answer")
