@@ -25,12 +25,14 @@ answer is told so and costs one round; the question comes before the frames, as 
 """
 
 import copy
+import io
 import json
 import math
 import os
 import re
 import stat
 import threading
+import weakref
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -40,6 +42,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from torchvision.transforms.v2 import functional as transforms
 
@@ -112,6 +115,28 @@ ALLOWED_FORMATS = {"mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm",
                    "ogg"}  # containers that hold their own frames; playlists and the like are refused
 MAX_SIDE = 8192  # pixels
 MAX_FUTILE_PACKETS = 1000  # packets in a row that give no frame, after which a stream counts as broken
+MAX_FUTILE_BYTES = 64e6  # bytes in a row that give no packet, after which it counts as ended
+
+
+class VideoFile(io.FileIO):
+    """What FFmpeg reads a video from: a file object, so that it resolves no URL or protocol. Ends where nothing more comes
+    of what is read."""
+
+    futile_bytes = 0  # read since the last packet
+
+    def read(self, size=-1):
+        self.futile_bytes += size
+        return super().read(size) if self.futile_bytes < MAX_FUTILE_BYTES else b""
+
+
+def count_packets(packets, file):
+    for packet in packets:
+        file.futile_bytes = 0
+        yield packet
+
+
+def refuse(url, flags, options):
+    raise av.error.PermissionError(13, "it refers to another file")
 
 
 class Video:
@@ -120,20 +145,20 @@ class Video:
     Raises VideoError, naming the file, for anything but a regular local file with a video stream."""
 
     def __init__(self, path):
-        self.path = str(path)
+        self.path, self.file, self.container = str(path), None, None
         self.lock = threading.Lock()
         self.pixel_shape = (1.0, 1.0)  # height and width of a pixel on the screen, of the frames last shown
         self.reformatter = VideoReformatter()  # one a video: setting it up takes longer than converting a small frame
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise VideoError(f"{self.path}: not a regular file")
-            self.file = open(self.path, "rb")  # a file object, so that FFmpeg resolves no URL or protocol
+            self.file = VideoFile(self.path)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from None
         try:  # the white list stops playlists before FFmpeg opens what they name
             self.container = av.open(self.file, options={
                 "format_whitelist": ",".join(sorted(ALLOWED_FORMATS)), "max_pixels": str(MAX_SIDE * MAX_SIDE)},
-                io_open=self._refuse)
+                io_open=refuse)
             if not ALLOWED_FORMATS & set(self.container.format.name.split(",")):
                 raise VideoError(f"{self.path}: format {self.container.format.name} is not a video container")
             videos = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -142,32 +167,50 @@ class Video:
             self.stream = videos[0]
             if self.stream.codec_context is None:
                 raise VideoError(f"{self.path}: no decoder for its video stream")
-            self.stream.codec_context.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
+            self.time_base = self.stream.time_base
+            if not 1e-12 < self.time_base < 1e4:
+                raise VideoError(f"{self.path}: its time base is {self.time_base} s")
+            self._read_index()
+            # told to explode, the decoder reports each damage that it finds, instead of painting over it
+            self.stream.codec_context.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)} | (
+                {"err_detect": "explode"} if self._closed_gops() else {})
             self.stream.thread_type = "AUTO"
             self._read_timing()
         except (av.FFmpegError, OSError, ValueError, EOFError) as error:
-            self.file.close()
+            self.close()
             raise VideoError(f"{self.path}: not a video that FFmpeg can read ({error})") from None
         except VideoError:
-            self.file.close()
+            self.close()
             raise
 
-    def _refuse(self, url, flags, options):
-        raise VideoError(f"{self.path}: refers to another file")
+    def _packets(self):
+        """The video's packets from where the container stands."""
+        return count_packets(self.container.demux(self.stream), self.file)
+
+    def _closed_gops(self):
+        """Whether decoding can begin at key frames as if nothing was before them. H.264's need not be IDR pictures; after
+        one that is none the decoder takes references to earlier frames for damage."""
+        if self.stream.codec_context.name != "h264":
+            return True
+        only_idr = BitStreamFilterContext("filter_units=pass_types=5", self.stream)
+        self._seek((self.stream.start_time or 0) + (self.stream.duration or 0) // 2)
+        key = next((p for p in self._packets() if p.is_keyframe), None)
+        return key is None or bool(only_idr.filter(key))
 
     def _read_timing(self):
-        """First and last presentation time, and where the key frames are (in stream time stamps)."""
-        self.time_base = self.stream.time_base
-        if not 1e-12 < self.time_base < 1e4:
-            raise VideoError(f"{self.path}: its time base is {self.time_base} s")
+        """First and last presentation time (in stream time stamps)."""
         first = self._decode_from(None)
         if first is None:
             raise VideoError(f"{self.path}: no frame can be decoded")
         self.start_pts = first.pts
+        if self.gap:  # the first frames are damaged: time starts with them all the same
+            self._seek(None)
+            keys = (p.pts for p in self._packets() if p.is_keyframe and p.pts is not None)
+            self.start_pts = min(first.pts, next(keys, first.pts))
         self.pts = None  # of all frames, where they are asked for by number
-        self._read_index()
         rate = self.stream.average_rate or self.stream.guessed_rate
         self.fps = float(rate) if rate else 25.0
+        self.frame_pts = max(1, round(1 / (self.fps * float(self.time_base))))  # how long a frame is shown, if it has no duration
         duration = self._end_pts() - self.start_pts
         self.duration_s = max(float(duration * self.time_base), 1 / self.fps)
 
@@ -179,7 +222,7 @@ class Video:
             self.index = None
             return
         self._seek(None)
-        packet = next((p for p in self.container.demux(self.stream) if p.pts is not None), None)
+        packet = next((p for p in self._packets() if p.pts is not None), None)
         span = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
         if packet is None or self.index[-1].timestamp - self.index[0].timestamp < span / 2:  # MPEG-TS lists what was read
             self.index = None
@@ -194,12 +237,11 @@ class Video:
             about = self.start_pts + self.stream.duration
         else:
             about = int((self.container.duration or 0) / av.time_base / self.time_base)
-        one = max(1, round(1 / (self.fps * float(self.time_base))))  # a frame's time, where packets have none
         ends = [self.start_pts + 1]
         for pts in (about - int(2 / self.time_base), None):
             try:
                 self._seek(pts)
-                ends += [p.pts + (p.duration or one) for p in self.container.demux(self.stream) if p.pts is not None]
+                ends += [p.pts + (p.duration or self.frame_pts) for p in self._packets() if p.pts is not None]
             except (av.FFmpegError, IndexError):
                 pass
             if len(ends) > 1:
@@ -208,6 +250,7 @@ class Video:
         return max(ends)
 
     def _seek(self, pts):
+        self.file.futile_bytes = 0
         try:
             self.container.seek(0 if pts is None else pts, stream=self.stream, backward=True)
         except av.FFmpegError:
@@ -216,57 +259,82 @@ class Video:
     def _decode_from(self, pts):
         """Seeks to the last key frame at or before `pts` and decodes one frame, into `self.ahead`. None at the end."""
         self._seek(pts)
-        self.packets = self.container.demux(self.stream)
-        self.decoded = []
+        self.packets = self._packets()
+        self.decoded, self.damaged, self.lost, self.key_pts = [], False, False, None
         self.shown = None  # the frame on screen now; `ahead` is the one after it
         self.ahead = self._next()
         return self.ahead
 
     def _next(self):
-        futile = 0
-        while not self.decoded:
-            futile += 1
-            if futile > MAX_FUTILE_PACKETS:
-                raise VideoError(f"{self.path}: {MAX_FUTILE_PACKETS} packets in a row give no frame")
+        """The next frame that is whole, None at the end; `gap`: whether frames before it were lost. A damaged packet costs
+        all frames up to the next key frame, as they refer to it."""
+        for _ in range(MAX_FUTILE_PACKETS):
+            if self.decoded:
+                frame, self.gap = self.decoded.pop(0)
+                return frame
             try:
                 packet = next(self.packets, None)
-            except (av.FFmpegError, IndexError):  # damaged so that reading cannot go on (or shows a new stream: IndexError)
-                packet = None
-            if packet is None:
-                return None
-            try:
-                self.decoded = [frame for frame in packet.decode() if frame.pts is not None]
-            except av.FFmpegError:  # a damaged packet costs its own frames only
+                if packet is None:
+                    break
+                if packet.pts is not None:
+                    if self.key_pts is None and packet.is_keyframe:
+                        self.key_pts = packet.pts
+                    if self.key_pts is not None and packet.pts < self.key_pts:
+                        continue  # shown before the key frame where decoding began, it refers to what was not decoded
+                if packet.is_corrupt:
+                    self.damaged = self.lost = True
+                    continue
+                frames = packet.decode()
+            except (av.FFmpegError, IndexError):  # IndexError: reading came upon a new stream, and ends
+                self.stream.codec_context.flush_buffers()  # or its threads report the same error again and again
+                self.damaged = self.lost = True
                 continue
-        return self.decoded.pop(0)
+            for frame in frames:
+                self.damaged = frame.is_corrupt or self.damaged and not frame.key_frame
+                if self.damaged:
+                    self.lost = True
+                elif frame.pts is not None:
+                    self.decoded.append((frame, self.lost))
+                    self.lost = False
+        else:
+            self.lost = True
+        self.gap = self.lost
+        return None
 
     def frames_at(self, times_s):
         """The frames on screen at `times_s` (ascending seconds): a list of (time_s shown, (H, W, 3) uint8 array).
 
-        On screen at t is the last frame whose time stamp is not after t."""
-        out = []
+        On screen at t is the last frame whose time stamp is not after t. Times whose frame is damaged are left out; raises
+        VideoError if no frame is left."""
         with self.lock:
-            for time_s in times_s:
-                want = self.start_pts + math.floor(time_s / float(self.time_base) + 1e-6)
-                if self._worth_a_seek(want):
-                    back = 0  # seek further back until what is decoded is not after `want`: containers may list a key
-                    # frame by its decoding time, which lies before the time that it is shown at
-                    while self._decode_from(want - back) is None or self.ahead.pts > max(want, self.start_pts):
-                        if want - back <= self.start_pts:
-                            self._decode_from(None)  # the first key frame is decoded before start_pts
-                            break
-                        back = 2 * back + max(1, int(1 / self.time_base))
-                while self.ahead is not None and (self.shown is None or self.ahead.pts <= want):
-                    self.shown, self.ahead = self.ahead, self._next()
-                if self.shown is None:
-                    raise VideoError(f"{self.path}: no frame can be decoded at {time_s:.2f} s")
-                out.append((float((self.shown.pts - self.start_pts) * self.time_base), self._rgb(self.shown)))
+            out = [frame for time_s in times_s if (frame := self._frame_at(time_s))]
+        if not out:
+            raise VideoError(f"{self.path}: no frame can be decoded at {times_s[0]:.2f} s")
         return out
+
+    def _frame_at(self, time_s):
+        """(time_s shown, image) or None."""
+        want = self.start_pts + math.floor(time_s / float(self.time_base) + 1e-6)
+        if self._worth_a_seek(want):
+            back = 0  # seek further back until what is decoded is not after `want`: containers may list a key frame by its
+            # decoding time, which lies before the time that it is shown at
+            while self._decode_from(want - back) is None or self.ahead.pts > max(want, self.start_pts):
+                if self.gap and back * self.time_base > 10:  # this is damage, not a landing between two key frames
+                    break
+                if want - back <= self.start_pts:
+                    self._decode_from(None)  # the first key frame is decoded before start_pts
+                    break
+                back = 2 * back + max(1, int(1 / self.time_base))
+        while self.ahead is not None and (self.ahead.pts <= want or self.shown is None and not self.gap):
+            self.shown, self.ahead = self.ahead, self._next()
+        if self.shown is None or self.gap and want >= self.shown.pts + (self.shown.duration or self.frame_pts):
+            return None
+        return float((self.shown.pts - self.start_pts) * self.time_base), self._rgb(self.shown)
 
     def _worth_a_seek(self, want):
         """Seek only if that skips frames: when a key frame lies between the decoder's position and `want`."""
         if self.ahead is None or self.ahead.pts > want:
-            return self.shown is None or self.shown.pts > want
+            return self.shown is None or self.shown.pts > want or self.ahead is None and self.gap
         if self.index:
             at = self.index.search_timestamp(want - self.delay)
             return at >= 0 and self.index[at].timestamp + self.delay > self.ahead.pts
@@ -275,15 +343,16 @@ class Video:
     def nearest_keyframes(self, times_s, within_s):
         """For each time the key frame nearest to it if that lies closer than `within_s`, else the frame on screen; like
         `frames_at`. A key frame is decoded by itself, so this is many times faster for a long video."""
-        out = []
-        for time_s in times_s:
-            frame = self._nearest_keyframe(time_s, within_s) if self.index else None
-            out += [frame] if frame else self.frames_at([time_s])
+        with self.lock:
+            out = [frame for time_s in times_s
+                   if (frame := self._nearest_keyframe(time_s, within_s) or self._frame_at(time_s))]
+        if not out:
+            raise VideoError(f"{self.path}: no frame can be decoded at {times_s[0]:.2f} s")
         return out
 
     def _nearest_keyframe(self, time_s, within_s):
         """(time_s, image) of the key frame nearest to `time_s`, or None if that is not closer than `within_s`."""
-        with self.lock:
+        if self.index:
             want = self.start_pts + round(time_s / float(self.time_base))
             near = [self.index.search_timestamp(want - self.delay, backward=backward) for backward in (True, False)]
             stamps = [self.index[at].timestamp + self.delay for at in near if at >= 0]
@@ -293,13 +362,13 @@ class Video:
             self._seek(min(stamps, key=lambda stamp: abs(stamp - want)))
             context = self.stream.codec_context
             try:
-                packet = next(p for p in self.container.demux(self.stream) if p.is_keyframe or p.size == 0)
+                packet = next(p for p in self._packets() if p.is_keyframe or p.size == 0)
                 frames = packet.decode() + context.decode(None)
             except (av.FFmpegError, IndexError, StopIteration):
                 return None
             finally:
                 context.flush_buffers()
-            frames = [f for f in frames if f.pts is not None and f.pts >= self.start_pts]
+            frames = [f for f in frames if f.pts is not None and f.pts >= self.start_pts and not f.is_corrupt]
             if not frames:
                 return None
             shown_s = float((frames[0].pts - self.start_pts) * self.time_base)
@@ -314,7 +383,7 @@ class Video:
             else:
                 if self.pts is None:
                     self._seek(None)
-                    self.pts = sorted(p.pts for p in self.container.demux(self.stream) if p.pts is not None)
+                    self.pts = sorted(p.pts for p in self._packets() if p.pts is not None)
                     self.ahead = self.shown = None
                 times_s = {n: float((self.pts[int(n)] - self.start_pts) * self.time_base)
                            if 0 <= n < len(self.pts) else math.inf for n in numbers}
@@ -334,8 +403,12 @@ class Video:
         return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
     def close(self):
-        self.container.close()
-        self.file.close()
+        if self.container:
+            self.container.close()
+        if self.file:
+            self.file.close()
+
+    __del__ = close  # not left to the garbage collector: PyAV's containers and streams refer to each other
 
 
 def remember(most, size=lambda result: 1):
@@ -372,10 +445,15 @@ def remember(most, size=lambda result: 1):
     return decorate
 
 
+opened = weakref.WeakValueDictionary()
+
+
 @remember(most=16)
 def open_video(path):
-    """The `Video` at `path`, kept open for the next call. Raises VideoError."""
-    return Video(path)
+    """The `Video` at `path`, kept open for the next call; a file that is still in use is not opened again. Raises
+    VideoError."""
+    video = opened[path] = opened.get(path) or Video(path)
+    return video
 
 
 def frame_size(height, width, min_pixels, max_pixels, factor=28):

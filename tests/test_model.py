@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import data_prep
 from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, rollout,
                    save_policy, split_by_tokens, token_log_probs)
-from zoom_env import Frame, Message, ZoomEnv
+from zoom_env import Frame, Message, Video, ZoomEnv
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,16 @@ def test_rollout_scores_what_it_samples(policy, data, temperature):
         with torch.no_grad():
             plain = plain_log_probs(policy, d, temperature)
         torch.testing.assert_close(torch.tensor(d.sampled_log_probs), plain, atol=1e-4, rtol=0)
+
+
+def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monkeypatch):
+    folder, questions, _ = data
+    decoded, plain = [], Video.frames_at
+    monkeypatch.setattr(Video, "frames_at", lambda self, times_s: decoded.append((self.path, times_s)) or plain(self, times_s))
+    copies = [q | {"video": shutil.copy(folder / q["video"], folder / f"once{i}.mp4")} for i, q in enumerate(questions[:3])]
+    groups, _ = rollout(policy, copies, 4, root=folder, max_turn_tokens=8, generator=torch.Generator().manual_seed(0))
+    assert [len(g) for g in groups] == [4, 4, 4] and all(e.env.frames_shown for g in groups for e in g)
+    assert len(decoded) == 3 and len({path for path, _ in decoded}) == 3
 
 
 def test_zoom_replies_reach_the_model(policy, data):
