@@ -142,6 +142,7 @@ def refuse(url, flags, options):
 class Video:
     """One open video file: `duration_s`, `fps` and the frame on screen at any time. Safe to share between threads.
 
+    Only what can be seen is decoded: from the key frame before it on, without the frames that no other one refers to.
     Raises VideoError, naming the file, for anything but a regular local file with a video stream."""
 
     def __init__(self, path):
@@ -199,6 +200,7 @@ class Video:
 
     def _read_timing(self):
         """First and last presentation time (in stream time stamps)."""
+        self.needed_pts = -math.inf
         first = self._decode_from(None)
         if first is None:
             raise VideoError(f"{self.path}: no frame can be decoded")
@@ -210,7 +212,7 @@ class Video:
         self.pts = None  # of all frames, where they are asked for by number
         rate = self.stream.average_rate or self.stream.guessed_rate
         self.fps = float(rate) if rate else 25.0
-        self.frame_pts = max(1, round(1 / (self.fps * float(self.time_base))))  # how long a frame is shown, if it has no duration
+        self.frame_pts = max(1, round(1 / (self.fps * float(self.time_base))))  # how long a frame is usually shown
         duration = self._end_pts() - self.start_pts
         self.duration_s = max(float(duration * self.time_base), 1 / self.fps)
 
@@ -260,7 +262,7 @@ class Video:
         """Seeks to the last key frame at or before `pts` and decodes one frame, into `self.ahead`. None at the end."""
         self._seek(pts)
         self.packets = self._packets()
-        self.decoded, self.damaged, self.lost, self.key_pts = [], False, False, None
+        self.decoded, self.damaged, self.lost, self.key_pts, self.skipped_pts = [], False, False, None, -math.inf
         self.shown = None  # the frame on screen now; `ahead` is the one after it
         self.ahead = self._next()
         return self.ahead
@@ -284,6 +286,10 @@ class Video:
                 if packet.is_corrupt:
                     self.damaged = self.lost = True
                     continue
+                skip = packet.pts is not None and packet.pts < self.needed_pts
+                self.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
+                if skip:
+                    self.skipped_pts = max(self.skipped_pts, packet.pts)
                 frames = packet.decode()
             except (av.FFmpegError, IndexError):  # IndexError: reading came upon a new stream, and ends
                 self.stream.codec_context.flush_buffers()  # or its threads report the same error again and again
@@ -315,21 +321,29 @@ class Video:
     def _frame_at(self, time_s):
         """(time_s shown, image) or None."""
         want = self.start_pts + math.floor(time_s / float(self.time_base) + 1e-6)
+        self.needed_pts = want - 2 * self.frame_pts  # of the frames before, those that none refers to are not decoded
+        self._go_to(want)
+        if self.shown and self.skipped_pts > self.shown.pts:  # a frame that stays for longer: it may have been skipped
+            self.needed_pts, self.ahead, self.shown = -math.inf, None, None
+            self._go_to(want)
+        if self.shown is None or self.gap and want >= self.shown.pts + (self.shown.duration or self.frame_pts):
+            return None
+        return float((self.shown.pts - self.start_pts) * self.time_base), self._rgb(self.shown)
+
+    def _go_to(self, want):
+        """Decodes up to the frame on screen at the time stamp `want`: `shown`, None if it is damaged."""
         if self._worth_a_seek(want):
             back = 0  # seek further back until what is decoded is not after `want`: containers may list a key frame by its
             # decoding time, which lies before the time that it is shown at
             while self._decode_from(want - back) is None or self.ahead.pts > max(want, self.start_pts):
-                if self.gap and back * self.time_base > 10:  # this is damage, not a landing between two key frames
-                    break
+                if self.gap and (self.index or back * self.time_base > 10):  # damage; without an index it may be a landing
+                    break  # between two key frames
                 if want - back <= self.start_pts:
                     self._decode_from(None)  # the first key frame is decoded before start_pts
                     break
                 back = 2 * back + max(1, int(1 / self.time_base))
         while self.ahead is not None and (self.ahead.pts <= want or self.shown is None and not self.gap):
             self.shown, self.ahead = self.ahead, self._next()
-        if self.shown is None or self.gap and want >= self.shown.pts + (self.shown.duration or self.frame_pts):
-            return None
-        return float((self.shown.pts - self.start_pts) * self.time_base), self._rgb(self.shown)
 
     def _worth_a_seek(self, want):
         """Seek only if that skips frames: when a key frame lies between the decoder's position and `want`."""
