@@ -43,6 +43,8 @@ from zoom_env import EnvConfig, Frame, Message, VideoError, ZoomEnv
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
+SAMPLE_LOGITS = 4_000_000  # logits that exist at one time when sampling; more than 32 MB would be fresh memory every time
+BLOCK = 512  # tokens of the vocabulary that are one block in sampling
 LOGIT_CHUNK = 2048  # trained positions whose logits exist at one time
 
 
@@ -61,6 +63,10 @@ class Policy:
         self.hf, self.tokenizer, self.image_processor, self.env_config = hf, tokenizer, image_processor, env_config
         self.language_model, self.visual = hf.model.language_model, hf.model.visual
         self.language_model.config._attn_implementation = "zoom"
+        batched = copy.copy(self.visual.config)  # of the layers alone: transformers could not make a model of this config
+        batched._attn_implementation = "zoom_flash_vision"
+        for block in self.visual.blocks:
+            block.attn.config = batched
         special = {t: tokenizer.convert_tokens_to_ids(t) for t in
                    ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")}
         if missing := [t for t, i in special.items() if i is None or i == tokenizer.unk_token_id]:
@@ -282,7 +288,23 @@ def _attention(module, query, key, value, attention_mask=None, attend=None, **kw
     return attend(module.layer_idx, query, key, value), None
 
 
+def _vision_attention(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, scaling=None, **kwargs):
+    """Attention inside each piece of a sequence, windows or whole frames: all pieces of one length are one batch, where
+    transformers' SDPA path loops over them. query (1, heads, T, D); cu_seq_lens_q: where pieces begin and the last ends."""
+    plan = getattr(cu_seq_lens_q, "plan", None)  # places of the tokens for each length, (pieces, length), once for all layers
+    if plan is None:
+        starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
+        plan = cu_seq_lens_q.plan = [starts[lengths == n, None] + torch.arange(n, device=starts.device)
+                                     for n in set(lengths.tolist()) if n]
+    out = torch.empty_like(query[0])  # (heads, T, D)
+    for at in plan:
+        q, k, v = (x[0][:, at].transpose(0, 1) for x in (query, key, value))  # (pieces, heads, length, D)
+        out[:, at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
+    return out.transpose(0, 1)[None], None
+
+
 AttentionInterface.register("zoom", _attention)
+AttentionInterface.register("zoom_flash_vision", _vision_attention)  # "flash": transformers passes all pieces in one call
 
 
 def run_layers(policy, ids, is_image, features, positions, attend):
@@ -566,13 +588,35 @@ def _extend(policy, cache, episodes, first_slot):
     return hidden[torch.arange(len(episodes)), torch.tensor(lengths) - 1]
 
 
+def sample(policy, hidden, temperature, generator=None):
+    """Token ids and their log-probabilities, (B,) each, for hidden (B, hidden); temperature 0: the most likely token.
+
+    First which block of the vocabulary, then which token of it, so that few random numbers are drawn."""
+    tokens, log_probs = [], []
+    for rows in hidden.split(max(1, SAMPLE_LOGITS // policy.hf.lm_head.weight.shape[0])):
+        with policy.autocast():
+            logits = policy.hf.lm_head(rows).float()  # (B, vocabulary)
+        p = (logits / (temperature or 1.0) if temperature != 1 else logits).softmax(dim=1)
+        if temperature == 0:
+            token = logits.argmax(dim=1, keepdim=True)
+        else:
+            B, V = p.shape
+            whole = V // BLOCK * BLOCK
+            mass = torch.cat([p[:, :whole].view(B, whole // BLOCK, BLOCK).sum(2), p[:, whole:].sum(1, keepdim=True)], dim=1)
+            first = torch.multinomial(mass, 1, generator=generator) * BLOCK  # (B, 1)
+            at = first + torch.arange(BLOCK, device=p.device)  # (B, BLOCK)
+            inside = p.gather(1, at.clamp(max=V - 1)).masked_fill(at >= V, 0.0)
+            token = first + torch.multinomial(inside, 1, generator=generator)
+        tokens.append(token[:, 0])
+        log_probs.append(p.gather(1, token)[:, 0].log())
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
 def _sample(policy, episodes, hidden, temperature, generator):
     """Samples one token for each episode and notes its log-probability. Returns which turns ended with it."""
-    log_p = logits_at(policy, hidden, temperature or 1.0)  # (B, vocabulary)
-    tokens = log_p.argmax(-1) if temperature == 0 else torch.multinomial(log_p.exp(), 1, generator=generator)[:, 0]
-    chosen = log_p.gather(1, tokens[:, None])[:, 0].tolist()
+    tokens, log_probs = sample(policy, hidden, temperature, generator)
     ended = []
-    for e, token, log_prob in zip(episodes, tokens.tolist(), chosen):
+    for e, token, log_prob in zip(episodes, tokens.tolist(), log_probs.tolist()):
         e.turn_ids.append(token)
         e.turn_log_probs.append(log_prob)
         ended.append(token == policy.im_end or bool(policy.can_close_tag[token])

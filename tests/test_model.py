@@ -3,13 +3,14 @@
 import copy
 import json
 import shutil
+import types
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import data_prep
-from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, rollout,
+from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, rollout, sample,
                    save_policy, split_by_tokens, token_log_probs)
 from zoom_env import Frame, Message, Video, ZoomEnv
 
@@ -125,7 +126,7 @@ def test_rollout_scores_what_it_samples(policy, data, temperature):
     policy.language_model, policy.visual = policy.hf.model.language_model, policy.hf.model.visual
     policy.hf.lm_head = Chatter(policy.hf.lm_head, [policy.im_end, *zoom_ids])
     groups, skipped = rollout(policy, questions[:3], 6, root=folder, temperature=temperature, max_turn_tokens=24,
-                              generator=torch.Generator().manual_seed(0))
+                              generator=torch.Generator().manual_seed(1))
     episodes = [e for group in groups for e in group]
     assert not skipped and len(episodes) == 18
     assert len({len(e.env.turns) for e in episodes}) > 1  # they do not all end together
@@ -136,6 +137,26 @@ def test_rollout_scores_what_it_samples(policy, data, temperature):
         with torch.no_grad():
             plain = plain_log_probs(policy, d, temperature)
         torch.testing.assert_close(torch.tensor(d.sampled_log_probs), plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 512, 1300])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_come_from_the_softmax(policy, vocabulary, temperature):
+    head = torch.nn.Linear(8, vocabulary, bias=False)
+    torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    one = copy.copy(policy)
+    one.hf = types.SimpleNamespace(lm_head=head)
+    hidden = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = (head(hidden)[0].double() / temperature).softmax(0)
+        tokens, log_probs = sample(one, hidden.expand(200_000, 8), temperature, torch.Generator().manual_seed(2))
+        top, top_log_prob = sample(one, hidden, 0)
+        assert top == head(hidden).argmax() and top_log_prob.item() == pytest.approx(head(hidden).log_softmax(1).max().item())
+    torch.testing.assert_close(log_probs, expected.log()[tokens].float(), atol=1e-5, rtol=0)
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    likely = expected * len(tokens) > 5  # chi-squared, as its standard score
+    chi = ((counts - expected * len(tokens)) ** 2 / (expected * len(tokens)))[likely].sum()
+    assert abs(chi - likely.sum()) < 5 * (2 * likely.sum()) ** 0.5
 
 
 def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monkeypatch):
@@ -189,6 +210,18 @@ def test_split_by_tokens_keeps_every_dialogue_and_the_budget():
     assert [id(d) for b in batches for g in b for d in g] == [id(d) for g in groups for d in g]
     for batch in batches:
         assert sum(len(g[0].ids) if len(g) == 1 else 10 + sum(len(d.ids) - 10 for d in g) for g in batch) <= 45
+
+
+@pytest.mark.parametrize("sizes", [[(112, 168)] * 5, [(140, 140), (112, 168), (28, 28), (140, 140), (252, 84)]])
+def test_batched_vision_tower_equals_transformers(policy, sizes):
+    theirs = copy.deepcopy(policy.visual)
+    for block in theirs.blocks:
+        block.attn.config = theirs.config
+    rng = torch.Generator().manual_seed(0)
+    frames = [Frame(0.0, torch.randint(0, 256, (3, h, w), generator=rng, dtype=torch.uint8)) for h, w in sizes]
+    pixels = policy.image_processor([f.image for f in frames], do_resize=False, return_tensors="pt")
+    expected = theirs(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+    torch.testing.assert_close(torch.cat(frame_features(policy, frames)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_frames_are_computed_alone(policy):

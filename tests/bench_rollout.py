@@ -1,0 +1,233 @@
+"""How fast episodes are played, beside calling transformers' `generate` anew for each turn.
+
+    python tests/bench_rollout.py                    prints a table: seconds, and the peer's over ours
+    python tests/bench_rollout.py --json rows.json   also writes the rows: name, ours, peer, ratio, goal, met
+
+A Qwen2.5-VL with 0.4 M random parameters and Qwen's vocabulary (151,936 tokens of 128 numbers), 8 questions on 8 videos,
+16 overview frames each, 8 rollouts a question, temperature 1. What a rollout does is drawn beforehand, the same for both
+sides: up to 3 zooms of 16 frames, then an answer, turns of 16 to 64 tokens. Everyone gets the same weights, token ids and
+frames; both are asked in turn, and a row compares medians. Before, all of them play at temperature 0 and have to say the
+same.
+
+    zooms              the whole episodes. The peer's rollouts of a turn are one batch; each turn encodes and prefills the
+                       whole conversation, as a chat API does
+    turn               one turn of 64 tokens each, without zooms
+    growth             what another rollout of a question costs, from 1 to 32 (whole episodes, each played by itself and
+                       all together), as "ours"; the first one as "peer"
+    vision             64 frames through our batched vision tower, against transformers' loop over frames and windows
+"""
+
+import argparse
+import copy
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor, StoppingCriteria
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data_prep  # noqa: E402
+import model  # noqa: E402
+from model import Policy, Sampled, encode, frame_features, rollout  # noqa: E402
+from zoom_env import EnvConfig, Frame, Message, ZoomEnv  # noqa: E402
+
+VOCABULARY, NUM_QUESTIONS, GROUP = 151_936, 8, 8
+ENV = EnvConfig(overview_fps=0.5, overview_max_frames=16, min_pixels=7056, max_pixels=7056, system_prompt="You see a video.")
+
+
+def make_policy():
+    """The architecture of the demo with half the layers and Qwen's vocabulary."""
+    torch.manual_seed(0)
+    tags = "".join(f"\n<frame{i}_time{i * 2.37:.2f}s>" for i in range(16))
+    tokenizer = data_prep.make_tokenizer([tags, "You see a video. The blue scene. A. red <tool_response>"] * 50, 640)
+    config = data_prep.make_tiny_model(tokenizer).hf.config
+    config.text_config.vocab_size, config.text_config.num_hidden_layers, config.text_config.intermediate_size = VOCABULARY, 2, 256
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    hf = Qwen2_5_VLForConditionalGeneration(config)
+    size = {"shortest_edge": ENV.min_pixels, "longest_edge": ENV.max_pixels}
+    return Policy(hf.eval(), tokenizer, Qwen2VLImageProcessor(size=size), ENV).freeze_vision()
+
+
+def make_videos(folder):
+    """NUM_QUESTIONS videos of 32 s of moving noise, with a question each."""
+    questions = []
+    for n in range(NUM_QUESTIONS):
+        noise = np.random.default_rng(n).integers(0, 256, (8, 12, 3), np.uint8).repeat(28, 0).repeat(28, 1)
+        with av.open(str(folder / f"{n}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = 112, 112, "yuv420p"
+            for k in range(32 * 25):
+                image = np.ascontiguousarray(noise[k % 112:k % 112 + 112, k % 224:k % 224 + 112])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        questions.append({"id": str(n), "video": f"{n}.mp4", "question": f"What is in video {n}?", "options": ["red", "blue"],
+                          "answer": "A", "answer_type": "multiple_choice", "source": "bench"})
+    return questions
+
+
+class ScriptedEnv(ZoomEnv):
+    """Carries out a script instead of what is said: [(length of the turn, its call or answer), ...] for each rollout."""
+
+    scripts = {}  # (question id, number of the rollout): its script
+
+    def fork(self):
+        other = super().fork()
+        self.forks = getattr(self, "forks", -1) + 1
+        other.script = ScriptedEnv.scripts[self.question["id"], self.forks]
+        return other
+
+    def step(self, text):
+        return super().step(self.script[len(self.turns)][1])
+
+
+def write_scripts(most_zooms, length):
+    """`length`: a range of tokens a turn."""
+    rng = random.Random(0)
+    for question in range(NUM_QUESTIONS):
+        for number in range(32):
+            calls = [f'<think>x</think><video_zoom>{{"segment": [{s}, {s + 8}], "fps": 2}}</video_zoom>'
+                     for s in (rng.randrange(24) for _ in range(rng.randint(0, most_zooms)))]
+            calls.append("<think>x</think><answer>A</answer>")
+            ScriptedEnv.scripts[str(question), number] = [(rng.randint(*length), call) for call in calls]
+
+
+def scripted_stops(sample):
+    """model._sample, with turns that end where the script says."""
+    def scripted(policy, episodes, *args):
+        sample(policy, episodes, *args)
+        return [len(e.turn_ids) >= e.env.script[len(e.env.turns)][0] for e in episodes]
+    return scripted
+
+
+def play(policy, questions, root, temperature, group_size=GROUP):
+    """Ours. Returns the sampled token ids of each rollout's turns."""
+    groups, skipped = rollout(policy, questions, group_size, root=root, temperature=temperature, max_rows=64,
+                              generator=torch.Generator().manual_seed(0))
+    assert not skipped
+    return [[i for i, t in zip(e.dialogue.ids, e.dialogue.trained) if t] for g in groups for e in g]
+
+
+class StopAt(StoppingCriteria):
+    """Row i stops after lengths[i] new tokens."""
+
+    def __init__(self, start, lengths):
+        self.start, self.lengths = start, torch.tensor(lengths)
+
+    def __call__(self, ids, scores, **kwargs):
+        return ids.shape[1] - self.start >= self.lengths
+
+
+def play_by_generate(hf, policy, questions, root, temperature):
+    """The peer: every turn is a call of `generate` on the whole conversations, all rollouts of the turn in one batch."""
+    live = []
+    for q in questions:
+        env = ScriptedEnv(q, policy.env_config, root)
+        messages = env.reset()
+        live += [(env.fork(), encode(policy, messages)) for _ in range(GROUP)]
+    everyone = list(live)
+    while live:
+        width = max(len(d.ids) for _, d in live)
+        ids = torch.tensor([[policy.im_end] * (width - len(d.ids)) + d.ids for _, d in live])
+        mask = torch.tensor([[0] * (width - len(d.ids)) + [1] * len(d.ids) for _, d in live])
+        types = torch.tensor([[0] * (width - len(d.ids)) + [int(i) for i in d.is_image] for _, d in live])
+        pixels = policy.image_processor([f.image for _, d in live for f in d.frames], do_resize=False, return_tensors="pt")
+        lengths = [env.script[len(env.turns)][0] for env, _ in live]
+        how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
+        out = hf.generate(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, **pixels, max_new_tokens=max(lengths),
+                          stopping_criteria=[StopAt(width, lengths)], eos_token_id=-1, pad_token_id=policy.im_end, **how)
+        for (env, dialogue), new, length in zip(live, out[:, width:].tolist(), lengths):
+            encode(policy, [Message("assistant", [Sampled(new[:length], [0.0] * length)])], dialogue)
+            encode(policy, env.step(""), dialogue)
+        live = [(env, d) for env, d in live if not env.done]
+    return [[i for i, t in zip(d.ids, d.trained) if t] for _, d in everyone]
+
+
+def compare(name, tasks, trials, goal, rows):
+    """tasks: {who: function}, ours first. Adds a row for each peer; ratio: the peer's time over ours."""
+    taken = {who: [] for who in tasks}
+    for _ in range(trials):
+        for who, task in tasks.items():
+            began = time.perf_counter()
+            task()
+            taken[who].append(time.perf_counter() - began)
+    ours = statistics.median(taken.pop("ours"))
+    for who, seconds in taken.items():
+        add_row(rows, f"{name}, against {who}", ours, statistics.median(seconds), goal.get(who))
+
+
+def add_row(rows, name, ours, peer, goal):
+    ratio = peer / ours
+    rows.append({"name": name, "ours": ours, "peer": peer, "ratio": ratio, "goal": goal,
+                 "met": None if goal is None else ratio >= goal})
+    print(f"{name:60}{ours:9.3f}{peer:9.3f}{ratio:8.2f}{goal or '':>6}"
+          f"{'' if goal is None else 'yes' if ratio >= goal else 'NO':>5}", flush=True)
+
+
+def looping(hf):
+    """Gives a copy of the policy's model its attention of transformers' back."""
+    hf.model.language_model.config._attn_implementation = "sdpa"
+    for block in hf.model.visual.blocks:
+        block.attn.config = hf.model.visual.config
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--vllm", help="Python with vLLM installed")
+    parser.add_argument("--only", nargs="+", default=["zooms", "turn", "growth", "vision"])
+    args = parser.parse_args()
+    policy, rows = make_policy(), []
+    theirs = copy.deepcopy(policy.hf)
+    looping(theirs)
+    model._sample, model.ZoomEnv = scripted_stops(model._sample), ScriptedEnv
+    print(f"{'':60}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'goal':>6}{'met':>5}")
+    with tempfile.TemporaryDirectory() as folder:
+        questions = make_videos(Path(folder))
+        ours = lambda temperature=1.0: play(policy, questions, folder, temperature)
+        generate = lambda temperature=1.0: play_by_generate(theirs, policy, questions, folder, temperature)
+        for name, most_zooms, length, goal in (("zooms", 3, (16, 64), 6.0), ("turn", 0, (64, 64), None)):
+            if name not in args.only:
+                continue
+            write_scripts(most_zooms, length)
+            a, b = ours(0), generate(0)  # also decodes all frames, for everyone
+            same = sum(x == y for x, y in zip(a, b))
+            assert same >= 0.9 * len(a), f"only {same} of {len(a)} rollouts agree"
+            print(f"{name}: {same} of {len(a)} rollouts at temperature 0 are the same, {sum(map(len, a))} tokens")
+            compare({"zooms": "rollouts with zooms", "turn": "one turn of 64 tokens"}[name],
+                    {"ours": ours, "generate": generate}, args.trials, {"generate": goal}, rows)
+        if "growth" in args.only:
+            write_scripts(3, (16, 64))
+            one = questions[:1]
+            play(policy, one, folder, 1.0, 32)  # decodes the frames
+            taken = {n: [] for n in (1, 32)}
+            for _ in range(args.trials):
+                for n, seconds in taken.items():
+                    began = time.perf_counter()
+                    play(policy, one, folder, 1.0, n)
+                    seconds.append(time.perf_counter() - began)
+            first, all_of_them = (statistics.median(seconds) for seconds in taken.values())
+            add_row(rows, "another rollout of a question, against the first one", (all_of_them - first) / 31, first, 4.0)
+    if "vision" in args.only:
+        images = torch.randint(0, 256, (64, 3, 252, 336), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        frames = [Frame(0.0, image) for image in images]
+        loop = Policy(theirs, policy.tokenizer, policy.image_processor, ENV)
+        looping(theirs)
+        with torch.no_grad():
+            gap = max((a - b).abs().max().item() for a, b in zip(frame_features(policy, frames), frame_features(loop, frames)))
+            assert gap < 1e-5, f"features differ by {gap}"
+            compare("features of 64 frames", {"ours": lambda: frame_features(policy, frames),
+                                              "transformers": lambda: frame_features(loop, frames)}, args.trials, {}, rows)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
