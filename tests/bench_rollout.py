@@ -98,12 +98,9 @@ def write_scripts(most_zooms, length):
             ScriptedEnv.scripts[str(question), number] = [(rng.randint(*length), call) for call in calls]
 
 
-def scripted_stops(sample):
-    """model._sample, with turns that end where the script says."""
-    def scripted(policy, episodes, *args):
-        sample(policy, episodes, *args)
-        return [len(e.turn_ids) >= e.env.script[len(e.env.turns)][0] for e in episodes]
-    return scripted
+def scripted_end(policy, episode):
+    """Instead of model.turn_ended."""
+    return len(episode.turn_ids) >= episode.env.script[len(episode.env.turns)][0]
 
 
 def play(policy, questions, root, temperature, group_size=GROUP):
@@ -187,7 +184,7 @@ def main():
     policy, rows = make_policy(), []
     theirs = copy.deepcopy(policy.hf)
     looping(theirs)
-    model._sample, model.ZoomEnv = scripted_stops(model._sample), ScriptedEnv
+    model.turn_ended, model.ZoomEnv = scripted_end, ScriptedEnv
     print(f"{'':60}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'goal':>6}{'met':>5}")
     with tempfile.TemporaryDirectory() as folder:
         questions = make_videos(Path(folder))

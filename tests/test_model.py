@@ -47,17 +47,30 @@ def plain_log_probs(policy, dialogue, temperature=1.0):
     return torch.stack([log_p[t - 1, dialogue.ids[t]] for t, trained in enumerate(dialogue.trained) if trained])
 
 
-class Chatter(torch.nn.Module):
-    """Wraps a random policy's head so that it often says what ends a turn: a random model never would."""
+class ConstantChannel(torch.nn.Module):
+    """Wraps the last norm: channel 0 of what it returns is 1."""
 
-    def __init__(self, head, boosted):
+    def __init__(self, norm):
         super().__init__()
-        self.head, self.boosted, self.weight = head, boosted, head.weight
+        self.norm = norm
 
     def forward(self, hidden):
-        logits = 0.3 * self.head(hidden)
-        logits[..., self.boosted] += 4.0
-        return logits
+        hidden = self.norm(hidden).clone()
+        hidden[..., 0] = 1.0
+        return hidden
+
+
+def chatty(policy):
+    """A copy of a random policy that often says what ends a turn; a random one never would."""
+    policy = copy.copy(policy)
+    policy.hf = copy.deepcopy(policy.hf)
+    policy.language_model, policy.visual = policy.hf.model.language_model, policy.hf.model.visual
+    policy.language_model.norm = ConstantChannel(policy.language_model.norm)
+    weight = 0.3 * policy.hf.lm_head.weight.detach()
+    weight[:, 0] = 0.0
+    weight[[policy.im_end, *policy.tokenizer.encode("</video_zoom>", add_special_tokens=False)], 0] = 4.0
+    policy.hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)  # no longer tied to the embedding
+    return policy
 
 
 def test_encoder_writes_the_chat_template(policy):
@@ -120,11 +133,7 @@ def test_rollout_scores_what_it_samples(policy, data, temperature):
     """DESIGN number 1: log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and
     tool replies are appended to, equal those of a plain pass over the finished dialogue."""
     folder, questions, _ = data
-    policy = copy.copy(policy)
-    zoom_ids = policy.tokenizer.encode("</video_zoom>", add_special_tokens=False)
-    policy.hf = copy.deepcopy(policy.hf)
-    policy.language_model, policy.visual = policy.hf.model.language_model, policy.hf.model.visual
-    policy.hf.lm_head = Chatter(policy.hf.lm_head, [policy.im_end, *zoom_ids])
+    policy = chatty(policy)
     groups, skipped = rollout(policy, questions[:3], 6, root=folder, temperature=temperature, max_turn_tokens=24,
                               generator=torch.Generator().manual_seed(1))
     episodes = [e for group in groups for e in group]
