@@ -297,10 +297,14 @@ def _vision_attention(module, query, key, value, attention_mask=None, cu_seq_len
         starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
         plan = cu_seq_lens_q.plan = [starts[lengths == n, None] + torch.arange(n, device=starts.device)
                                      for n in set(lengths.tolist()) if n]
-    out = torch.empty_like(query[0])  # (heads, T, D)
-    for at in plan:
-        q, k, v = (x[0][:, at].transpose(0, 1) for x in (query, key, value))  # (pieces, heads, length, D)
-        out[:, at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
+    if len(plan) == 1:
+        query, key, value = (x[0].unflatten(1, plan[0].shape) for x in (query, key, value))  # (heads, pieces, length, D)
+        out = F.scaled_dot_product_attention(query, key, value, scale=scaling).flatten(1, 2)
+    else:
+        out = torch.empty_like(query[0])  # (heads, T, D)
+        for at in plan:
+            q, k, v = (x[0][:, at] for x in (query, key, value))  # (heads, pieces, length, D)
+            out[:, at] = F.scaled_dot_product_attention(q, k, v, scale=scaling)
     return out.transpose(0, 1)[None], None
 
 

