@@ -41,7 +41,9 @@ class Config:
     temperature: float = 0.0  # 0 takes the most likely token
     max_questions: int | None = None  # use only the first questions of the file
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
-    max_rows: int = 16  # episodes at one time
+    max_rows: int = 16  # episodes at one time, at most
+    cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; where it is too small, fewer are played at one time
+    cuda_graphs: bool = True  # on CUDA, replay each decode step as one graph
     system_prompt: str | None = None  # file with another system prompt
     overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
     video: str | None = None  # ask about this video file instead
@@ -86,16 +88,16 @@ def evaluate(policy, name, mode, questions, root, config, env_config=None):
     """Plays one episode of each question. Returns (rows for the table by kind, episodes, [(id, reason)])."""
     env_config = env_config or policy.env_config
     generator = torch.Generator(policy.device).manual_seed(config.seed)
-    began, episodes, skipped = time.time(), [], []
+    began = time.time()
     with tqdm(total=len(questions), desc=f"{name} {mode}", unit="question", dynamic_ncols=True, leave=False) as bar:
-        for start in range(0, len(questions), config.max_rows):
-            groups, bad = rollout(policy, questions[start:start + config.max_rows], env_config=env_config, root=root,
-                                  temperature=config.temperature, max_turn_tokens=config.max_turn_tokens,
-                                  max_rows=config.max_rows, generator=generator, progress=bar.update)
-            skipped += bad
-            for e in (e for group in groups for e in group):
-                e.dialogue.features, e.dialogue.frames, e.env.watched = [], [], []  # memory stays that of one batch
-                episodes.append(e)
+        def ended(e):
+            e.dialogue.features, e.dialogue.frames, e.env.watched = [], [], []  # memory stays that of those being played
+            bar.update()
+
+        groups, skipped = rollout(policy, questions, env_config=env_config, root=root, temperature=config.temperature,
+                                  max_turn_tokens=config.max_turn_tokens, max_rows=config.max_rows, cache_gb=config.cache_gb,
+                                  cuda_graphs=config.cuda_graphs, generator=generator, on_end=ended)
+    episodes = [e for group in groups for e in group]
     seconds = time.time() - began
     if not episodes:
         raise UserError("no question could be played")
@@ -160,7 +162,7 @@ def ask(policy, config):
     open_video(config.video)
     groups, skipped = rollout(policy, [question], temperature=config.temperature,
                               generator=torch.Generator(policy.device).manual_seed(config.seed),
-                              max_turn_tokens=config.max_turn_tokens)
+                              max_turn_tokens=config.max_turn_tokens, cuda_graphs=config.cuda_graphs)
     if skipped:
         raise UserError(skipped[0][1])
     env = groups[0][0].env

@@ -44,9 +44,9 @@ from zoom_env import EnvConfig, Frame, Message, VideoError, ZoomEnv
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 BLOCK = 128  # tokens of the vocabulary that are one block in sampling
-STEPS_ON_CUDA = 8  # tokens that are decoded between two looks at them
+DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that are decoded between two looks at them
 PREFILL_TOKENS = 16_384  # tokens of prompts and replies in one pass
-LOGIT_CHUNK = 2048  # trained positions whose logits exist at one time
+LOGIT_CHUNK = 512  # trained positions whose logits exist at one time
 
 
 class PolicyError(Exception):
@@ -328,13 +328,6 @@ def run_layers(policy, ids, is_image, features, positions, attend):
         return lm.norm(hidden)
 
 
-def logits_at(policy, hidden, temperature):
-    """log softmax(logits / temperature) in float32, for hidden (N, hidden): (N, vocabulary)."""
-    with policy.autocast():
-        logits = policy.hf.lm_head(hidden)
-    return F.log_softmax(logits.float() / temperature, dim=-1)
-
-
 # ---------------------------------------------------------------------------------- log-probabilities, for training
 def token_log_probs(policy, groups, temperature=1.0, entropy=False):
     """Log-probabilities of the trained tokens of dialogues, and the entropies of the distributions that they came from.
@@ -383,7 +376,9 @@ def token_log_probs(policy, groups, temperature=1.0, entropy=False):
 
 
 def score(policy, hidden, targets, temperature, entropy):
-    log_p = logits_at(policy, hidden, temperature)  # (N, vocabulary)
+    with policy.autocast():
+        logits = policy.hf.lm_head(hidden / temperature)
+    log_p = F.log_softmax(logits.float(), dim=-1)  # (N, vocabulary)
     chosen = log_p.gather(1, targets[:, None])[:, 0]
     return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None
 
@@ -459,8 +454,31 @@ class KVCache:
     def fits(self, rows, length, prompts=0, prompt_length=0):
         """Whether `rows` rows of `length` own tokens stay within the budget, with `prompts` prompts of such a length."""
         _, P, _, capacity, _ = self.prompts[0].shape
-        tokens = max(P, prompts) * max(capacity, prompt_length) + rows * max(self.own[0].shape[3], length)
-        return tokens <= self.max_tokens
+        return max(P, prompts) * max(capacity, prompt_length) + rows * max(self.own[0].shape[3], length) <= self.max_tokens
+
+    def add_prompt(self, group, rows):
+        """Gives the prompt that a group of episodes shares a place, while `rows` rows are in use."""
+        place = self.users.index(0) if 0 in self.users else len(self.users)
+        self.users[place:place + 1] = [len(group)]
+        for number, e in enumerate(group):
+            e.place, e.number, e.cached = place, number, e.dialogue.prompt_length
+        _, P, _, capacity, _ = self.prompts[0].shape
+        places, needed = max(P, len(self.users)), max(capacity, e.cached)
+        if (places, needed) != (P, capacity):
+            if not self.fits(self.own[0].shape[1], 0, places, needed):
+                self._resize(self.own, rows, self.own[0].shape[3])
+            self._resize(self.prompts, places, needed)
+
+    def reserve(self, rows, length):
+        """Room for `length` own tokens in each of `rows` rows, and where the budget allows it for some more."""
+        _, P, _, prompt_capacity, _ = self.prompts[0].shape
+        _, now, _, capacity, _ = self.own[0].shape
+        if rows > now or length > capacity:
+            if now > rows and self.fits(now, length):
+                rows = now
+            if length > capacity:
+                capacity = max(length, min(length + length // 4, (self.max_tokens - P * prompt_capacity) // rows))
+            self._resize(self.own, rows, capacity)
 
     def _resize(self, tensors, places, capacity):
         self.graphs.clear()
@@ -468,26 +486,11 @@ class KVCache:
             tensors[layer] = old.new_zeros(2, places, old.shape[2], capacity, old.shape[4])
             tensors[layer][:, :old.shape[1], :, :old.shape[3]] = old[:, :places, :, :capacity]
 
-    def add_prompt(self, group):
-        """Gives the prompt that a group of episodes shares a place."""
-        place = self.users.index(0) if 0 in self.users else len(self.users)
-        self.users[place:place + 1] = [len(group)]
-        for number, e in enumerate(group):
-            e.place, e.number, e.cached = place, number, e.dialogue.prompt_length
-        _, places, _, capacity, _ = self.prompts[0].shape
-        if len(self.users) > places or e.cached > capacity:
-            self._resize(self.prompts, len(self.users), max(capacity, e.cached))
-
-    def reserve(self, rows, length):
-        """Room for `length` own tokens in each of `rows` rows, and where the budget allows it for some more."""
-        _, P, _, prompt_capacity, _ = self.prompts[0].shape
-        _, now, _, capacity, _ = self.own[0].shape
-        if rows > now or length > capacity:
-            if self.fits(now, length):
-                rows = max(rows, now)
-            if length > capacity:
-                capacity = max(length, min(length + length // 4, (self.max_tokens - P * prompt_capacity) // rows))
-            self._resize(self.own, rows, capacity)
+    def clear(self):
+        """Gives all memory back."""
+        self.users.clear()
+        for tensors in (self.prompts, self.own):
+            self._resize(tensors, 0, 0)
 
     def swap(self, a, b, length):
         """The first `length` tokens of rows a and b change places."""
@@ -549,7 +552,7 @@ def turn_ended(policy, episode):
 
 @torch.no_grad()
 def rollout(policy, questions, group_size=1, *, env_config=None, root=".", temperature=1.0, max_turn_tokens=1024,
-            max_response_tokens=32_768, max_rows=64, cache_gb=16.0, generator=None, progress=None, cuda_graphs=True):
+            max_response_tokens=32_768, max_rows=64, cache_gb=16.0, cuda_graphs=True, generator=None, on_end=None):
     """Plays `group_size` episodes of each question. Returns (groups, skipped): a list of Episode for each question,
     empty for one whose video cannot be read, and the (question id, reason) of those.
 
@@ -558,9 +561,9 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
         max_turn_tokens, max_response_tokens: an episode ends, truncated, where a turn or all after the prompt is longer.
         max_rows: episodes that run at one time.
         cache_gb: memory for keys and values, 1e9 bytes. Fewer episodes run at one time where it is too small for them.
+        cuda_graphs: on CUDA, replay a decode step as one graph, not launch it operation by operation.
         generator: torch.Generator on the policy's device.
-        progress: called with the number of episodes that ended.
-        cuda_graphs: on CUDA, replay a decode step as one graph, not launch it operation by operation."""
+        on_end: called with each episode that ended."""
     def begin(question):
         env = ZoomEnv(question, env_config or policy.env_config, root)
         try:
@@ -571,7 +574,7 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
     groups, skipped, upcoming = [[] for _ in questions], [], deque(enumerate(questions))
     with ThreadPoolExecutor(4) as decoders:
         batch = Batch(policy, group_size, max_rows, cache_gb, temperature, max_turn_tokens, max_response_tokens,
-                      generator, cuda_graphs, decoders, progress or (lambda number: None))
+                      generator, cuda_graphs, decoders, on_end)
         ahead = deque()  # questions whose videos are decoded while others are played
         new = None  # the next question's group, once its video is decoded
         while upcoming or ahead or new or batch.live or batch.outside:
@@ -589,9 +592,8 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
                         continue
                     dialogue = encode(policy, messages)
                     new = groups[i] = [Episode(env.fork(), dialogue.fork()) for _ in range(group_size)]
-                if not batch.has_room(new):
+                if not batch.admit(new):
                     break
-                batch.admit(new)
                 entering.append(new)
                 new = None
             batch.enter(entering)
@@ -606,14 +608,14 @@ class Batch:
     no row: they have not begun yet, or had to leave. What runs when depends on no clock, so a seed gives one result."""
 
     def __init__(self, policy, group_size, max_rows, cache_gb, temperature, max_turn_tokens, max_response_tokens, generator,
-                 cuda_graphs, decoders, progress):
+                 cuda_graphs, decoders, on_end):
         on_cuda = policy.device.type == "cuda"
         self.policy = bfloat16_copy(policy) if on_cuda else policy
         self.cache = KVCache(policy, group_size, int(cache_gb * 1e9))
         self.max_rows, self.temperature, self.generator = max_rows, temperature, generator
         self.max_turn_tokens, self.max_response_tokens = max_turn_tokens, max_response_tokens
-        self.decoders, self.progress, self.graphs = decoders, progress, cuda_graphs and on_cuda
-        self.steps = STEPS_ON_CUDA if on_cuda else 1  # of decoding between two looks at what was sampled
+        self.decoders, self.on_end, self.graphs = decoders, on_end, cuda_graphs and on_cuda
+        self.steps = DECODE_STEPS[policy.device.type]
         self.live, self.decoding, self.outside = [], 0, deque()
 
     def should_pause(self):
@@ -631,18 +633,22 @@ class Batch:
 
     def finish(self, episode):
         self.cache.users[episode.place] -= 1
-        self.progress(1)
-
-    def has_room(self, group):
-        if not self.live and not self.outside:
-            return True
-        rows, prompt_length = len(self.live) + len(self.outside) + len(group), group[0].dialogue.prompt_length
-        prompts = sum(map(bool, self.cache.users)) + 1
-        return rows <= self.max_rows and self.cache.fits(rows, self.max_turn_tokens, prompts, prompt_length)
+        if self.on_end:
+            self.on_end(episode)
 
     def admit(self, group):
-        self.cache.add_prompt(group)
+        """Takes in a new group if there is room for it. Returns whether it did; where nothing else runs it always does."""
+        rows, prompt_length = len(self.live) + len(self.outside) + len(group), group[0].dialogue.prompt_length
+        prompts = sum(map(bool, self.cache.users)) + 1
+        fits = self.cache.fits(rows, self.max_turn_tokens, prompts, prompt_length)
+        if self.live or self.outside:
+            if rows > self.max_rows or not fits:
+                return False
+        elif not fits:
+            self.cache.clear()
+        self.cache.add_prompt(group, len(self.live))
         self.outside.extend(group)
+        return True
 
     def enter(self, new_groups):
         """Gives episodes outside a row as long as there is room, runs all that the cache lacks of the prompts of the new
@@ -880,7 +886,7 @@ def sample(policy, hidden, temperature, generator=None):
     and their log-probabilities (of temperature 1 at 0), (B,) each.
 
     First a block of the vocabulary is drawn, then a token of it (Gumbel-max), so that few random numbers are needed."""
-    weight = policy.hf.lm_head.weight
+    weight, hidden = policy.hf.lm_head.weight, hidden / (temperature or 1.0)
     V, B = len(weight), len(hidden)
     if hidden.is_cuda:
         with policy.autocast():
@@ -893,9 +899,6 @@ def sample(policy, hidden, temperature, generator=None):
         if whole < V:
             rest = F.pad(hidden @ weight[whole:].T, (0, -V % BLOCK), value=float("-inf"))
             logits = torch.cat([logits, rest[None]])
-    if temperature not in (0, 1):
-        logits = logits / temperature
-
     def draw(log_p):  # (B, choices)
         if temperature == 0:
             return log_p.argmax(1)

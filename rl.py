@@ -67,7 +67,9 @@ class Config:
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
     max_response_tokens: int = 32_768  # an episode ends when all after the prompt, tool replies too, is longer
-    max_rows: int = 64  # episodes that a process plays at one time
+    max_rows: int = 64  # episodes that a process plays at one time, at most
+    cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; where it is too small, fewer are played at one time
+    cuda_graphs: bool = True  # on CUDA, replay each decode step as one graph
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     system_prompt: str | None = None  # file with another system prompt
@@ -99,7 +101,8 @@ def play_batch(policy, questions, config, env_config, root, rank, world, device,
         groups, bad = rollout(policy, draw[rank::world], config.group_size, env_config=env_config, root=root,
                               temperature=config.temperature, max_turn_tokens=config.max_turn_tokens,
                               max_response_tokens=config.max_response_tokens, max_rows=config.max_rows,
-                              generator=generator, progress=bar.update)
+                              cache_gb=config.cache_gb, cuda_graphs=config.cuda_graphs, generator=generator,
+                              on_end=lambda e: bar.update())
         skipped += bad
         for group in groups:
             episodes += group
@@ -217,7 +220,7 @@ def train(policy, reference, rows, config, rank, world, device):
                          max_zooms=policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms)
     policy.env_config = env_config
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.lr, betas=(0.9, 0.95),
-                                  weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
+                                  weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
     questions, root, out = endless(rows, config.seed), Path(config.data).parent, Path(config.out)
     skipped, total_drawn = [], 0

@@ -113,7 +113,7 @@ def train_step(policy, dialogues, optimizer, config, device):
 def train(policy, rows, config, rank, world, device):
     out, root = Path(config.out), Path(config.data).parent
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.lr, betas=(0.9, 0.95),
-                                  weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
+                                  weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     bar = tqdm(total=steps, desc="sft", unit="step", dynamic_ncols=True, disable=rank > 0)
     skipped, step = [], 0

@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import data_prep
+import model
 from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, rollout, sample,
                    save_policy, split_by_tokens, token_log_probs)
 from zoom_env import Frame, Message, Video, ZoomEnv
@@ -128,11 +129,21 @@ def test_log_probs_equal_a_plain_forward_pass(policy, data):
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_rollout_scores_what_it_samples(policy, data, temperature):
+def check_sampled_log_probs(policy, episodes, temperature):
+    for e in episodes:
+        assert sum(e.dialogue.trained) == len(e.dialogue.sampled_log_probs) > 0
+        with torch.no_grad():
+            plain = plain_log_probs(policy, e.dialogue, temperature)
+        torch.testing.assert_close(torch.tensor(e.dialogue.sampled_log_probs), plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature,steps", [(1.0, 1), (0.6, 1), (1.0, 5)])
+def test_rollout_scores_what_it_samples(policy, data, temperature, steps, monkeypatch):
     """DESIGN number 1: log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and
-    tool replies are appended to, equal those of a plain pass over the finished dialogue."""
+    tool replies are appended to, equal those of a plain pass over the finished dialogue. `steps`: how many tokens are
+    decoded before anyone looks at them."""
     folder, questions, _ = data
+    monkeypatch.setitem(model.DECODE_STEPS, "cpu", steps)
     policy = chatty(policy)
     groups, skipped = rollout(policy, questions[:3], 6, root=folder, temperature=temperature, max_turn_tokens=24,
                               generator=torch.Generator().manual_seed(1))
@@ -140,12 +151,73 @@ def test_rollout_scores_what_it_samples(policy, data, temperature):
     assert not skipped and len(episodes) == 18
     assert len({len(e.env.turns) for e in episodes}) > 1  # they do not all end together
     assert max(len(e.env.turns) for e in episodes) > 2
-    for e in episodes:
-        d = e.dialogue
-        assert sum(d.trained) == len(d.sampled_log_probs)
-        with torch.no_grad():
-            plain = plain_log_probs(policy, d, temperature)
-        torch.testing.assert_close(torch.tensor(d.sampled_log_probs), plain, atol=1e-4, rtol=0)
+    check_sampled_log_probs(policy, episodes, temperature)
+
+
+@pytest.mark.parametrize("max_rows,share", [(64, 1.0), (5, 1.0), (1, 1.0), (64, 0.3), (6, 0.3), (64, 0.0)])
+def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, max_rows, share):
+    """However few rows or little memory, the episodes are played, one at a time if need be. `share`: of the memory that
+    an unlimited cache takes."""
+    folder, questions, _ = data
+    policy, taken, left, rows = chatty(policy), [], [], []
+    resize, make_room = model.KVCache._resize, model.Batch.make_room
+
+    def recording_resize(cache, tensors, places, capacity):
+        resize(cache, tensors, places, capacity)
+        taken.append(sum(t.numel() * t.element_size() for tensors in (cache.prompts, cache.own) for t in tensors))
+
+    def recording_make_room(batch, length):
+        before = len(batch.live)
+        make_room(batch, length)
+        left.append(before - len(batch.live))
+        rows.append(len(batch.live))
+
+    monkeypatch.setattr(model.KVCache, "_resize", recording_resize)
+    monkeypatch.setattr(model.Batch, "make_room", recording_make_room)
+    play = lambda **how: rollout(policy, questions[:5], 4, root=folder, max_turn_tokens=24,
+                                 generator=torch.Generator().manual_seed(1), **how)[0]
+    play()
+    unlimited, _ = max(taken), (taken.clear(), left.clear(), rows.clear())
+    groups = play(max_rows=max_rows, cache_gb=share * unlimited / 1e9)
+    episodes = [e for group in groups for e in group]
+    assert len(episodes) == 20 and all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 2
+    check_sampled_log_probs(policy, episodes, 1.0)
+    assert max(rows) <= max_rows
+    if share == 0.3:
+        assert max(taken) <= share * unlimited
+    if (max_rows, share) == (64, 0.3):
+        assert sum(left) > 0 and max(rows) > 1  # some had to leave and came back
+    if share == 0:
+        assert max(rows) == 1
+
+
+def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
+    """What the network computes in a rollout: each prompt once a group, and every other token once a row."""
+    folder, questions, _ = data
+    tokens, plain = [], model.run_layers
+    monkeypatch.setattr(model, "run_layers", lambda policy, ids, *args: tokens.append(ids.numel()) or plain(policy, ids, *args))
+    groups, _ = rollout(chatty(policy), questions[:3], 6, root=folder, max_turn_tokens=24, max_rows=12,
+                        generator=torch.Generator().manual_seed(1))
+    expected = 0
+    for group in groups:
+        expected += group[0].dialogue.prompt_length
+        for e in group:  # from the last sampled token on nothing is run
+            last = max(t for t, trained in enumerate(e.dialogue.trained) if trained)
+            expected += last - e.dialogue.prompt_length
+    assert sum(tokens) == expected
+
+
+def test_bfloat16_copy_computes_what_autocast_does(policy):
+    """Linear layers that are in bfloat16 already, and those that autocast casts, give the same numbers."""
+    fast = model.bfloat16_copy(policy)
+    assert {p.dtype for p in fast.hf.parameters()} == {torch.bfloat16, torch.float32}
+    assert all(p.dtype == torch.float32 for p in policy.hf.parameters())
+    ids = torch.randint(400, (1, 50), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(50).expand(3, 1, 50)
+    attend = lambda layer, q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        a, b = (p.hf.lm_head(model.run_layers(p, ids, None, None, positions, attend)) for p in (policy, fast))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("vocabulary", [100, 512, 1300])
