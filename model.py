@@ -454,31 +454,31 @@ class KVCache:
     def fits(self, rows, length, prompts=0, prompt_length=0):
         """Whether `rows` rows of `length` own tokens stay within the budget, with `prompts` prompts of such a length."""
         _, P, _, capacity, _ = self.prompts[0].shape
-        return max(P, prompts) * max(capacity, prompt_length) + rows * max(self.own[0].shape[3], length) <= self.max_tokens
+        return max(P, prompts) * max(capacity, prompt_length) + rows * length <= self.max_tokens
 
-    def add_prompt(self, group, rows):
-        """Gives the prompt that a group of episodes shares a place, while `rows` rows are in use."""
+    def add_prompt(self, group, rows, length):
+        """Gives the prompt that a group of episodes shares a place, while `rows` rows of `length` tokens are in use."""
         place = self.users.index(0) if 0 in self.users else len(self.users)
         self.users[place:place + 1] = [len(group)]
         for number, e in enumerate(group):
             e.place, e.number, e.cached = place, number, e.dialogue.prompt_length
         _, P, _, capacity, _ = self.prompts[0].shape
-        places, needed = max(P, len(self.users)), max(capacity, e.cached)
-        if (places, needed) != (P, capacity):
-            if not self.fits(self.own[0].shape[1], 0, places, needed):
-                self._resize(self.own, rows, self.own[0].shape[3])
-            self._resize(self.prompts, places, needed)
+        if len(self.users) > P or e.cached > capacity:
+            _, now, _, own_capacity, _ = self.own[0].shape
+            P, capacity = max(P, len(self.users)), max(capacity, e.cached)
+            if not self.fits(now, own_capacity, P, capacity):
+                self._resize(self.own, rows, length)
+            self._resize(self.prompts, P, capacity)
 
     def reserve(self, rows, length):
         """Room for `length` own tokens in each of `rows` rows, and where the budget allows it for some more."""
         _, P, _, prompt_capacity, _ = self.prompts[0].shape
         _, now, _, capacity, _ = self.own[0].shape
         if rows > now or length > capacity:
-            if now > rows and self.fits(now, length):
-                rows = now
             if length > capacity:
-                capacity = max(length, min(length + length // 4, (self.max_tokens - P * prompt_capacity) // rows))
-            self._resize(self.own, rows, capacity)
+                capacity = length + length // 4
+            capacity = max(length, min(capacity, (self.max_tokens - P * prompt_capacity) // rows))
+            self._resize(self.own, now if now > rows and self.fits(now, capacity) else rows, capacity)
 
     def _resize(self, tensors, places, capacity):
         self.graphs.clear()
@@ -639,14 +639,14 @@ class Batch:
     def admit(self, group):
         """Takes in a new group if there is room for it. Returns whether it did; where nothing else runs it always does."""
         rows, prompt_length = len(self.live) + len(self.outside) + len(group), group[0].dialogue.prompt_length
-        prompts = sum(map(bool, self.cache.users)) + 1
-        fits = self.cache.fits(rows, self.max_turn_tokens, prompts, prompt_length)
+        prompts, length = sum(map(bool, self.cache.users)) + 1, self.longest()
+        fits = self.cache.fits(rows, max(length, self.max_turn_tokens), prompts, prompt_length)
         if self.live or self.outside:
             if rows > self.max_rows or not fits:
                 return False
         elif not fits:
             self.cache.clear()
-        self.cache.add_prompt(group, len(self.live))
+        self.cache.add_prompt(group, len(self.live), length)
         self.outside.extend(group)
         return True
 
@@ -659,8 +659,8 @@ class Batch:
                 e.take_reply(self.policy, self.max_response_tokens)
             if e.env.done:
                 self.finish(self.outside.popleft())
-            elif self.live and not self.cache.fits(len(self.live) + 1, self.longest(e)):
-                break
+            elif self.live and not self.cache.fits(len(self.live) + 1, self.longest(e) + self.max_turn_tokens):
+                break  # it would have to leave again soon
             else:
                 self.live.append(self.outside.popleft())
         self.make_room(self.longest())
@@ -870,12 +870,14 @@ def decode_step(policy, cache, state, P, L, temperature, generator):
     tokens, log_probs = sample(policy, hidden[:, 0], temperature, generator)
     state["tokens"].copy_(tokens)
     state["positions"] += 1
-    state["own_lengths"] += 1
+    state["own_lengths"].add_(1).clamp_(max=cache.own[0].shape[3] - 1)
     return tokens, log_probs
 
 
 def product(a, b):
     """Batched matrix product in float32, as attention kernels keep their scores: (X, Y, T, D) and (X, Y, D, S)."""
+    if not a.is_cuda:
+        return a.float() @ b.float()
     if a.dtype == torch.float32:
         return a @ b
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).view(*a.shape[:3], b.shape[3])
@@ -899,6 +901,7 @@ def sample(policy, hidden, temperature, generator=None):
         if whole < V:
             rest = F.pad(hidden @ weight[whole:].T, (0, -V % BLOCK), value=float("-inf"))
             logits = torch.cat([logits, rest[None]])
+
     def draw(log_p):  # (B, choices)
         if temperature == 0:
             return log_p.argmax(1)

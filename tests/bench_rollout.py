@@ -114,7 +114,7 @@ def scripted_end(policy, episode):
 def play(policy, questions, root, temperature, group_size=GROUP):
     """Ours. Returns the sampled token ids of each rollout's turns."""
     groups, skipped = rollout(policy, questions, group_size, root=root, temperature=temperature, max_rows=64,
-                              generator=torch.Generator().manual_seed(0))
+                              generator=torch.Generator(policy.device).manual_seed(0))
     assert not skipped
     return [[i for i, t in zip(e.dialogue.ids, e.dialogue.trained) if t] for g in groups for e in g]
 
@@ -123,7 +123,7 @@ class StopAt(StoppingCriteria):
     """Row i stops after lengths[i] new tokens."""
 
     def __init__(self, start, lengths):
-        self.start, self.lengths = start, torch.tensor(lengths)
+        self.start, self.lengths = start, lengths
 
     def __call__(self, ids, scores, **kwargs):
         return ids.shape[1] - self.start >= self.lengths
@@ -144,9 +144,11 @@ def play_by_generate(hf, policy, questions, root, temperature):
         types = torch.tensor([[0] * (width - len(d.ids)) + [int(i) for i in d.is_image] for _, d in live])
         pixels = policy.image_processor([f.image for _, d in live for f in d.frames], do_resize=False, return_tensors="pt")
         lengths = [env.script[len(env.turns)][0] for env, _ in live]
+        ids, mask, types = (x.to(hf.device) for x in (ids, mask, types))
+        pixels = {name: x.to(hf.device) for name, x in pixels.items()}
         how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
         out = hf.generate(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, **pixels, max_new_tokens=max(lengths),
-                          stopping_criteria=[StopAt(width, lengths)], eos_token_id=-1, pad_token_id=policy.im_end, **how)
+                          stopping_criteria=[StopAt(width, torch.tensor(lengths, device=hf.device))], eos_token_id=-1, pad_token_id=policy.im_end, **how)
         for (env, dialogue), new, length in zip(live, out[:, width:].tolist(), lengths):
             encode(policy, [Message("assistant", [Sampled(new[:length], [0.0] * length)])], dialogue)
             encode(policy, env.step(""), dialogue)

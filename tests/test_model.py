@@ -191,6 +191,55 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
         assert max(rows) == 1
 
 
+def test_decoding_by_replay(policy, data, monkeypatch):
+    """What a captured decode step works on: tensors that stay where they are, with rows too many, replayed for several
+    tokens, and captured anew when the cache has moved. Here "replay" computes the step."""
+    folder, questions, _ = data
+    captured, sizes = [], []
+
+    def uncaptured(policy, cache, state, temperature, generator):
+        state = {name: value.clone() for name, value in state.items()}
+        P, L = cache.prompts[0].shape[3], cache.own[0].shape[3]
+        result = [torch.zeros_like(state["tokens"]), torch.zeros(len(state["tokens"]))]
+        captured.append([t.data_ptr() for t in (*cache.prompts, *cache.own)])
+
+        def replay():
+            sizes.append(len(state["tokens"]))
+            assert captured[-1] == [t.data_ptr() for t in (*cache.prompts, *cache.own)]
+            for place, value in zip(result, model.decode_step(policy, cache, state, P, L, temperature, generator)):
+                place.copy_(value)
+
+        return types.SimpleNamespace(replay=replay), state, result
+
+    init = model.Batch.__init__
+    monkeypatch.setattr(model, "capture_step", uncaptured)
+    monkeypatch.setattr(model.Batch, "__init__", lambda batch, *args: init(batch, *args) or setattr(batch, "graphs", True))
+    monkeypatch.setitem(model.DECODE_STEPS, "cpu", 3)
+    groups, _ = rollout(chatty(policy), questions[:3], 5, root=folder, max_turn_tokens=24,
+                        generator=torch.Generator().manual_seed(1))
+    episodes = [e for group in groups for e in group]
+    assert all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 2
+    assert len(captured) < len(sizes) / 3 and len(set(sizes)) > 2 and all(n % 4 == 0 or n == 15 for n in sizes)
+    check_sampled_log_probs(chatty(policy), episodes, 1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_rollout_on_cuda(policy, data, cuda_graphs):
+    """bfloat16, so not the same to 1e-4: the log-probabilities of sampling and of training differ by its rounding."""
+    folder, questions, _ = data
+    policy = chatty(policy)
+    policy.hf.cuda()
+    groups, _ = rollout(policy, questions[:3], 6, root=folder, max_turn_tokens=24, cuda_graphs=cuda_graphs,
+                        generator=torch.Generator("cuda").manual_seed(1))
+    dialogues = [e.dialogue for group in groups for e in group]
+    assert len(dialogues) == 18 and max(len(e.env.turns) for group in groups for e in group) > 2
+    sampled = torch.tensor([p for d in dialogues for p in d.sampled_log_probs])
+    with torch.no_grad():
+        scored, _ = token_log_probs(policy, [[e.dialogue for e in group] for group in groups])
+    assert (scored.cpu() - sampled).abs().mean() < 0.02
+
+
 def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
     """What the network computes in a rollout: each prompt once a group, and every other token once a row."""
     folder, questions, _ = data

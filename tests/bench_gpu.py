@@ -1,0 +1,209 @@
+"""How near a GPU's limits decoding, prefill and the update come, on the true shapes of Qwen2.5-VL with random weights.
+
+    python tests/bench_gpu.py --shape 3B             prints a table; 7B, too (the update of 7B needs more than 80 GB)
+    python tests/bench_gpu.py --json rows.json       also writes the rows: name, ours, peer, ratio, goal, met
+    python tests/bench_gpu.py --shape tiny --device cpu        tries the script; the numbers say nothing
+
+One question with 64 frames, 16 rollouts that have zoomed twice, 16 frames each, bfloat16.
+
+    decode     one token of all 16 rows, as "ours"; as "peer" the time in which a copy as fast as the fastest one measured
+               would have read the weights and all cached keys and values once. Goal: 0.6
+    prefill    prompt and replies through the network, against the time that their matrix products would take at the
+               fastest measured product's speed (two operations a weight and token, and the attention's). Goal: 0.45
+    update     forward and backward of `token_log_probs` on the packed group without checkpointing, likewise, with three
+               times as many operations; the vocabulary's for trained tokens alone. Goal: 0.45
+    rollout    16 whole rollouts of a question about a video, up to 3 zooms, against transformers' `generate` each turn.
+               Here the ratio says how many times faster ours is. Goal: 5
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import bench_rollout  # noqa: E402
+import model  # noqa: E402
+from model import Episode, KVCache, Message, Policy, bfloat16_copy, decode, encode, fill_features, prefill  # noqa: E402
+from model import token_log_probs  # noqa: E402
+from zoom_env import EnvConfig, Frame  # noqa: E402
+
+SHAPES = {  # of Qwen2.5-VL's config.json
+    "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
+                 vocab_size=2048, tie_word_embeddings=True),
+    "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
+               vocab_size=151_936, tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+               vocab_size=152_064, tie_word_embeddings=False)}
+GROUP, TURN, HEIGHT, WIDTH = 16, 200, 280, 336  # rollouts, tokens of a turn, size of a frame (120 tokens)
+
+
+def make_policy(shape, device):
+    small = bench_rollout.make_policy()
+    text = SHAPES[shape]
+    config = small.hf.config.to_dict()
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6] if shape == "tiny" else [16, 24, 24]}
+    config["text_config"] |= text | {"rope_parameters": rope, "layer_types": ["full_attention"] * text["num_hidden_layers"],
+                                     "max_position_embeddings": 128_000, "max_window_layers": text["num_hidden_layers"]}
+    config["tie_word_embeddings"] = text["tie_word_embeddings"]
+    if shape != "tiny":
+        config["vision_config"] |= dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                                        fullatt_block_indexes=[7, 15, 23, 31])
+    config["vision_config"]["out_hidden_size"] = text["hidden_size"]
+    with torch.device(device):
+        hf = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    pixels = HEIGHT * WIDTH
+    env = EnvConfig(overview_max_frames=64, overview_fps=2.0, min_pixels=pixels - 8000, max_pixels=pixels, system_prompt="You see a video.")
+    size = {"shortest_edge": env.min_pixels, "longest_edge": env.max_pixels}
+    return Policy(hf.eval(), small.tokenizer, Qwen2VLImageProcessor(size=size), env).freeze_vision()
+
+
+def frames(number, seed):
+    images = torch.randint(0, 256, (number, 3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return [item for i, image in enumerate(images) for item in (f"<frame{i}_time{i}.00s>", Frame(float(i), image))]
+
+
+def make_group(policy):
+    """16 episodes that end within their third turn, of which one token is sampled."""
+    prompt = encode(policy, [Message("system", ["You see a video."]), Message("user", ["What happens?", *frames(64, 0)])])
+    group, vocabulary = [], policy.hf.lm_head.out_features
+    for number in range(GROUP):
+        d = prompt.fork()
+        for turn in range(2):
+            said = torch.randint(vocabulary, (TURN,)).tolist()
+            encode(policy, [Message("assistant", [model.Sampled(said, [-1.0] * TURN)]),
+                            Message("user", ["Here.", *frames(16, 2 * number + turn + 1)])], d)
+        group.append(Episode(None, d))
+    fill_features(policy, [e.dialogue for e in group])
+    return group
+
+
+def seconds(task, device, trials):
+    taken = []
+    for trial in range(trials + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        task()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if trial:
+            taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def limits(device, small):
+    """(bytes a second of a copy, read and written; operations a second of a matrix product)"""
+    n, size = (1024, 2 ** 24) if small else (8192, 2 ** 31)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device, 5), 2 * n ** 3 / seconds(lambda: a @ b, device, 5)
+
+
+def linear_weights(policy):
+    """Numbers of weights in the decoder's linear layers, and in the head."""
+    linear = [m for m in policy.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(m.weight.numel() for m in linear), policy.hf.lm_head.weight.numel()
+
+
+def attention_operations(policy, spans):
+    """Of both products; spans: (queries, tokens that they see)."""
+    config = policy.language_model.config
+    return sum(4 * n * seen for n, seen in spans) * config.hidden_size * config.num_hidden_layers
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="3B")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=["decode", "prefill", "update", "rollout"])
+    args = parser.parse_args()
+    device, rows = torch.device(args.device), []
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        print(torch.cuda.get_device_name(device))
+    bandwidth, speed = limits(device, args.shape == "tiny")
+    print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix product {speed / 1e12:.1f} TFLOP/s")
+    policy = make_policy(args.shape, device)
+    fast = bfloat16_copy(policy) if device.type == "cuda" else policy
+    body, head = linear_weights(policy)
+    group = make_group(policy)
+    prompt, own = group[0].dialogue.prompt_length, len(group[0].dialogue.ids) - group[0].dialogue.prompt_length
+    print(f"{args.shape}: {body + head:,} linear weights; prompt {prompt} tokens, then {own} in each of {GROUP} rows")
+    print(f"{'':60}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'goal':>6}{'met':>5}")
+
+    with torch.no_grad():
+        cache = KVCache(fast, GROUP, 10 ** 12)
+
+        def fill():
+            cache.clear()
+            cache.add_prompt(group, 0, 0)
+            cache.reserve(GROUP, own + 80)
+            return prefill(fast, cache, [group], group, 0)
+
+        if "prefill" in args.only:
+            taken = seconds(fill, device, args.trials)
+            needed = 2 * body * (prompt + GROUP * own) + attention_operations(policy, [
+                (prompt, prompt / 2), (GROUP * own, prompt + own / 2)])
+            bench_rollout.add_row(rows, f"prefill, {args.shape}, against the matrix products' time", taken, needed / speed, 0.45)
+        if "decode" in args.only:
+            fill()
+            for e in group:
+                e.turn_ids = [0]
+            size = next(m.weight.element_size() for m in fast.language_model.modules() if isinstance(m, torch.nn.Linear))
+            _, _, heads, _, D = cache.own[0].shape
+            token = 2 * heads * D * cache.own[0].element_size() * len(cache.own)  # bytes of its keys and values
+            read = size * (body + head) + token * (prompt + GROUP * own)
+            for name, graphs in (("CUDA graph", True), ("plain", False)) if device.type == "cuda" else (("plain", False),):
+                taken = seconds(lambda: decode(fast, cache, group, 16, 1.0, None, graphs), device, args.trials) / 16
+                bench_rollout.add_row(rows, f"decode, {args.shape}, {name}, against reading everything once", taken,
+                                      read / bandwidth, 0.6 if name == "CUDA graph" else None)
+            for e in group:
+                e.turn_ids = []
+        del cache
+    if "update" in args.only:
+        dialogues = [[e.dialogue for e in group]]
+        trained = sum(sum(e.dialogue.trained) for e in group)
+
+        def update():
+            log_probs, _ = token_log_probs(policy, dialogues)
+            log_probs.mean().backward()
+            policy.hf.zero_grad()
+
+        needed = 3 * (2 * body * (prompt + GROUP * own) + 2 * head * trained + attention_operations(policy, [
+            (prompt, prompt / 2), (GROUP * own, prompt + own / 2)]))
+        bench_rollout.add_row(rows, f"update, {args.shape}, against the matrix products' time",
+                              seconds(update, device, args.trials), needed / speed, 0.45)
+    if "rollout" in args.only:
+        theirs = copy.deepcopy(policy.hf)
+        bench_rollout.looping(theirs)
+        if device.type == "cuda":
+            for module in theirs.modules():
+                for p in module.parameters(recurse=False):
+                    p.data = p.data.bfloat16()
+        model.turn_ended, model.ZoomEnv = bench_rollout.scripted_end, bench_rollout.ScriptedEnv
+        bench_rollout.GROUP, bench_rollout.NUM_QUESTIONS = GROUP, 1
+        bench_rollout.write_scripts(3, (100, 300) if device.type == "cuda" else (4, 8))
+        with tempfile.TemporaryDirectory() as folder:
+            questions = bench_rollout.make_videos(Path(folder))
+            bench_rollout.compare(f"rollout, {args.shape}", {
+                "ours": lambda: bench_rollout.play(policy, questions, folder, 1.0, GROUP),
+                "generate": lambda: bench_rollout.play_by_generate(theirs, policy, questions, folder, 1.0),
+            }, args.trials, {"generate": 5.0}, rows)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
