@@ -10,8 +10,8 @@ The decoder layers are transformers' own; what is ours is everything around them
   logits are computed at those positions, in chunks, and once more in the backward pass instead of being kept. The
   rollouts of one question run as one packed sequence [prompt, reply 1, reply 2, ...], in which each reply attends to
   the prompt and to itself, so the prompt and its frames are computed once a group.
-- `rollout`: many episodes at once on one KV cache. The prompt is prefilled once a question and its cache copied to
-  the group; a tool reply is appended to the cache; rows call, wait and finish independently of each other.
+- `rollout`: many episodes at once on one KV cache. The prompt is prefilled and cached once a question, and the rows of
+  its group all read it; replies are appended; rows call, wait, end and make room for others independently.
 
 Temperature: sampled from softmax(logits / T), scored as log softmax(logits / T). T = 0 takes the most likely token.
 """
@@ -44,7 +44,7 @@ from zoom_env import EnvConfig, Frame, Message, VideoError, ZoomEnv
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 BLOCK = 128  # tokens of the vocabulary that are one block in sampling
-DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that are decoded between two looks at them
+DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that are decoded before the CPU reads them and checks for ends of turns
 PREFILL_TOKENS = 16_384  # tokens of prompts and replies in one pass
 LOGIT_CHUNK = 512  # trained positions whose logits exist at one time
 
@@ -292,7 +292,7 @@ def _attention(module, query, key, value, attention_mask=None, attend=None, **kw
 def _vision_attention(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, scaling=None, **kwargs):
     """Attention inside each piece of a sequence, windows or whole frames: all pieces of one length are one batch, where
     transformers' SDPA path loops over them. query (1, heads, T, D); cu_seq_lens_q: where pieces begin and the last ends."""
-    plan = getattr(cu_seq_lens_q, "plan", None)  # places of the tokens for each length, (pieces, length), once for all layers
+    plan = getattr(cu_seq_lens_q, "plan", None)  # where the tokens of each length are, (pieces, length), for all layers
     if plan is None:
         starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
         plan = cu_seq_lens_q.plan = [starts[lengths == n, None] + torch.arange(n, device=starts.device)
@@ -441,15 +441,16 @@ class KVCache:
 
     def __init__(self, policy, group_size, max_bytes):
         config = policy.language_model.config
-        layers, heads, D = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        D = config.hidden_size // config.num_attention_heads
         dtype = torch.bfloat16 if policy.device.type == "cuda" else policy.hf.lm_head.weight.dtype
         self.prompts = [torch.zeros(2, 0, heads, 0, D, dtype=dtype, device=policy.device)] * layers
         self.own = list(self.prompts)
         self.group_size = group_size
-        self.users = []  # for each place in `prompts`: how many unfinished episodes share it
-        self.hidden = {}  # for each place: the prompt's last hidden state
+        self.users = []  # for each slot of `prompts`: how many unfinished episodes share it
+        self.hidden = {}  # for each slot: the prompt's last hidden state
         self.max_tokens = max_bytes // (layers * 2 * heads * D * dtype.itemsize)
-        self.graphs = {}  # captured decode steps
+        self.graphs, self.graph_pool = {}, None  # captured decode steps by their number of rows, and their memory
 
     def fits(self, rows, length, prompts=0, prompt_length=0):
         """Whether `rows` rows of `length` own tokens stay within the budget, with `prompts` prompts of such a length."""
@@ -457,11 +458,12 @@ class KVCache:
         return max(P, prompts) * max(capacity, prompt_length) + rows * length <= self.max_tokens
 
     def add_prompt(self, group, rows, length):
-        """Gives the prompt that a group of episodes shares a place, while `rows` rows of `length` tokens are in use."""
-        place = self.users.index(0) if 0 in self.users else len(self.users)
-        self.users[place:place + 1] = [len(group)]
+        """Gives the prompt that a group of episodes shares a slot. `rows`, `length`: what `own` has to keep if it must
+        shrink for that."""
+        slot = self.users.index(0) if 0 in self.users else len(self.users)
+        self.users[slot:slot + 1] = [len(group)]
         for number, e in enumerate(group):
-            e.place, e.number, e.cached = place, number, e.dialogue.prompt_length
+            e.slot, e.number, e.cached = slot, number, e.dialogue.prompt_length
         _, P, _, capacity, _ = self.prompts[0].shape
         if len(self.users) > P or e.cached > capacity:
             _, now, _, own_capacity, _ = self.own[0].shape
@@ -473,12 +475,14 @@ class KVCache:
     def reserve(self, rows, length):
         """Room for `length` own tokens in each of `rows` rows, and where the budget allows it for some more."""
         _, P, _, prompt_capacity, _ = self.prompts[0].shape
-        _, now, _, capacity, _ = self.own[0].shape
-        if rows > now or length > capacity:
+        _, allocated, _, capacity, _ = self.own[0].shape
+        if rows and (rows > allocated or length > capacity):
             if length > capacity:
                 capacity = length + length // 4
-            capacity = max(length, min(capacity, (self.max_tokens - P * prompt_capacity) // rows))
-            self._resize(self.own, now if now > rows and self.fits(now, capacity) else rows, capacity)
+            most = (self.max_tokens - P * prompt_capacity) // rows
+            if length <= most:
+                capacity = min(capacity, most)
+            self._resize(self.own, allocated if allocated > rows and self.fits(allocated, capacity) else rows, capacity)
 
     def _resize(self, tensors, places, capacity):
         self.graphs.clear()
@@ -489,6 +493,7 @@ class KVCache:
     def clear(self):
         """Gives all memory back."""
         self.users.clear()
+        self.hidden.clear()
         for tensors in (self.prompts, self.own):
             self._resize(tensors, 0, 0)
 
@@ -506,8 +511,8 @@ class Episode:
     env: ZoomEnv
     dialogue: Dialogue
     truncated: bool = False  # a turn was cut off at the token limit
-    cached: int = 0  # tokens of the dialogue and the turn that are in the KV cache
-    place: int = 0  # of its prompt in the KV cache
+    cached: int = 0  # tokens, from the start, that need not be run for it again; at least the prompt
+    slot: int = 0  # of its prompt in the KV cache
     number: int = 0  # among the episodes that share the prompt
     turn_ids: list = field(default_factory=list)
     turn_log_probs: list = field(default_factory=list)
@@ -517,9 +522,9 @@ class Episode:
         """Tokens, with those of the turn."""
         return len(self.dialogue.ids) + len(self.turn_ids)
 
-    def add_token(self, policy, token, log_prob, max_turn_tokens, decoders):
+    def add_token(self, policy, token, log_prob, max_turn_tokens, video_threads):
         """Appends a sampled token to the turn. Returns whether the turn is over; then the environment answers, in a
-        thread of `decoders`."""
+        thread of `video_threads`."""
         self.turn_ids.append(token)
         self.turn_log_probs.append(log_prob)
         stopped = turn_ended(policy, self)
@@ -528,7 +533,7 @@ class Episode:
         text = policy.tokenizer.decode(self.turn_ids[:-1] if token == policy.im_end else self.turn_ids)
         encode(policy, [Message("assistant", [Sampled(self.turn_ids, self.turn_log_probs)])], self.dialogue)
         self.turn_ids, self.turn_log_probs = [], []
-        self.reply, self.truncated = decoders.submit(self.env.step, text), not stopped
+        self.reply, self.truncated = video_threads.submit(self.env.step, text), not stopped
         return True
 
     def take_reply(self, policy, max_response_tokens):
@@ -558,7 +563,8 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
 
     Args:
         temperature: 0 for the most likely token.
-        max_turn_tokens, max_response_tokens: an episode ends, truncated, where a turn or all after the prompt is longer.
+        max_turn_tokens: a turn that is longer is cut off there, and the episode ends, truncated.
+        max_response_tokens: an episode ends, truncated, before a reply with which all after the prompt were longer.
         max_rows: episodes that run at one time.
         cache_gb: memory for keys and values, 1e9 bytes. Fewer episodes run at one time where it is too small for them.
         cuda_graphs: on CUDA, replay a decode step as one graph, not launch it operation by operation.
@@ -572,54 +578,59 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
             return env, error
 
     groups, skipped, upcoming = [[] for _ in questions], [], deque(enumerate(questions))
-    with ThreadPoolExecutor(4) as decoders:
+    with ThreadPoolExecutor(4) as video_threads:
         batch = Batch(policy, group_size, max_rows, cache_gb, temperature, max_turn_tokens, max_response_tokens,
-                      generator, cuda_graphs, decoders, on_end)
+                      generator, cuda_graphs, video_threads, on_end)
         ahead = deque()  # questions whose videos are decoded while others are played
         new = None  # the next question's group, once its video is decoded
-        while upcoming or ahead or new or batch.live or batch.outside:
-            batch.take_replies()
-            entering = []
-            while upcoming or ahead or new:
-                while upcoming and len(ahead) < max(4, max_rows // group_size):
-                    i, question = upcoming.popleft()
-                    ahead.append((i, decoders.submit(begin, question)))
-                if not new:
-                    i, opened = ahead.popleft()
-                    env, messages = opened.result()
-                    if isinstance(messages, VideoError):
-                        skipped.append((env.question["id"], str(messages)))
-                        continue
-                    dialogue = encode(policy, messages)
-                    new = groups[i] = [Episode(env.fork(), dialogue.fork()) for _ in range(group_size)]
-                if not batch.admit(new):
-                    break
-                entering.append(new)
-                new = None
-            batch.enter(entering)
-            while batch.decoding and not batch.should_pause():
-                batch.decode()
+        try:
+            while upcoming or ahead or new or batch.live or batch.outside:
+                batch.take_replies()
+                admitted = []
+                while upcoming or ahead or new:
+                    while upcoming and len(ahead) < max(4, max_rows // group_size):
+                        i, question = upcoming.popleft()
+                        ahead.append((i, video_threads.submit(begin, question)))
+                    if not new:
+                        i, opened = ahead.popleft()
+                        env, messages = opened.result()
+                        if isinstance(messages, VideoError):
+                            skipped.append((env.question["id"], str(messages)))
+                            continue
+                        dialogue = encode(policy, messages)
+                        new = groups[i] = [Episode(env.fork(), dialogue.fork()) for _ in range(group_size)]
+                    if not batch.admit(new):
+                        break
+                    admitted.append(new)
+                    new = None
+                batch.enter(admitted)
+                while batch.decoding and not batch.should_pause():
+                    batch.decode()
+        except BaseException:
+            video_threads.shutdown(wait=False, cancel_futures=True)  # else the videos ahead would be waited for
+            raise
     return groups, skipped
 
 
 class Batch:
-    """The episodes that are being played. live[i] has row i of the cache. The first `decoding` ones are within a turn,
-    and of them all but the token that was sampled last is in the cache; the others wait for a reply. Those `outside` have
-    no row: they have not begun yet, or had to leave. What runs when depends on no clock, so a seed gives one result."""
+    """The episodes that are being played. live[i] has row i of the cache. The first `decoding` ones are within a turn:
+    the cache holds all their tokens except the one that was sampled last. The others wait for a reply. Those `outside`
+    are admitted, their prompt has a slot, but have no row: they have not entered yet, or had to leave. What runs when
+    depends on no clock, so a seed gives one result."""
 
     def __init__(self, policy, group_size, max_rows, cache_gb, temperature, max_turn_tokens, max_response_tokens, generator,
-                 cuda_graphs, decoders, on_end):
+                 cuda_graphs, video_threads, on_end):
         on_cuda = policy.device.type == "cuda"
         self.policy = bfloat16_copy(policy) if on_cuda else policy
         self.cache = KVCache(policy, group_size, int(cache_gb * 1e9))
         self.max_rows, self.temperature, self.generator = max_rows, temperature, generator
         self.max_turn_tokens, self.max_response_tokens = max_turn_tokens, max_response_tokens
-        self.decoders, self.on_end, self.graphs = decoders, on_end, cuda_graphs and on_cuda
+        self.video_threads, self.on_end, self.use_graphs = video_threads, on_end, cuda_graphs and on_cuda
         self.steps = DECODE_STEPS[policy.device.type]
         self.live, self.decoding, self.outside = [], 0, deque()
 
     def should_pause(self):
-        """Whether so many wait that it is time to let them go on."""
+        """Whether enough rows wait for a reply, a quarter and at least 4, to stop decoding and run them."""
         waiting = len(self.live) - self.decoding
         return waiting >= max(4, len(self.live) // 4)
 
@@ -632,20 +643,20 @@ class Batch:
                 self.finish(self.live.pop())
 
     def finish(self, episode):
-        self.cache.users[episode.place] -= 1
+        self.cache.users[episode.slot] -= 1
         if self.on_end:
             self.on_end(episode)
 
     def admit(self, group):
         """Takes in a new group if there is room for it. Returns whether it did; where nothing else runs it always does."""
         rows, prompt_length = len(self.live) + len(self.outside) + len(group), group[0].dialogue.prompt_length
-        prompts, length = sum(map(bool, self.cache.users)) + 1, self.longest()
+        prompts, length = sum(map(bool, self.cache.users)) + 1, self.longest(*self.outside)
         fits = self.cache.fits(rows, max(length, self.max_turn_tokens), prompts, prompt_length)
         if self.live or self.outside:
             if rows > self.max_rows or not fits:
                 return False
         elif not fits:
-            self.cache.clear()
+            self.cache.clear()  # nothing is running: earlier prompts and rows are not needed
         self.cache.add_prompt(group, len(self.live), length)
         self.outside.extend(group)
         return True
@@ -663,7 +674,7 @@ class Batch:
                 break  # it would have to leave again soon
             else:
                 self.live.append(self.outside.popleft())
-        self.make_room(self.longest())
+        self.make_room()
         hidden = prefill(self.policy, self.cache, new_groups, self.live[self.decoding:], self.decoding)
         if self.decoding < len(self.live):
             tokens, log_probs = sample(self.policy, hidden, self.temperature, self.generator)
@@ -674,31 +685,32 @@ class Batch:
         """Own tokens of the longest row, with the next `steps` ones."""
         return max((e.total() - e.dialogue.prompt_length for e in (*self.live, *more)), default=0) + self.steps
 
-    def make_room(self, length):
-        """Room for `length` tokens in each row; if it takes that, the last rows leave and run again later."""
-        while len(self.live) > 1 and not self.cache.fits(len(self.live), length):
+    def make_room(self):
+        """Room for the longest row in each row; where the budget is too small for that, rows leave from the back, those
+        that wait first, and run again later."""
+        while len(self.live) > 1 and not self.cache.fits(len(self.live), self.longest()):
             e = self.live.pop()
             e.cached = e.dialogue.prompt_length
             self.outside.appendleft(e)
         self.decoding = min(self.decoding, len(self.live))
-        self.cache.reserve(len(self.live), length)
+        self.cache.reserve(len(self.live), self.longest())
 
     def decode(self):
         """The next tokens of all that are within a turn."""
-        self.make_room(self.longest())
+        self.make_room()
         sampled = decode(self.policy, self.cache, self.live[:self.decoding], self.steps, self.temperature, self.generator,
-                         self.graphs)
+                         self.use_graphs)
         for e in self.live[:self.decoding]:
             e.cached += self.steps
         self.settle(0, *sampled)
 
     def settle(self, first, tokens, log_probs):
         """Appends what was sampled for the rows from `first` to the last one that is decoding, lists of lists; rows whose
-        turn is over change places with the last ones decoding, from the back, so that swaps move only settled ones."""
+        turn is over change places with the last ones decoding; from the back: the row that is swapped in is settled."""
         for i in reversed(range(first, self.decoding)):
             e, sampled = self.live[i], list(zip(tokens[i - first], log_probs[i - first]))
             for number, (token, log_prob) in enumerate(sampled, 1):
-                if e.add_token(self.policy, token, log_prob, self.max_turn_tokens, self.decoders):
+                if e.add_token(self.policy, token, log_prob, self.max_turn_tokens, self.video_threads):
                     e.cached -= len(sampled) - number  # what came after the end is not part of it
                     self.decoding -= 1
                     self.swap(i, self.decoding)
@@ -754,10 +766,10 @@ def prefill(policy, cache, new_groups, episodes, first_row):
         )
         for span, e, row in spans:
             if row is None:
-                cache.hidden[e.place] = hidden[0, span.stop - 1]
+                cache.hidden[e.slot] = hidden[0, span.stop - 1].clone()  # a view would keep the whole pass
             else:
                 last[row], e.cached = hidden[0, span.stop - 1], e.total()
-    rows = [last.get(row, cache.hidden[e.place]) for row, e in enumerate(episodes, first_row)]
+    rows = [last.get(row, cache.hidden[e.slot]) for row, e in enumerate(episodes, first_row)]
     return torch.stack(rows) if rows else None
 
 
@@ -770,31 +782,31 @@ def attend_prefill(cache, layer, query, key, value, spans):
     for span, e, row in spans:
         seen, length = new[:, :, span], span.stop - span.start
         if row is None:
-            prompts[:, e.place, :, :length] = seen
+            prompts[:, e.slot, :, :length] = seen
         else:
             prompt_length = e.dialogue.prompt_length
             start = e.cached - prompt_length
             own[:, row, :, start:start + length] = seen
-            seen = torch.cat([prompts[:, e.place, :, :prompt_length], own[:, row, :, :start + length]], dim=2)
+            seen = torch.cat([prompts[:, e.slot, :, :prompt_length], own[:, row, :, :start + length]], dim=2)
         out.append(causal_attention(query[:, :, span].to(own.dtype), seen[None, 0], seen[None, 1]))
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def decode(policy, cache, episodes, steps, temperature, generator=None, graphs=False):
+def decode(policy, cache, episodes, steps, temperature, generator=None, use_graphs=False):
     """Samples the next `steps` tokens of each episode; episode i is in row i and all but its last token is in the cache.
-    Returns token ids and log-probabilities, lists (B, steps). With `graphs`, on CUDA, a step is captured once for each
-    number of rows (rounded up; the rows too many write to the last place of theirs) and replayed."""
+    Returns token ids and log-probabilities, lists (B, steps). With `use_graphs`, on CUDA, a step is captured once for each
+    number of rows, rounded up, and replayed; surplus rows write to their last position, which no real row uses yet."""
     _, rows, _, capacity, _ = cache.own[0].shape
     own = [e.cached - e.dialogue.prompt_length for e in episodes]
     values = {"tokens": ([e.turn_ids[-1] for e in episodes], 0),
               "positions": ([e.dialogue.next_position + len(e.turn_ids) - 1 for e in episodes], 0),
               "own_lengths": (own, capacity - 1),
               "prompt_lengths": ([e.dialogue.prompt_length for e in episodes], 1),
-              "shares": ([e.place * cache.group_size + e.number for e in episodes], -1)}
-    B = min(rows, -(-len(episodes) // 4) * 4) if graphs else len(episodes)
+              "slots": ([e.slot * cache.group_size + e.number for e in episodes], -1)}
+    B = min(rows, -(-len(episodes) // 4) * 4) if use_graphs else len(episodes)
     tensor = lambda x, fill: torch.tensor(x + [fill] * (B - len(x)), device=policy.device)
     fresh = {name: tensor(*value) for name, value in values.items()}
-    if not graphs:
+    if not use_graphs:
         P, L = max(e.dialogue.prompt_length for e in episodes), max(own) + steps
         sampled = [decode_step(policy, cache, fresh, P, L, temperature, generator) for _ in range(steps)]
     else:
@@ -814,7 +826,8 @@ def capture_step(policy, cache, state, temperature, generator):
     """A decode step as a CUDA graph: (graph, the state that it reads and changes, what it returns)."""
     state = {name: value.clone() for name, value in state.items()}
     start = {name: value.clone() for name, value in state.items()}
-    step = lambda: decode_step(policy, cache, state, cache.prompts[0].shape[3], cache.own[0].shape[3], temperature, generator)
+    P, L = cache.prompts[0].shape[3], cache.own[0].shape[3]
+    step = lambda: decode_step(policy, cache, state, P, L, temperature, generator)
     generator_state = (generator or torch.cuda.default_generators[policy.device.index]).get_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -827,20 +840,21 @@ def capture_step(policy, cache, state, temperature, generator):
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    cache.graph_pool = cache.graph_pool or torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
+    with torch.cuda.graph(graph, pool=cache.graph_pool):
         result = step()
     return graph, state, result
 
 
 def decode_step(policy, cache, state, P, L, temperature, generator):
-    """One token for each row, without a word from the CPU: reads and advances `state`, a dict of (B,) tensors: the last
-    tokens, their positions, how many own tokens are cached, the prompts' lengths, and each row's share: its place among
-    all rows that the prompts could have. P and L: how many places of the prompts and of the rows' own tokens are looked
-    at. Returns token ids and log-probabilities, (B,) each."""
-    own_lengths, shares, device = state["own_lengths"], state["shares"], policy.device
-    B = len(shares)
+    """One token for each row, without synchronising with the CPU: reads and advances `state`, a dict of (B,) tensors: the
+    last tokens, their positions, how many own tokens are cached, the prompts' lengths, and slots: the prompt's slot *
+    group_size + the episode's number in the group, -1 for a surplus row. P, L: how many positions of the prompts, and of
+    the rows' own tokens, are looked at. Returns token ids and log-probabilities, (B,) each."""
+    own_lengths, slots, device = state["own_lengths"], state["slots"], policy.device
+    B = len(slots)
     rows = torch.arange(B, device=device)
-    hidden_places = torch.cat([torch.arange(P, device=device) >= state["prompt_lengths"][:, None],
+    unseen = torch.cat([torch.arange(P, device=device) >= state["prompt_lengths"][:, None],
                                torch.arange(L, device=device) > own_lengths[:, None]], dim=1)[:, None, None]
 
     def attend(layer, query, key, value):
@@ -852,17 +866,17 @@ def decode_step(policy, cache, state, P, L, temperature, generator):
         query = query.reshape(B, heads, -1, D).to(own.dtype)  # the heads that share a key are several queries of it
         n = query.shape[2]
 
-        def by_prompt(x):  # (B, heads, n, any) to (G, heads, group * n, any); a row without share goes nowhere
-            x = x.new_zeros(G * cache.group_size + 1, *x.shape[1:]).index_copy(0, shares % (G * cache.group_size + 1), x)
+        def by_prompt(x):  # (B, heads, n, any) to (G, heads, group * n, any); a surplus row goes nowhere
+            x = x.new_zeros(G * cache.group_size + 1, *x.shape[1:]).index_copy(0, slots % (G * cache.group_size + 1), x)
             return x[:-1].view(G, cache.group_size, heads, n, -1).transpose(1, 2).reshape(G, heads, cache.group_size * n, -1)
 
         def by_row(x):
             x = x.view(G, heads, cache.group_size, n, -1).transpose(1, 2).reshape(G * cache.group_size, heads, n, -1)
-            return x[shares.clamp(min=0)]
+            return x[slots.clamp(min=0)]
 
         scores = torch.cat([by_row(product(by_prompt(query), prompts[0].transpose(2, 3))),
                             product(query, own[0][:B, :, :L].transpose(2, 3))], dim=3)  # (B, heads, n, P + L)
-        p = (scores * D ** -0.5).masked_fill(hidden_places, float("-inf")).softmax(dim=3).to(own.dtype)
+        p = (scores * D ** -0.5).masked_fill(unseen, float("-inf")).softmax(dim=3).to(own.dtype)
         out = by_row(product(by_prompt(p[..., :P]), prompts[1])) + product(p[..., P:], own[1][:B, :, :L])
         return out.to(own.dtype).view(B, 1, -1, D)
 

@@ -66,7 +66,7 @@ class Config:
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
-    max_response_tokens: int = 32_768  # an episode ends when all after the prompt, tool replies too, is longer
+    max_response_tokens: int = 32_768  # an episode ends before a reply with which all after the prompt were longer
     max_rows: int = 64  # episodes that a process plays at one time, at most
     cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; where it is too small, fewer are played at one time
     cuda_graphs: bool = True  # on CUDA, replay each decode step as one graph

@@ -139,7 +139,7 @@ def check_sampled_log_probs(policy, episodes, temperature):
 
 @pytest.mark.parametrize("temperature,steps", [(1.0, 1), (0.6, 1), (1.0, 5)])
 def test_rollout_scores_what_it_samples(policy, data, temperature, steps, monkeypatch):
-    """DESIGN number 1: log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and
+    """Log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and
     tool replies are appended to, equal those of a plain pass over the finished dialogue. `steps`: how many tokens are
     decoded before anyone looks at them."""
     folder, questions, _ = data
@@ -166,9 +166,9 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
         resize(cache, tensors, places, capacity)
         taken.append(sum(t.numel() * t.element_size() for tensors in (cache.prompts, cache.own) for t in tensors))
 
-    def recording_make_room(batch, length):
+    def recording_make_room(batch):
         before = len(batch.live)
-        make_room(batch, length)
+        make_room(batch)
         left.append(before - len(batch.live))
         rows.append(len(batch.live))
 
@@ -177,7 +177,9 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
     play = lambda **how: rollout(policy, questions[:5], 4, root=folder, max_turn_tokens=24,
                                  generator=torch.Generator().manual_seed(1), **how)[0]
     play()
-    unlimited, _ = max(taken), (taken.clear(), left.clear(), rows.clear())
+    unlimited = max(taken)
+    for recorded in (taken, left, rows):
+        recorded.clear()
     groups = play(max_rows=max_rows, cache_gb=share * unlimited / 1e9)
     episodes = [e for group in groups for e in group]
     assert len(episodes) == 20 and all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 2
@@ -213,7 +215,7 @@ def test_decoding_by_replay(policy, data, monkeypatch):
 
     init = model.Batch.__init__
     monkeypatch.setattr(model, "capture_step", uncaptured)
-    monkeypatch.setattr(model.Batch, "__init__", lambda batch, *args: init(batch, *args) or setattr(batch, "graphs", True))
+    monkeypatch.setattr(model.Batch, "__init__", lambda batch, *args: init(batch, *args) or setattr(batch, "use_graphs", True))
     monkeypatch.setitem(model.DECODE_STEPS, "cpu", 3)
     groups, _ = rollout(chatty(policy), questions[:3], 5, root=folder, max_turn_tokens=24,
                         generator=torch.Generator().manual_seed(1))
@@ -394,3 +396,5 @@ def test_unreadable_video_is_named_and_the_rest_goes_on(policy, data):
     bad = dict(questions[0], id="bad", video="missing.mp4")
     groups, skipped = rollout(policy, [questions[0], bad], root=folder, max_turn_tokens=4)
     assert [len(g) for g in groups] == [1, 0] and skipped[0][0] == "bad" and "missing.mp4" in skipped[0][1]
+    groups, skipped = rollout(policy, [bad, bad], 3, root=folder)
+    assert groups == [[], []] and len(skipped) == 2

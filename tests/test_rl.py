@@ -30,7 +30,7 @@ def numpy_grpo(log_p, old, ref, advantage, clip_low, clip_high, kl_weight):
 
 
 def test_objective_and_gradient_equal_numpy():
-    """DESIGN number 4: positive and negative advantages, inside and outside of the clip range on both sides."""
+    """Positive and negative advantages, inside and outside of the clip range on both sides."""
     config = rl.Config(kl_weight=0.1)
     ratios = np.array([0.5, 0.79, 0.81, 1.0, 1.26, 1.28, 2.0])
     log_p = np.log(np.full(14, 0.3))
@@ -119,7 +119,7 @@ def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointi
 
 
 def assert_same(a, b):
-    """DESIGN numbers 2 and 3: 1e-5 relative."""
+    """The same for any split and with packing: 1e-5 relative."""
     assert (a[0] - b[0]).norm() <= 1e-5 * a[0].norm() and a[0].norm() > 0
     for key in a[1]:
         assert a[1][key] == pytest.approx(b[1][key], rel=1e-5, abs=1e-6), key
