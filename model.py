@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -401,13 +402,13 @@ def attend_packed(query, key, value, spans):
 
 def causal_attention(query, key, value):
     """SDPA of the last T of S tokens, each seeing those up to itself: query (1, heads, T, D), key and value (1, kv heads,
-    S, D). With a mask, key heads are repeated: with enable_gqa CUDA would fall back to the kernel that stores all scores."""
+    S, D). No mask is made on CUDA, where flash attention leaves out what is not seen."""
     T, S = query.shape[2], key.shape[2]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # the rotary embedding is float32
     if T == S:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(T, S))
 
 
 def packed_length(group):
@@ -621,11 +622,13 @@ class Batch:
     def __init__(self, policy, group_size, max_rows, cache_gb, temperature, max_turn_tokens, max_response_tokens, generator,
                  cuda_graphs, video_threads, on_end):
         on_cuda = policy.device.type == "cuda"
-        self.policy = bfloat16_copy(policy) if on_cuda else policy
+        self.policy = generation_copy(policy) if on_cuda else policy
         self.cache = KVCache(policy, group_size, int(cache_gb * 1e9))
         self.max_rows, self.temperature, self.generator = max_rows, temperature, generator
         self.max_turn_tokens, self.max_response_tokens = max_turn_tokens, max_response_tokens
         self.video_threads, self.on_end, self.use_graphs = video_threads, on_end, cuda_graphs and on_cuda
+        if self.use_graphs:
+            load_kernels()
         self.steps = DECODE_STEPS[policy.device.type]
         self.live, self.decoding, self.outside = [], 0, deque()
 
@@ -722,16 +725,34 @@ class Batch:
         live[a], live[b] = live[b], live[a]
 
 
-def bfloat16_copy(policy):
-    """The policy with linear layers in bfloat16, as autocast computes with them, so that they are not cast for every
-    token; all other weights are shared with it."""
+def generation_copy(policy, dtype=torch.bfloat16):
+    """The policy with linear layers in `dtype`, so that autocast need not cast them for every token. Those of one input lie
+    in one tensor, `qkv` and `gate_up`, (weight, bias), for one product. All other weights are shared with the policy."""
     fast = copy.copy(policy)
     fast.hf = copy.deepcopy(policy.hf, {id(t): t for t in (*policy.hf.parameters(), *policy.hf.buffers())})
     fast.language_model, fast.visual = fast.hf.model.language_model, fast.hf.model.visual
-    for module in fast.hf.modules():
-        if isinstance(module, torch.nn.Linear):
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(p.bfloat16(), requires_grad=False))
+
+    def convert(*linears):
+        joined = []
+        for name in ("weight", "bias"):
+            old = [getattr(linear, name) for linear in linears]
+            if old[0] is None:
+                joined.append(None)
+                continue
+            whole = torch.cat([p.detach().to(dtype) for p in old]) if len(old) > 1 else old[0].detach().to(dtype)
+            for linear, p, part in zip(linears, old, whole.split([len(p) for p in old])):
+                if p.dtype == dtype:
+                    p.data = part  # the policy's own, too: no second copy
+                setattr(linear, name, torch.nn.Parameter(part, requires_grad=False))
+            joined.append(whole)
+        return tuple(joined)
+
+    for layer in fast.language_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.qkv = convert(attention.q_proj, attention.k_proj, attention.v_proj)
+        mlp.gate_up = convert(mlp.gate_proj, mlp.up_proj)
+        convert(attention.o_proj), convert(mlp.down_proj)
+    convert(fast.hf.lm_head)
     return fast
 
 
@@ -827,7 +848,7 @@ def capture_step(policy, cache, state, temperature, generator):
     state = {name: value.clone() for name, value in state.items()}
     start = {name: value.clone() for name, value in state.items()}
     P, L = cache.prompts[0].shape[3], cache.own[0].shape[3]
-    step = lambda: decode_step(policy, cache, state, P, L, temperature, generator)
+    step = lambda: decode_step(policy, cache, state, P, L, temperature, generator, load_kernels().decode_layers)
     generator_state = (generator or torch.cuda.default_generators[policy.device.index]).get_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -846,16 +867,39 @@ def capture_step(policy, cache, state, temperature, generator):
     return graph, state, result
 
 
-def decode_step(policy, cache, state, P, L, temperature, generator):
+def load_kernels():
+    """kernels.py. Raises UserError where it cannot run."""
+    try:
+        import kernels
+    except ImportError as error:
+        raise UserError(f"the kernels of the decode step need Triton ({error}); --no-cuda_graphs does without") from None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise UserError("the kernels of the decode step need a C compiler, gcc or clang; --no-cuda_graphs does without")
+    return kernels
+
+
+def decode_step(policy, cache, state, P, L, temperature, generator, layers=None):
     """One token for each row, without synchronising with the CPU: reads and advances `state`, a dict of (B,) tensors: the
     last tokens, their positions, how many own tokens are cached, the prompts' lengths, and slots: the prompt's slot *
     group_size + the episode's number in the group, -1 for a surplus row. P, L: how many positions of the prompts, and of
-    the rows' own tokens, are looked at. Returns token ids and log-probabilities, (B,) each."""
+    the rows' own tokens, are looked at. `layers`: kernels.decode_layers, or by default decode_layers. Returns token ids and
+    log-probabilities, (B,) each."""
+    hidden = (layers or decode_layers)(policy, cache, state, P, L)
+    tokens, log_probs = sample(policy, hidden, temperature, generator)
+    state["tokens"].copy_(tokens)
+    state["positions"] += 1
+    state["own_lengths"].add_(1).clamp_(max=cache.own[0].shape[3] - 1)
+    return tokens, log_probs
+
+
+def decode_layers(policy, cache, state, P, L):
+    """Stores the keys and values of the last tokens in the cache and returns hidden states, (B, hidden). For the arguments
+    see decode_step."""
     own_lengths, slots, device = state["own_lengths"], state["slots"], policy.device
     B = len(slots)
     rows = torch.arange(B, device=device)
     unseen = torch.cat([torch.arange(P, device=device) >= state["prompt_lengths"][:, None],
-                               torch.arange(L, device=device) > own_lengths[:, None]], dim=1)[:, None, None]
+                        torch.arange(L, device=device) > own_lengths[:, None]], dim=1)[:, None, None]
 
     def attend(layer, query, key, value):
         """A prompt's keys are read once for all rows that share it; the softmax is over the prompt and the row's own."""
@@ -880,12 +924,8 @@ def decode_step(policy, cache, state, P, L, temperature, generator):
         out = by_row(product(by_prompt(p[..., :P]), prompts[1])) + product(p[..., P:], own[1][:B, :, :L])
         return out.to(own.dtype).view(B, 1, -1, D)
 
-    hidden = run_layers(policy, state["tokens"][:, None], None, None, state["positions"].expand(3, B)[..., None], attend)
-    tokens, log_probs = sample(policy, hidden[:, 0], temperature, generator)
-    state["tokens"].copy_(tokens)
-    state["positions"] += 1
-    state["own_lengths"].add_(1).clamp_(max=cache.own[0].shape[3] - 1)
-    return tokens, log_probs
+    positions = state["positions"].expand(3, B)[..., None]
+    return run_layers(policy, state["tokens"][:, None], None, None, positions, attend)[:, 0]
 
 
 def product(a, b):

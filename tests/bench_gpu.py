@@ -31,7 +31,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import bench_rollout  # noqa: E402
 import model  # noqa: E402
-from model import Episode, KVCache, Message, Policy, bfloat16_copy, decode, encode, fill_features, prefill  # noqa: E402
+from model import Episode, KVCache, Message, Policy, generation_copy, decode, encode, fill_features, prefill  # noqa: E402
 from model import token_log_probs  # noqa: E402
 from zoom_env import EnvConfig, Frame  # noqa: E402
 
@@ -136,7 +136,7 @@ def main():
     bandwidth, speed = limits(device, args.shape == "tiny")
     print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix product {speed / 1e12:.1f} TFLOP/s")
     policy = make_policy(args.shape, device)
-    fast = bfloat16_copy(policy) if device.type == "cuda" else policy
+    fast = generation_copy(policy) if device.type == "cuda" else policy
     body, head = linear_weights(policy)
     group = make_group(policy)
     prompt, own = group[0].dialogue.prompt_length, len(group[0].dialogue.ids) - group[0].dialogue.prompt_length

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import types
 
@@ -193,11 +194,19 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
         assert max(rows) == 1
 
 
-def test_decoding_by_replay(policy, data, monkeypatch):
+@pytest.mark.parametrize("layers,number,group_size,max_turn_tokens", [("plain", 3, 5, 24), ("kernels", 2, 3, 6)])
+def test_decoding_by_replay(policy, data, monkeypatch, layers, number, group_size, max_turn_tokens):
     """What a captured decode step works on: tensors that stay where they are, with rows too many, replayed for several
-    tokens, and captured anew when the cache has moved. Here "replay" computes the step."""
+    tokens, and captured anew when the cache has moved. Here "replay" computes the step, with the plain layers or with the
+    kernels in Triton's interpreter."""
     folder, questions, _ = data
     captured, sizes = [], []
+    if layers == "kernels":
+        if not os.environ.get("TRITON_INTERPRET"):
+            pytest.skip("on a GPU, see test_rollout_on_cuda")
+        layers = pytest.importorskip("triton") and model.load_kernels().decode_layers
+    else:
+        layers = None
 
     def uncaptured(policy, cache, state, temperature, generator):
         state = {name: value.clone() for name, value in state.items()}
@@ -208,20 +217,24 @@ def test_decoding_by_replay(policy, data, monkeypatch):
         def replay():
             sizes.append(len(state["tokens"]))
             assert captured[-1] == [t.data_ptr() for t in (*cache.prompts, *cache.own)]
-            for place, value in zip(result, model.decode_step(policy, cache, state, P, L, temperature, generator)):
+            for place, value in zip(result, model.decode_step(policy, cache, state, P, L, temperature, generator, layers)):
                 place.copy_(value)
 
         return types.SimpleNamespace(replay=replay), state, result
 
-    init = model.Batch.__init__
+    def with_graphs(batch, policy, *args, init=model.Batch.__init__):
+        init(batch, policy, *args)
+        batch.use_graphs, batch.policy = True, model.generation_copy(policy, torch.float32)
+
     monkeypatch.setattr(model, "capture_step", uncaptured)
-    monkeypatch.setattr(model.Batch, "__init__", lambda batch, *args: init(batch, *args) or setattr(batch, "use_graphs", True))
+    monkeypatch.setattr(model.Batch, "__init__", with_graphs)
     monkeypatch.setitem(model.DECODE_STEPS, "cpu", 3)
-    groups, _ = rollout(chatty(policy), questions[:3], 5, root=folder, max_turn_tokens=24,
+    groups, _ = rollout(chatty(policy), questions[:number], group_size, root=folder, max_turn_tokens=max_turn_tokens,
                         generator=torch.Generator().manual_seed(1))
     episodes = [e for group in groups for e in group]
-    assert all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 2
-    assert len(captured) < len(sizes) / 3 and len(set(sizes)) > 2 and all(n % 4 == 0 or n == 15 for n in sizes)
+    assert all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 1
+    assert len(captured) < len(sizes) / 3 and len(set(sizes)) > 1
+    assert all(n % 4 == 0 or n == number * group_size for n in sizes)
     check_sampled_log_probs(chatty(policy), episodes, 1.0)
 
 
@@ -258,9 +271,9 @@ def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
     assert sum(tokens) == expected
 
 
-def test_bfloat16_copy_computes_what_autocast_does(policy):
+def test_generation_copy_computes_what_autocast_does(policy):
     """Linear layers that are in bfloat16 already, and those that autocast casts, give the same numbers."""
-    fast = model.bfloat16_copy(policy)
+    fast = model.generation_copy(policy)
     assert {p.dtype for p in fast.hf.parameters()} == {torch.bfloat16, torch.float32}
     assert all(p.dtype == torch.float32 for p in policy.hf.parameters())
     ids = torch.randint(400, (1, 50), generator=torch.Generator().manual_seed(0))
