@@ -11,8 +11,6 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-triton = pytest.importorskip("triton")
-import kernels  # noqa: E402
 import model  # noqa: E402
 
 DEVICE, HALF = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)  # the interpreter's dot has no bfloat16
@@ -39,7 +37,7 @@ def make_policy(heads, kv_heads, D, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("heads,kv_heads,D,group_size", [(4, 2, 32, 3), (14, 2, 16, 20), (2, 2, 16, 1)])
 @torch.no_grad()
-def test_a_decode_step_equals_the_plain_layers(heads, kv_heads, D, group_size, dtype):
+def test_a_decode_step_equals_the_plain_layers(kernels, heads, kv_heads, D, group_size, dtype):
     """Rows in any order and of any length, some of a group gone, an empty place, a surplus row; prompts and own tokens of
     several chunks; 14 heads to 2 keys, 20 rows to a prompt: more queries than a program takes."""
     policy = make_policy(heads, kv_heads, D, dtype)
@@ -74,6 +72,7 @@ def test_a_decode_step_equals_the_plain_layers(heads, kv_heads, D, group_size, d
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_kernels_compile_for_gpus(capability):
     """Down to machine code, for the shapes of Qwen2.5-VL-7B, with no more shared memory than such GPUs have."""
+    pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -82,6 +81,9 @@ def test_kernels_compile_for_gpus(capability):
 
 
 def compile_kernels(capability):
+    import triton
+
+    import kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

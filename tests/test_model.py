@@ -195,7 +195,7 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
 
 
 @pytest.mark.parametrize("layers,number,group_size,max_turn_tokens", [("plain", 3, 5, 24), ("kernels", 2, 3, 6)])
-def test_decoding_by_replay(policy, data, monkeypatch, layers, number, group_size, max_turn_tokens):
+def test_decoding_by_replay(policy, data, monkeypatch, request, layers, number, group_size, max_turn_tokens):
     """What a captured decode step works on: tensors that stay where they are, with rows too many, replayed for several
     tokens, and captured anew when the cache has moved. Here "replay" computes the step, with the plain layers or with the
     kernels in Triton's interpreter."""
@@ -204,7 +204,7 @@ def test_decoding_by_replay(policy, data, monkeypatch, layers, number, group_siz
     if layers == "kernels":
         if not os.environ.get("TRITON_INTERPRET"):
             pytest.skip("on a GPU, see test_rollout_on_cuda")
-        layers = pytest.importorskip("triton") and model.load_kernels().decode_layers
+        layers = request.getfixturevalue("kernels").decode_layers
     else:
         layers = None
 
