@@ -1,17 +1,18 @@
-"""The decoder layers on one new token a row, in Triton: what `model.decode_step` runs on CUDA, unless --no-cuda_graphs.
+"""The decoder layers in Triton: what generation runs on CUDA, for prompts, replies and single tokens (not with
+--no-cuda_graphs, and not in training).
 
-With transformers' layers and plain attention, a step of Qwen2.5-VL-3B with 16 rows is some 2,400 launches, and the scores of
-attention, which are written and read again several times, move as many bytes as the weights and the cache. Here a layer is
-11 launches and moves little besides its weights and its part of the cache:
+With transformers' layers and plain attention, a decode step of Qwen2.5-VL-3B with 16 rows is some 2,400 launches, and the
+scores of attention, which are written and read again several times, move as many bytes as the weights and the cache. Here
+a layer is 12 launches and moves little besides its weights and its part of the cache:
 
-    add_norm -> q, k, v in one product -> rotate_and_store -> attend to prompts, attend to own -> combine -> product
+    add_norm -> q, k, v in one product -> rotate, store -> attend to prompts, attend to own -> combine -> product
     add_norm -> gate and up in one product -> silu_times -> product
 
-Attention is over two caches (see model.KVCache), so it is computed in parts, each with the logarithm of its softmax's
-denominator, which `combine` joins (flash decoding, arXiv 2311.01282; prompts that rows share, arXiv 2402.05099). A part of a
-prompt is read once for all rows that share it.
+In decoding, attention is over two caches (see model.KVCache), so it is computed in parts, each with the logarithm of its
+softmax's denominator, which `combine` joins (flash decoding, arXiv 2311.01282; prompts that rows share, arXiv 2402.05099).
+A part of a prompt is read once for all rows that share it.
 
-Equal to `model.run_layers` up to rounding; tests/test_kernels.py compares them in Triton's interpreter, which needs no GPU.
+Equal to the plain layers up to rounding; tests/test_kernels.py compares them in Triton's interpreter, without a GPU.
 """
 
 import os
@@ -30,8 +31,8 @@ TILE = 64  # keys that a program reads at a time
 
 @triton.jit
 def add_norm_kernel(hidden, delta, weight, out, H, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
-    """hidden += delta; out = RMSNorm(hidden) * weight. One program a row of (B, H)."""
-    row = tl.program_id(0)
+    """hidden += delta; out = RMSNorm(hidden) * weight. One program a row of (N, H)."""
+    row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(hidden + row * H + i, mask=i < H, other=0.0)
     if HAS_DELTA:
@@ -44,35 +45,36 @@ def add_norm_kernel(hidden, delta, weight, out, H, eps, HAS_DELTA: tl.constexpr,
 
 
 @triton.jit
-def rotate_and_store_kernel(qkv, cos, sin, lengths, query, key_cache, value_cache, row_stride, head_stride,
-                            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr):
-    """Rotary embedding of queries and keys; keys and values go to the caches (rows, kv heads, capacity, D), to the place
-    lengths[row]. qkv (B, (heads + 2 kv heads) * D), cos and sin (B, D). One program a row and head."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    i = tl.arange(0, D // 2)
-    at = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * D + i
-    a, b = tl.load(at).to(tl.float32), tl.load(at + D // 2).to(tl.float32)
-    if head < HEADS + KV_HEADS:
-        cos_a, cos_b = tl.load(cos + row * D + i).to(tl.float32), tl.load(cos + row * D + D // 2 + i).to(tl.float32)
-        sin_a, sin_b = tl.load(sin + row * D + i).to(tl.float32), tl.load(sin + row * D + D // 2 + i).to(tl.float32)
-        a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    if head < HEADS:
-        to = query + (row * HEADS + head) * D + i
-        tl.store(to, a.to(query.dtype.element_ty))
-        tl.store(to + D // 2, b.to(query.dtype.element_ty))
-    else:
-        kv_head = (head - HEADS) % KV_HEADS
-        place = row.to(tl.int64) * row_stride + kv_head.to(tl.int64) * head_stride + tl.load(lengths + row) * D + i
-        cache = key_cache if head < HEADS + KV_HEADS else value_cache
-        tl.store(cache + place, a.to(key_cache.dtype.element_ty))
-        tl.store(cache + place + D // 2, b.to(key_cache.dtype.element_ty))
+def rotate_kernel(qkv, cos, sin, stride, ROTATED: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Rotary embedding of the first ROTATED heads of qkv (N, all heads, D), in place; cos and sin (N, D). One program a
+    token."""
+    row = tl.program_id(0).to(tl.int64)
+    head, i = tl.arange(0, BLOCK)[:, None], tl.arange(0, D // 2)[None, :]
+    at = qkv + row * stride + head * D + i
+    a = tl.load(at, mask=head < ROTATED, other=0.0).to(tl.float32)
+    b = tl.load(at + D // 2, mask=head < ROTATED, other=0.0).to(tl.float32)
+    cos_a, sin_a = tl.load(cos + row * D + i).to(tl.float32), tl.load(sin + row * D + i).to(tl.float32)
+    cos_b, sin_b = tl.load(cos + row * D + D // 2 + i).to(tl.float32), tl.load(sin + row * D + D // 2 + i).to(tl.float32)
+    tl.store(at, (a * cos_a - b * sin_a).to(qkv.dtype.element_ty), mask=head < ROTATED)
+    tl.store(at + D // 2, (b * cos_b + a * sin_b).to(qkv.dtype.element_ty), mask=head < ROTATED)
 
 
 @triton.jit
-def attend_kernel(query, key_cache, value_cache, members, lengths, out, log_sums, place_stride, head_stride, group_size,
-                  chunk, first_part, num_parts, scale, PER_KEY: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+def store_kernel(key, value, lengths, key_cache, value_cache, stride, row_stride, head_stride, D: tl.constexpr):
+    """One token's key and value of each row, (B, kv heads, D) with stride, to the place lengths[row] of the caches
+    (rows, kv heads, capacity, D). One program a row and head."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, D)
+    to = row * row_stride + head * head_stride + tl.load(lengths + row) * D + d
+    tl.store(key_cache + to, tl.load(key + row * stride + head * D + d).to(key_cache.dtype.element_ty))
+    tl.store(value_cache + to, tl.load(value + row * stride + head * D + d).to(value_cache.dtype.element_ty))
+
+
+@triton.jit
+def attend_kernel(query, key_cache, value_cache, members, lengths, out, log_sums, query_stride, place_stride, head_stride,
+                  group_size, chunk, first_part, num_parts, scale, PER_KEY: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                   ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Attention to one chunk of a cache (places, kv heads, capacity, D) by the rows that share a place.
+    """Attention of query (B, heads, D) to one chunk of a cache (places, kv heads, capacity, D) by the rows that share a place.
 
     members (places, group_size): those rows, -1 for none; lengths (B,): how many positions a row sees; PER_KEY queries of a
     row share a key; ROWS: rows that a program takes. Writes its part of out (B, heads, parts, D), normalised, and of
@@ -95,7 +97,8 @@ def attend_kernel(query, key_cache, value_cache, members, lengths, out, log_sums
         return
     end = tl.minimum(begin + chunk, length)
     d, n = tl.arange(0, D), tl.arange(0, BLOCK_N)
-    q = tl.load(query + (row * HEADS + head * PER_KEY + m % PER_KEY)[:, None] * D + d[None, :], mask=mine[:, None], other=0.0)
+    q = tl.load(query + (row * query_stride + (head * PER_KEY + m % PER_KEY) * D)[:, None] + d[None, :], mask=mine[:, None],
+                other=0.0).to(key_cache.dtype.element_ty)
     base = place.to(tl.int64) * place_stride + head.to(tl.int64) * head_stride
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -137,8 +140,8 @@ def combine_kernel(parts, log_sums, out, num_parts, D: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def silu_times_kernel(gate_up, out, SIZE, BLOCK: tl.constexpr):
-    """out = silu(gate) * up; gate_up (B, 2 * SIZE)."""
-    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """out = silu(gate) * up; gate_up (N, 2 * SIZE)."""
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + row * 2 * SIZE + i, mask=i < SIZE, other=0.0)
     up = tl.load(gate_up + row * 2 * SIZE + SIZE + i, mask=i < SIZE, other=0.0)
     wide = gate.to(tl.float32)
@@ -146,12 +149,39 @@ def silu_times_kernel(gate_up, out, SIZE, BLOCK: tl.constexpr):
     tl.store(out + row * SIZE + i, (silu.to(tl.float32) * up.to(tl.float32)).to(out.dtype.element_ty), mask=i < SIZE)
 
 
-def add_norm(hidden, delta, norm, dtype):
-    out = torch.empty_like(hidden, dtype=dtype)
-    B, H = hidden.shape
-    add_norm_kernel[(B,)](hidden, hidden if delta is None else delta, norm.weight, out, H, norm.variance_epsilon,
-                          HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(H), num_warps=8)
-    return out
+def run_layers(policy, ids, is_image, features, positions, attend):
+    """`model.run_layers` without gradients, for a policy as `model.generation_copy` makes it: the same arguments and result.
+    B = 1 or T = 1."""
+    lm = policy.language_model
+    hidden = lm.embed_tokens(ids)
+    if features is not None:
+        hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
+    (B, T), N, H = ids.shape, ids.numel(), hidden.shape[2]
+    cos, sin = (x.reshape(N, -1).contiguous() for x in lm.rotary_emb(hidden, positions))
+    D, heads, kv_heads = cos.shape[1], lm.config.num_attention_heads, lm.config.num_key_value_heads
+    dtype, hidden, delta = lm.layers[0].self_attn.qkv[0].dtype, hidden.view(N, H), None
+
+    def add_norm(norm):
+        out = torch.empty(N, H, dtype=dtype, device=hidden.device)
+        add_norm_kernel[(N,)](hidden, hidden if delta is None else delta, norm.weight, out, H, norm.variance_epsilon,
+                              HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(H), num_warps=8)
+        return out
+
+    for layer in lm.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = F.linear(add_norm(layer.input_layernorm), *attention.qkv)  # (N, (heads + 2 kv heads) * D)
+        rotate_kernel[(N,)](qkv, cos, sin, qkv.stride(0), ROTATED=heads + kv_heads,
+                            BLOCK=triton.next_power_of_2(heads + kv_heads), D=D)
+        q, k, v = (x.view(B, T, -1, D).transpose(1, 2) for x in qkv.split([heads * D, kv_heads * D, kv_heads * D], dim=1))
+        out = attend(attention.layer_idx, q, k, v).reshape(N, heads * D)
+        delta = F.linear(out.to(dtype), attention.o_proj.weight, attention.o_proj.bias)
+
+        gate_up = F.linear(add_norm(layer.post_attention_layernorm), *mlp.gate_up)
+        size = gate_up.shape[1] // 2
+        out = torch.empty(N, size, dtype=dtype, device=hidden.device)
+        silu_times_kernel[(N, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024)
+        delta = F.linear(out, mlp.down_proj.weight, mlp.down_proj.bias)
+    return lm.norm(hidden + delta).view(B, T, H)
 
 
 @dataclass
@@ -174,50 +204,35 @@ def plan(places, group_size, capacity, per_key, kv_heads):
 
 
 def decode_layers(policy, cache, state, P, L):
-    """`model.run_layers` for one token a row: stores keys and values in the cache, returns hidden states (B, hidden).
-
-    policy: as made by `model.generation_copy`; state, P, L: see `model.decode_step`."""
-    lm, slots, group_size = policy.language_model, state["slots"], cache.group_size
+    """`model.decode_layers` for a policy as `model.generation_copy` makes it."""
+    slots, group_size = state["slots"], cache.group_size
     B, device = len(slots), slots.device
     _, places, kv_heads, _, D = cache.prompts[0].shape
-    heads = lm.config.num_attention_heads
+    heads = policy.language_model.config.num_attention_heads
     per_key = heads // kv_heads
-    dtype = lm.layers[0].self_attn.qkv[0].dtype
-    hidden = lm.embed_tokens(state["tokens"])  # (B, hidden)
-    cos, sin = (x[:, 0].contiguous() for x in lm.rotary_emb(hidden[:, None], state["positions"].expand(3, B)[..., None]))
-
     rows = torch.arange(B, device=device)
     members = torch.full((places * group_size + 1,), -1, device=device)
     members.scatter_(0, slots.masked_fill(slots < 0, places * group_size), rows)  # a surplus row goes to the last place
     own_seen = (state["own_lengths"] + 1).masked_fill(slots < 0, 1)
-    of_prompts = plan(places, group_size, P, per_key, kv_heads)
-    of_own = plan(B, 1, L, per_key, kv_heads)
+    of_prompts, of_own = plan(places, group_size, P, per_key, kv_heads), plan(B, 1, L, per_key, kv_heads)
     num_parts = of_prompts.parts + of_own.parts
     parts = torch.empty(B * heads, num_parts, D, device=device)
     log_sums = torch.full((B * heads, num_parts), float("-inf"), device=device)  # a surplus row has no prompt
 
-    def attend(plan, query, key_value, members, lengths, group_size, first_part):
+    def attend_part(plan, query, key_value, members, lengths, group_size, first_part):
         attend_kernel[(plan.programs, kv_heads, plan.parts)](
-            query, key_value[0], key_value[1], members, lengths, parts, log_sums, key_value.stride(1), key_value.stride(2),
-            group_size, plan.chunk, first_part, num_parts, D ** -0.5, PER_KEY=per_key, HEADS=heads, D=D, ROWS=plan.rows,
-            BLOCK_M=plan.block, BLOCK_N=TILE, num_warps=8 if plan.block > 64 else 4, num_stages=2)
+            query, key_value[0], key_value[1], members, lengths, parts, log_sums, query.stride(0), key_value.stride(1),
+            key_value.stride(2), group_size, plan.chunk, first_part, num_parts, D ** -0.5, PER_KEY=per_key, HEADS=heads, D=D,
+            ROWS=plan.rows, BLOCK_M=plan.block, BLOCK_N=TILE, num_warps=8 if plan.block > 64 else 4, num_stages=2)
 
-    delta = None
-    for layer, prompts, own in zip(lm.layers, cache.prompts, cache.own):
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = F.linear(add_norm(hidden, delta, layer.input_layernorm, dtype), *attention.qkv)
-        query, out = (torch.empty(B, heads * D, dtype=own.dtype, device=device) for _ in range(2))
-        rotate_and_store_kernel[(B, heads + 2 * kv_heads)](
-            qkv, cos, sin, state["own_lengths"], query, own[0], own[1], own.stride(1), own.stride(2),
-            HEADS=heads, KV_HEADS=kv_heads, D=D, num_warps=1)
-        attend(of_prompts, query, prompts, members, state["prompt_lengths"], group_size, 0)
-        attend(of_own, query, own, rows, own_seen, 1, of_prompts.parts)
+    def attend(layer, query, key, value):
+        prompts, own = cache.prompts[layer], cache.own[layer]
+        store_kernel[(B, kv_heads)](key, value, state["own_lengths"], own[0], own[1], key.stride(0), own.stride(1),
+                                    own.stride(2), D=D, num_warps=1)
+        attend_part(of_prompts, query, prompts, members, state["prompt_lengths"], group_size, 0)
+        attend_part(of_own, query, own, rows, own_seen, 1, of_prompts.parts)
+        out = torch.empty(B, 1, heads, D, dtype=own.dtype, device=device)
         combine_kernel[(B * heads,)](parts, log_sums, out, num_parts, D=D, BLOCK=16)
-        delta = F.linear(out.to(dtype), attention.o_proj.weight, attention.o_proj.bias)
+        return out
 
-        gate_up = F.linear(add_norm(hidden, delta, layer.post_attention_layernorm, dtype), *mlp.gate_up)
-        size = gate_up.shape[1] // 2
-        out = torch.empty(B, size, dtype=dtype, device=device)
-        silu_times_kernel[(B, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024)
-        delta = F.linear(out, mlp.down_proj.weight, mlp.down_proj.bias)
-    return lm.norm(hidden + delta)
+    return run_layers(policy, state["tokens"][:, None], None, None, state["positions"].expand(3, B)[..., None], attend)[:, 0]

@@ -626,9 +626,8 @@ class Batch:
         self.cache = KVCache(policy, group_size, int(cache_gb * 1e9))
         self.max_rows, self.temperature, self.generator = max_rows, temperature, generator
         self.max_turn_tokens, self.max_response_tokens = max_turn_tokens, max_response_tokens
-        self.video_threads, self.on_end, self.use_graphs = video_threads, on_end, cuda_graphs and on_cuda
-        if self.use_graphs:
-            load_kernels()
+        self.video_threads, self.on_end = video_threads, on_end
+        self.kernels = load_kernels() if cuda_graphs and on_cuda else None
         self.steps = DECODE_STEPS[policy.device.type]
         self.live, self.decoding, self.outside = [], 0, deque()
 
@@ -678,7 +677,7 @@ class Batch:
             else:
                 self.live.append(self.outside.popleft())
         self.make_room()
-        hidden = prefill(self.policy, self.cache, new_groups, self.live[self.decoding:], self.decoding)
+        hidden = prefill(self.policy, self.cache, new_groups, self.live[self.decoding:], self.decoding, self.kernels)
         if self.decoding < len(self.live):
             tokens, log_probs = sample(self.policy, hidden, self.temperature, self.generator)
             first, self.decoding = self.decoding, len(self.live)
@@ -702,7 +701,7 @@ class Batch:
         """The next tokens of all that are within a turn."""
         self.make_room()
         sampled = decode(self.policy, self.cache, self.live[:self.decoding], self.steps, self.temperature, self.generator,
-                         self.use_graphs)
+                         self.kernels)
         for e in self.live[:self.decoding]:
             e.cached += self.steps
         self.settle(0, *sampled)
@@ -756,7 +755,7 @@ def generation_copy(policy, dtype=torch.bfloat16):
     return fast
 
 
-def prefill(policy, cache, new_groups, episodes, first_row):
+def prefill(policy, cache, new_groups, episodes, first_row, kernels=None):
     """Runs the prompts of new groups and, in the rows from `first_row` on, all tokens of the episodes that the cache
     lacks: one packed sequence. Returns the hidden states from which each episode's next token is sampled, (B, hidden)."""
     fill_features(policy, [e.dialogue for e in (*(e for group in new_groups for e in group), *episodes)])
@@ -777,7 +776,7 @@ def prefill(policy, cache, new_groups, episodes, first_row):
                 seen = sum(d.is_image[:part.start])
                 features.append(torch.cat(d.features)[seen:seen + sum(d.is_image[part])])
             spans.append((slice(begin, len(ids)), e, row))
-        hidden = run_layers(
+        hidden = (kernels.run_layers if kernels else run_layers)(
             policy,
             torch.tensor([ids], device=policy.device),
             torch.tensor([is_image], device=policy.device),
@@ -813,9 +812,9 @@ def attend_prefill(cache, layer, query, key, value, spans):
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def decode(policy, cache, episodes, steps, temperature, generator=None, use_graphs=False):
+def decode(policy, cache, episodes, steps, temperature, generator=None, kernels=None):
     """Samples the next `steps` tokens of each episode; episode i is in row i and all but its last token is in the cache.
-    Returns token ids and log-probabilities, lists (B, steps). With `use_graphs`, on CUDA, a step is captured once for each
+    Returns token ids and log-probabilities, lists (B, steps). With `kernels`, on CUDA, a step is captured once for each
     number of rows, rounded up, and replayed; surplus rows write to their last position, which no real row uses yet."""
     _, rows, _, capacity, _ = cache.own[0].shape
     own = [e.cached - e.dialogue.prompt_length for e in episodes]
@@ -824,15 +823,15 @@ def decode(policy, cache, episodes, steps, temperature, generator=None, use_grap
               "own_lengths": (own, capacity - 1),
               "prompt_lengths": ([e.dialogue.prompt_length for e in episodes], 1),
               "slots": ([e.slot * cache.group_size + e.number for e in episodes], -1)}
-    B = min(rows, -(-len(episodes) // 4) * 4) if use_graphs else len(episodes)
+    B = min(rows, -(-len(episodes) // 4) * 4) if kernels else len(episodes)
     tensor = lambda x, fill: torch.tensor(x + [fill] * (B - len(x)), device=policy.device)
     fresh = {name: tensor(*value) for name, value in values.items()}
-    if not use_graphs:
+    if not kernels:
         P, L = max(e.dialogue.prompt_length for e in episodes), max(own) + steps
         sampled = [decode_step(policy, cache, fresh, P, L, temperature, generator) for _ in range(steps)]
     else:
         if B not in cache.graphs:
-            cache.graphs[B] = capture_step(policy, cache, fresh, temperature, generator)
+            cache.graphs[B] = capture_step(policy, cache, fresh, temperature, generator, kernels)
         graph, state, result = cache.graphs[B]
         for name, value in fresh.items():
             state[name].copy_(value)
@@ -843,12 +842,12 @@ def decode(policy, cache, episodes, steps, temperature, generator=None, use_grap
     return [torch.stack(x, dim=1)[:len(episodes)].tolist() for x in zip(*sampled)]
 
 
-def capture_step(policy, cache, state, temperature, generator):
+def capture_step(policy, cache, state, temperature, generator, kernels):
     """A decode step as a CUDA graph: (graph, the state that it reads and changes, what it returns)."""
     state = {name: value.clone() for name, value in state.items()}
     start = {name: value.clone() for name, value in state.items()}
     P, L = cache.prompts[0].shape[3], cache.own[0].shape[3]
-    step = lambda: decode_step(policy, cache, state, P, L, temperature, generator, load_kernels().decode_layers)
+    step = lambda: decode_step(policy, cache, state, P, L, temperature, generator, kernels)
     generator_state = (generator or torch.cuda.default_generators[policy.device.index]).get_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -868,23 +867,22 @@ def capture_step(policy, cache, state, temperature, generator):
 
 
 def load_kernels():
-    """kernels.py. Raises UserError where it cannot run."""
+    """The module kernels.py. Raises UserError where it cannot run."""
     try:
         import kernels
     except ImportError as error:
-        raise UserError(f"the kernels of the decode step need Triton ({error}); --no-cuda_graphs does without") from None
+        raise UserError(f"kernels.py needs Triton ({error}); --no-cuda_graphs does without") from None
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise UserError("the kernels of the decode step need a C compiler, gcc or clang; --no-cuda_graphs does without")
+        raise UserError("kernels.py needs a C compiler, gcc or clang; --no-cuda_graphs does without")
     return kernels
 
 
-def decode_step(policy, cache, state, P, L, temperature, generator, layers=None):
+def decode_step(policy, cache, state, P, L, temperature, generator, kernels=None):
     """One token for each row, without synchronising with the CPU: reads and advances `state`, a dict of (B,) tensors: the
     last tokens, their positions, how many own tokens are cached, the prompts' lengths, and slots: the prompt's slot *
     group_size + the episode's number in the group, -1 for a surplus row. P, L: how many positions of the prompts, and of
-    the rows' own tokens, are looked at. `layers`: kernels.decode_layers, or by default decode_layers. Returns token ids and
-    log-probabilities, (B,) each."""
-    hidden = (layers or decode_layers)(policy, cache, state, P, L)
+    the rows' own tokens, are looked at. Returns token ids and log-probabilities, (B,) each."""
+    hidden = (kernels.decode_layers if kernels else decode_layers)(policy, cache, state, P, L)
     tokens, log_probs = sample(policy, hidden, temperature, generator)
     state["tokens"].copy_(tokens)
     state["positions"] += 1
@@ -894,7 +892,7 @@ def decode_step(policy, cache, state, P, L, temperature, generator, layers=None)
 
 def decode_layers(policy, cache, state, P, L):
     """Stores the keys and values of the last tokens in the cache and returns hidden states, (B, hidden). For the arguments
-    see decode_step."""
+    see decode_step; kernels.py has the one that CUDA runs."""
     own_lengths, slots, device = state["own_lengths"], state["slots"], policy.device
     B = len(slots)
     rows = torch.arange(B, device=device)

@@ -35,6 +35,35 @@ def make_policy(heads, kv_heads, D, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@torch.no_grad()
+def test_a_prefill_equals_the_plain_layers(kernels, dtype):
+    """Several tokens, some of them of an image, with positions in time, height and width."""
+    policy = make_policy(14, 2, 16, dtype)
+    generator, T = torch.Generator().manual_seed(1), 37
+    ids, positions = torch.randint(50, (1, T), generator=generator), torch.randint(1000, (3, 1, T), generator=generator)
+    is_image, features = torch.arange(T)[None] % 3 == 1, torch.randn(12, 224, generator=generator)
+    values, seen = [], []
+
+    def attend(layer, query, key, value):
+        seen.append([layer, key.clone(), value.clone()])
+        return model.causal_attention(query, key, value).transpose(1, 2)
+
+    for layers in (model.run_layers, kernels.run_layers):
+        values.append(layers(policy, *(x.to(DEVICE) for x in (ids, is_image, features, positions)), attend))
+    check_close(values, dtype)
+    for (layer, *plain), (ours_layer, *ours) in zip(seen[:2], seen[2:], strict=True):
+        assert layer == ours_layer
+        for pair in zip(plain, ours):
+            check_close(pair, dtype)
+
+
+def check_close(pair, dtype):
+    plain, ours = (x.float() for x in pair)
+    tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    assert plain.shape == ours.shape and (plain - ours).norm() < tolerance * plain.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("heads,kv_heads,D,group_size", [(4, 2, 32, 3), (14, 2, 16, 20), (2, 2, 16, 1)])
 @torch.no_grad()
 def test_a_decode_step_equals_the_plain_layers(kernels, heads, kv_heads, D, group_size, dtype):
@@ -64,9 +93,8 @@ def test_a_decode_step_equals_the_plain_layers(kernels, heads, kv_heads, D, grou
         hidden = layers(policy, cache, {name: value.clone() for name, value in state.items()}, P, L)
         assert hidden.isfinite().all()
         results.append([hidden[:-1], *(own[:, :-1] for own in cache.own)])
-    tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
-    for plain, ours in zip(*results):
-        assert (plain.float() - ours.float()).norm() < tolerance * plain.float().norm()
+    for pair in zip(*results):
+        check_close(pair, dtype)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
@@ -77,7 +105,7 @@ def test_kernels_compile_for_gpus(capability):
     done = subprocess.run([sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 9 and max(shared) < {80: 163, 90: 227, 120: 99}[capability] * 1024
+    assert len(shared) == 10 and max(shared) < {80: 163, 90: 227, 120: 99}[capability] * 1024
 
 
 def compile_kernels(capability):
@@ -100,12 +128,13 @@ def compile_kernels(capability):
     for residual in (half, single):
         build(kernels.add_norm_kernel, dict(hidden=residual, delta=half, weight=residual, out=half), ["H"],
               dict(HAS_DELTA=True, BLOCK=4096), num_warps=8)
-        build(kernels.rotate_and_store_kernel, dict(qkv=half, cos=residual, sin=residual, lengths=whole, query=half, key_cache=half,
-              value_cache=half), ["row_stride", "head_stride"], dict(HEADS=28, KV_HEADS=4, D=128), num_warps=1)
+        build(kernels.rotate_kernel, dict(qkv=half, cos=residual, sin=residual), ["stride"], dict(ROTATED=32, BLOCK=32, D=128))
+    build(kernels.store_kernel, dict(key=half, value=half, lengths=whole, key_cache=half, value_cache=half),
+          ["stride", "row_stride", "head_stride"], dict(D=128), num_warps=1)
     for group_size in (1, 4, 16):
         plan = kernels.plan(1, group_size, 8000, 7, 4)
         build(kernels.attend_kernel, dict(query=half, key_cache=half, value_cache=half, members=whole, lengths=whole, out=single,
-              log_sums=single), ["place_stride", "head_stride", "group_size", "chunk", "first_part", "num_parts"],
+              log_sums=single), ["query_stride", "place_stride", "head_stride", "group_size", "chunk", "first_part", "num_parts"],
               dict(PER_KEY=7, HEADS=28, D=128, ROWS=plan.rows, BLOCK_M=plan.block, BLOCK_N=kernels.TILE),
               num_warps=8 if plan.block > 64 else 4, num_stages=2)
     build(kernels.combine_kernel, dict(parts=single, log_sums=single, out=half), ["num_parts"], dict(D=128, BLOCK=16))
