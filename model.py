@@ -402,13 +402,10 @@ def attend_packed(query, key, value, spans):
 
 def causal_attention(query, key, value):
     """SDPA of the last T of S tokens, each seeing those up to itself: query (1, heads, T, D), key and value (1, kv heads,
-    S, D). No mask is made on CUDA, where flash attention leaves out what is not seen."""
-    T, S = query.shape[2], key.shape[2]
-    query, key = query.to(value.dtype), key.to(value.dtype)  # the rotary embedding is float32
-    if T == S:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(T, S))
+    S, D). On CUDA that is flash attention, which neither makes a mask nor computes what it hides."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding is float32
+    seen = causal_lower_right(query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
 
 
 def packed_length(group):
