@@ -43,7 +43,7 @@ class Config:
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
     max_rows: int = 16  # episodes at one time, at most
     cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; where it is too small, fewer are played at one time
-    cuda_graphs: bool = True  # on CUDA, replay each decode step as one graph
+    cuda_graphs: bool = True  # on CUDA, generate with kernels.py and CUDA graphs
     system_prompt: str | None = None  # file with another system prompt
     overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
     video: str | None = None  # ask about this video file instead

@@ -939,7 +939,7 @@ def sample(policy, hidden, temperature, generator=None):
     First a block of the vocabulary is drawn, then a token of it (Gumbel-max), so that few random numbers are needed."""
     weight, hidden = policy.hf.lm_head.weight, hidden / (temperature or 1.0)
     V, B = len(weight), len(hidden)
-    if hidden.is_cuda:
+    if policy.device.type == "cuda":
         with policy.autocast():
             logits = policy.hf.lm_head(hidden)  # (B, V)
         logits = F.pad(logits.float(), (0, -V % BLOCK), value=float("-inf")).view(B, -1, BLOCK).transpose(0, 1)

@@ -69,7 +69,7 @@ class Config:
     max_response_tokens: int = 32_768  # an episode ends before a reply with which all after the prompt were longer
     max_rows: int = 64  # episodes that a process plays at one time, at most
     cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; where it is too small, fewer are played at one time
-    cuda_graphs: bool = True  # on CUDA, replay each decode step as one graph
+    cuda_graphs: bool = True  # on CUDA, generate with kernels.py and CUDA graphs
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     system_prompt: str | None = None  # file with another system prompt

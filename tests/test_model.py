@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -287,11 +288,11 @@ def test_generation_copy_computes_what_autocast_does(policy):
 
 @pytest.mark.parametrize("vocabulary", [100, 512, 1300])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_samples_come_from_the_softmax(policy, vocabulary, temperature):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # what is written for it, run on the CPU
+def test_samples_come_from_the_softmax(vocabulary, temperature, device):
     head = torch.nn.Linear(8, vocabulary, bias=False)
     torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
-    one = copy.copy(policy)
-    one.hf = types.SimpleNamespace(lm_head=head)
+    one = types.SimpleNamespace(hf=types.SimpleNamespace(lm_head=head), device=torch.device(device), autocast=nullcontext)
     hidden = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = (head(hidden)[0].double() / temperature).softmax(0)
