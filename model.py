@@ -565,7 +565,7 @@ def rollout(policy, questions, group_size=1, *, env_config=None, root=".", tempe
         max_response_tokens: an episode ends, truncated, before a reply with which all after the prompt were longer.
         max_rows: episodes that run at one time.
         cache_gb: memory for keys and values, 1e9 bytes. Fewer episodes run at one time where it is too small for them.
-        cuda_graphs: on CUDA, replay a decode step as one graph, not launch it operation by operation.
+        cuda_graphs: on CUDA, run the layers by kernels.py, a decode step as a CUDA graph, not operation by operation.
         generator: torch.Generator on the policy's device.
         on_end: called with each episode that ended."""
     def begin(question):
