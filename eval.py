@@ -24,10 +24,12 @@ import torch
 from torchvision.io import write_png
 from tqdm import tqdm
 
-import data_prep
-from model import (UserError, check_bad, load_policy, parse_flags, read_rows, rollout, run_main, start_processes,
-                   use_overview)
-from zoom_env import LETTERS, open_video, question_error
+from common import UserError, check_bad, parse_flags, read_rows, run_main, start_processes, write_jsonl
+from demo import synthetic
+from model import load_policy
+from rollout import rollout
+from video import open_video
+from zoom_env import question_error, use_overview
 
 
 @dataclass
@@ -127,7 +129,7 @@ def evaluate(policy, name, mode, questions, root, config, env_config=None):
 def uniform_bound(row, episodes):
     """A table row: the best accuracy of any uniform sampler with as many frames a question as `row` has."""
     frames = max(1, round(row["frames_per_question"]))
-    scores = [data_prep.uniform_accuracy(e.env.question, frames) for e in episodes]
+    scores = [synthetic.uniform_accuracy(e.env.question, frames) for e in episodes]
     return dict.fromkeys(row) | {
         "policy": f"best uniform sampler for {row['policy']}", "mode": "bound", "kind": "all",
         "num_questions": len(scores), "accuracy": sum(scores) / len(scores), "frames_per_question": frames,
@@ -222,8 +224,8 @@ def main():
     total = [r for r in rows if r["kind"] == "all"]
     (out / "results.tmp").write_text(json.dumps(total, indent=1))
     (out / "results.tmp").replace(out / "results.json")
-    data_prep.write_jsonl(out / "by_kind.jsonl", rows)
-    data_prep.write_jsonl(out / "episodes.jsonl", said)
+    write_jsonl(out / "by_kind.jsonl", rows)
+    write_jsonl(out / "episodes.jsonl", said)
     for where, reason in bad:
         print(f"skipped {where}: {reason}")
     print(f"{table(total)}\nwrote {out / 'results.json'}")

@@ -35,11 +35,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data_prep
-from model import (Policy, UserError, check_bad, clip_and_step, gather, load_policy, parse_flags, read_rows, rollout,
-                   run_main, save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients,
-                   token_log_probs, use_overview)
-from zoom_env import question_error
+from common import (UserError, check_bad, clip_and_step, gather, parse_flags, read_rows, run_main, start_processes,
+                    sum_over_processes, sync_gradients, write_jsonl)
+from model import Policy, load_policy, save_policy, split_by_tokens, token_log_probs
+from rollout import rollout
+from zoom_env import question_error, use_overview
 
 
 @dataclass
@@ -296,7 +296,7 @@ def main():
               f"{config.batch_size} questions x {config.group_size} episodes, learning rate {config.lr}")
     skipped = bad + train(policy, reference, rows, config, rank, world, device)
     if rank == 0:
-        data_prep.write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
+        write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
         print(f"rl: wrote {config.out}")
 
 

@@ -27,11 +27,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data_prep
-from model import (VideoError, check_bad, clip_and_step, fill_features, gather, load_policy, parse_flags, read_rows, replay,
-                   run_main, save_policy, split_by_tokens, start_processes, sum_over_processes, sync_gradients,
-                   token_log_probs, use_overview)
-from zoom_env import question_error
+from common import (check_bad, clip_and_step, gather, parse_flags, read_rows, run_main, start_processes,
+                    sum_over_processes, sync_gradients, write_jsonl)
+from demo.synthetic import ensure_demo
+from demo.tiny_base import TINY_BASE
+from model import fill_features, load_policy, replay, save_policy, split_by_tokens, token_log_probs
+from video import VideoError
+from zoom_env import question_error, use_overview
 
 
 @dataclass
@@ -148,12 +150,12 @@ def main():
     config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", "max_tokens_per_pass"))
     rank, world, device = start_processes(config.device)
     if config.model is None and config.data == Config.data and rank == 0:
-        data_prep.ensure_demo(Path(config.data).parent, config.seed)
+        ensure_demo(Path(config.data).parent, config.seed)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     rows, bad = read_rows(config.data, config.max_bad, row_error)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model or data_prep.TINY_BASE, device,
+    policy = load_policy(config.model or TINY_BASE, device,
                          system_prompt_file=config.system_prompt).freeze_vision()
     known, without = use_overview(policy, [row["question"] for row in rows], config.overview, config.max_bad)
     known = {id(question) for question in known}
@@ -164,12 +166,12 @@ def main():
     if rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
-        print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or data_prep.TINY_BASE}, "
+        print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or TINY_BASE}, "
               f"{sum(p.numel() for p in policy.trainable_parameters()):,} trained parameters, {world} process(es) on {device}")
     skipped = bad + train(policy, rows, config, rank, world, device)
     if rank == 0:
         save_policy(policy, config.out)
-        data_prep.write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
+        write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
         print(f"sft: wrote {config.out}")
 
 

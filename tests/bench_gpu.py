@@ -35,9 +35,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import bench_rollout  # noqa: E402
 import model  # noqa: E402
-from model import Episode, KVCache, Message, Policy, generation_copy, decode, encode, fill_features, prefill  # noqa: E402
-from model import token_log_probs  # noqa: E402
-from zoom_env import EnvConfig, Frame  # noqa: E402
+import rollout as engine  # noqa: E402
+from model import Policy, encode, fill_features, token_log_probs# noqa: E402
+from rollout import Episode, KVCache, decode, generation_copy, prefill# noqa: E402
+from video import Frame# noqa: E402
+from zoom_env import EnvConfig, Message# noqa: E402
 
 SHAPES = {  # of Qwen2.5-VL's config.json
     "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
@@ -133,7 +135,7 @@ def measure_generation(policy, group, args, prefill_s, bandwidth, rows):
     device, fast, last = policy.device, policy, {}
     ways = {"plain": None}
     if device.type == "cuda":
-        fast, ways = generation_copy(policy), {"kernels": model.load_kernels(), "plain": None}
+        fast, ways = generation_copy(policy), {"kernels": engine.load_kernels(), "plain": None}
     prompt, own = group[0].dialogue.prompt_length, len(group[0].dialogue.ids) - group[0].dialogue.prompt_length
     cache = KVCache(fast, GROUP, 10 ** 12)
 
@@ -177,7 +179,7 @@ def measure_rollout(policy, args, rows):
     on_cuda = policy.device.type == "cuda"
     theirs = copy.deepcopy(policy.hf, {id(p): p for p in policy.hf.parameters()})  # on the same weights
     bench_rollout.looping(theirs)
-    model.turn_ended, model.ZoomEnv = bench_rollout.scripted_end, bench_rollout.ScriptedEnv
+    engine.turn_ended, engine.ZoomEnv = bench_rollout.scripted_end, bench_rollout.ScriptedEnv
     bench_rollout.GROUP, bench_rollout.NUM_QUESTIONS = GROUP, 1
     bench_rollout.write_scripts(3, (100, 300) if on_cuda else (4, 8))
     with tempfile.TemporaryDirectory() as folder:

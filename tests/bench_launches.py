@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import bench_gpu  # noqa: E402
 import bench_rollout  # noqa: E402
-import model  # noqa: E402
+import rollout as engine  # noqa: E402
 
 WITHOUT_LAUNCH = {"view", "_unsafe_view", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze", "permute", "t",
                   "detach", "alias", "as_strided", "split", "split_with_sizes", "unbind", "_reshape_alias", "empty", "new_empty",
@@ -80,9 +80,9 @@ def count(shape, small, group):
     prompt, own = group[0].dialogue.prompt_length, len(group[0].dialogue.ids) - group[0].dialogue.prompt_length
     bench_gpu.bench_rollout.make_policy = lambda: small
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        policy = model.generation_copy(bench_gpu.make_policy(shape, "cuda", torch.float32))
+        policy = engine.generation_copy(bench_gpu.make_policy(shape, "cuda", torch.float32))
         body, head = bench_gpu.linear_weights(policy)
-        cache = model.KVCache(policy, bench_gpu.GROUP, 10 ** 12)
+        cache = engine.KVCache(policy, bench_gpu.GROUP, 10 ** 12)
         cache.add_prompt(group, 0, 0)
         cache.reserve(bench_gpu.GROUP, own + 1)
         new = lambda: {name: torch.zeros(bench_gpu.GROUP, dtype=torch.long, device="cuda")
@@ -94,7 +94,7 @@ def count(shape, small, group):
                 if layers and name.endswith("_kernel"):
                     setattr(kernels, name, CountedKernel(name, counted))
             with counted:
-                model.decode_step(policy, cache, state, prompt, own + 1, 1.0, None, layers)
+                engine.decode_step(policy, cache, state, prompt, own + 1, 1.0, None, layers)
             counts.append((counted.launches, counted.bytes))
         token = sum(t[:, :, :, 0].nbytes // t.shape[1] for t in cache.own)
         return counts, 2 * (body + head) + token * (prompt + bench_gpu.GROUP * own)

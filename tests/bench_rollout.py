@@ -41,10 +41,12 @@ from transformers import (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcesso
                           Qwen2VLVideoProcessor, StoppingCriteria)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data_prep  # noqa: E402
-import model  # noqa: E402
-from model import Policy, Sampled, encode, frame_features, rollout  # noqa: E402
-from zoom_env import EnvConfig, Frame, Message, ZoomEnv  # noqa: E402
+from demo import tiny_base  # noqa: E402
+import rollout as engine  # noqa: E402
+from model import Policy, Sampled, encode, frame_features# noqa: E402
+from rollout import rollout# noqa: E402
+from video import Frame# noqa: E402
+from zoom_env import EnvConfig, Message, ZoomEnv# noqa: E402
 
 VOCABULARY, NUM_QUESTIONS, GROUP = 151_936, 8, 8
 ENV = EnvConfig(overview_fps=0.5, overview_max_frames=16, min_pixels=7056, max_pixels=7056, system_prompt="You see a video.")
@@ -54,8 +56,8 @@ def make_policy():
     """The architecture of the demo with half the layers and Qwen's vocabulary."""
     torch.manual_seed(0)
     tags = "".join(f"\n<frame{i}_time{i * 2.37:.2f}s>" for i in range(16))
-    tokenizer = data_prep.make_tokenizer([tags, "You see a video. The blue scene. A. red <tool_response>"] * 50, 640)
-    config = data_prep.make_tiny_model(tokenizer).hf.config
+    tokenizer = tiny_base.make_tokenizer([tags, "You see a video. The blue scene. A. red <tool_response>"] * 50, 640)
+    config = tiny_base.make_tiny_model(tokenizer).hf.config
     config.text_config.vocab_size, config.text_config.num_hidden_layers, config.text_config.intermediate_size = VOCABULARY, 2, 256
     config.text_config.layer_types = config.text_config.layer_types[:2]
     hf = Qwen2_5_VLForConditionalGeneration(config)
@@ -107,7 +109,7 @@ def write_scripts(most_zooms, length):
 
 
 def scripted_end(policy, episode):
-    """Instead of model.turn_ended."""
+    """Instead of engine.turn_ended."""
     return len(episode.turn_ids) >= episode.env.script[len(episode.env.turns)][0]
 
 
@@ -183,7 +185,7 @@ class VLLMServer:
     """vLLM in a process of its own and its own environment: given prompts and frames, one turn of 64 tokens a row."""
 
     def __init__(self, python, policy, questions, root, folder):
-        processor = Qwen2_5_VLProcessor(policy.image_processor, policy.tokenizer, Qwen2VLVideoProcessor(), data_prep.CHAT_TEMPLATE)
+        processor = Qwen2_5_VLProcessor(policy.image_processor, policy.tokenizer, Qwen2VLVideoProcessor(), tiny_base.CHAT_TEMPLATE)
         policy.hf.save_pretrained(folder)
         processor.save_pretrained(folder)
         prompts = []
@@ -256,7 +258,7 @@ def main():
     policy, rows = make_policy(), []
     theirs = copy.deepcopy(policy.hf)
     looping(theirs)
-    model.turn_ended, model.ZoomEnv = scripted_end, ScriptedEnv
+    engine.turn_ended, engine.ZoomEnv = scripted_end, ScriptedEnv
     print(f"{'':60}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'goal':>6}{'met':>5}")
     with tempfile.TemporaryDirectory() as folder:
         questions = make_videos(Path(folder))

@@ -34,11 +34,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data_prep import CHAT_TEMPLATE, make_tokenizer, write_video  # noqa: E402
-from model import Dialogue, Policy, encode, rollout, run_layers, token_log_probs  # noqa: E402
+from demo.synthetic import write_video# noqa: E402
+from demo.tiny_base import CHAT_TEMPLATE, make_tokenizer# noqa: E402
+from model import Dialogue, Policy, encode, run_layers, token_log_probs# noqa: E402
+from rollout import rollout# noqa: E402
+from video import Frame# noqa: E402
+from zoom_env import EnvConfig, LAST_TURN, ZoomEnv# noqa: E402
 from rl import Config, group_advantages, update  # noqa: E402
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor  # noqa: E402
-from zoom_env import LAST_TURN, EnvConfig, Frame, ZoomEnv  # noqa: E402
 
 QUESTIONS, GROUP, NEW_TOKENS, SIDE = 8, 8, 64, 28
 ENV = EnvConfig(overview_fps=2.0, overview_max_frames=16, max_zooms=0, min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE,

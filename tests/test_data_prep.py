@@ -7,22 +7,24 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import data_prep
+from demo import synthetic
+from demo.tiny_base import TINY_BASE
 from model import load_policy, replay
-from zoom_env import Video, ZoomEnv, question_error
+from video import Video
+from zoom_env import ZoomEnv, question_error
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data_prep.synthetic(folder, 40, 10, seed=7)
+    synthetic.synthetic(folder, 40, 10, seed=7)
     read = lambda name: [json.loads(line) for line in open(folder / name)]
     return folder, read("train.jsonl"), read("test.jsonl"), read("sft.jsonl")
 
 
 def test_same_seed_same_data(made, tmp_path):
     folder, *_ = made
-    data_prep.synthetic(tmp_path, 40, 10, seed=7)
+    synthetic.synthetic(tmp_path, 40, 10, seed=7)
     for name in ("train.jsonl", "test.jsonl", "sft.jsonl", "videos/train_0003.mp4"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -35,7 +37,7 @@ def test_questions_are_well_formed_and_of_all_kinds(made):
 
 
 def nearest(pixel):
-    colours = data_prep.PALETTE | {"grey": data_prep.GREY, "black": (0, 0, 0)}
+    colours = synthetic.PALETTE | {"grey": synthetic.GREY, "black": (0, 0, 0)}
     return min(colours, key=lambda c: sum((int(a) - b) ** 2 for a, b in zip(pixel, colours[c])))
 
 
@@ -57,7 +59,7 @@ def test_videos_show_the_evidence(made):
             if "colour" in q["question"]:
                 assert centre in right
                 seen += 1
-        env = ZoomEnv(q, data_prep.TINY_ENV, folder)
+        env = ZoomEnv(q, synthetic.TINY_ENV, folder)
         env.reset()
         for frame in env.watched[0]:
             assert nearest(frame.image[:, 14, 14]) == nearest(frame.image[:, 1, 1])
@@ -67,7 +69,7 @@ def test_videos_show_the_evidence(made):
 
 def test_trajectories_verify_and_reflections_start_wrong(made):
     folder, _, _, rows = made
-    policy = load_policy(data_prep.TINY_BASE)
+    policy = load_policy(TINY_BASE)
     kinds = Counter()
     for row in rows:
         dialogue, env = replay(policy, row, folder)
@@ -86,7 +88,7 @@ def test_uniform_accuracy_equals_a_simulation(made):
     rng = np.random.default_rng(0)
     for q in train[:20]:
         if not q["evidence"]:
-            assert data_prep.uniform_accuracy(q, 8) == 1
+            assert synthetic.uniform_accuracy(q, 8) == 1
             continue
         scores = []
         step = q["meta"]["duration_s"] / 30
@@ -95,8 +97,8 @@ def test_uniform_accuracy_equals_a_simulation(made):
             shown = [((start <= times) & (times < end)).any() for start, end in q["evidence"]]
             open_options = {"detail": 4, "count": 5 - max(1, sum(shown)), "order": 2 if any(shown) else 4}
             scores.append(1.0 if all(shown) else 1 / open_options[q["meta"]["kind"]])
-        assert data_prep.uniform_accuracy(q, 30) == pytest.approx(np.mean(scores), abs=0.03)
-        assert data_prep.uniform_accuracy(q, 100_000) == 1
+        assert synthetic.uniform_accuracy(q, 30) == pytest.approx(np.mean(scores), abs=0.03)
+        assert synthetic.uniform_accuracy(q, 100_000) == 1
 
 
 def test_careless_teacher_leaves_something_to_learn(made):
@@ -105,11 +107,11 @@ def test_careless_teacher_leaves_something_to_learn(made):
     fps = Counter(t.split('"fps": ')[1][:4] for row in rows for t in row["turns"] if "fps" in t)
     assert set(fps) == {"0.50", "1.00"} and fps["0.50"] > fps["1.00"]
     rng = random.Random(0)
-    duration_s, scenes = data_prep.make_scenes(rng)
+    duration_s, scenes = synthetic.make_scenes(rng)
     assert all(f[1] - f[0] > 1 for s in scenes for f in s.flashes)
 
 
 def test_shipped_base_has_the_environment_of_the_data():
-    policy = load_policy(data_prep.TINY_BASE)
-    assert policy.env_config == data_prep.TINY_ENV
+    policy = load_policy(TINY_BASE)
+    assert policy.env_config == synthetic.TINY_ENV
     assert sum(p.numel() for p in policy.hf.parameters()) < 3_000_000

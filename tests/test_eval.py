@@ -7,12 +7,12 @@ import wave
 from pathlib import Path
 
 import pytest
-import torch
 from test_rl import make_policy
 
-import data_prep
+from demo import synthetic
 import eval as evaluation
-from model import Episode, encode, save_policy
+from model import encode, save_policy
+from rollout import Episode
 from zoom_env import Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data_prep.synthetic(folder, 5, 10, seed=4)
+    synthetic.synthetic(folder, 5, 10, seed=4)
     save_policy(make_policy(), folder / "policy")
     return folder
 
@@ -66,7 +66,7 @@ def test_figures_equal_a_count_by_hand(folder, monkeypatch):
     assert row["invalid_call_rate"] == 1 / 3
     assert row["frames_per_question"] == num_frames / 2
     bound = evaluation.uniform_bound(row, episodes)
-    assert bound["accuracy"] == pytest.approx(data_prep.uniform_accuracy(question, round(row["frames_per_question"])))
+    assert bound["accuracy"] == pytest.approx(synthetic.uniform_accuracy(question, round(row["frames_per_question"])))
 
 
 def test_results_file(folder, tmp_path):

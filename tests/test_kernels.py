@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
+import rollout as engine  # noqa: E402
 
 DEVICE, HALF = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)  # the interpreter's dot has no bfloat16
 
@@ -31,7 +32,7 @@ def make_policy(heads, kv_heads, D, dtype):
     hf.model.language_model.config._attn_implementation = "zoom"
     policy = types.SimpleNamespace(hf=hf, device=torch.device(DEVICE), language_model=hf.model.language_model,
                                    visual=hf.model.visual, autocast=lambda: torch.autocast(DEVICE, dtype, dtype != torch.float32))
-    return model.generation_copy(policy, dtype)
+    return engine.generation_copy(policy, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -48,7 +49,7 @@ def test_a_prefill_equals_the_plain_layers(kernels, dtype):
         seen.append([layer, key.clone(), value.clone()])
         return model.causal_attention(query, key, value).transpose(1, 2)
 
-    for layers in (model.run_layers, kernels.run_layers):
+    for layers in (engine.run_layers, kernels.run_layers):
         values.append(layers(policy, *(x.to(DEVICE) for x in (ids, is_image, features, positions)), attend))
     check_close(values, dtype)
     for (layer, *plain), (ours_layer, *ours) in zip(seen[:2], seen[2:], strict=True):
@@ -84,8 +85,8 @@ def test_a_decode_step_equals_the_plain_layers(kernels, heads, kv_heads, D, grou
     state["own_lengths"][-1], state["prompt_lengths"][-1] = L - 1, 1
     state = {name: value.to(DEVICE) for name, value in state.items()}
     results = []
-    for layers in (model.decode_layers, kernels.decode_layers):
-        cache = model.KVCache.__new__(model.KVCache)
+    for layers in (engine.decode_layers, kernels.decode_layers):
+        cache = engine.KVCache.__new__(engine.KVCache)
         cache.group_size = group_size
         generator.manual_seed(2)
         random = lambda *shape: [torch.randn(2, *shape, D, generator=generator).to(DEVICE, dtype) for _ in range(2)]

@@ -11,18 +11,21 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import data_prep
-import model
-from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, rollout, sample,
-                   save_policy, split_by_tokens, token_log_probs)
-from zoom_env import Frame, Message, Video, ZoomEnv
+from demo import synthetic
+from demo import tiny_base
+import rollout as engine
+from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, save_policy,
+                   split_by_tokens, token_log_probs)
+from rollout import rollout, sample
+from video import Frame, Video
+from zoom_env import Message, ZoomEnv
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A few synthetic videos with questions and trajectories."""
     folder = tmp_path_factory.mktemp("data")
-    data_prep.synthetic(folder, 10, 5, seed=3)
+    synthetic.synthetic(folder, 10, 5, seed=3)
     read = lambda name: [json.loads(line) for line in open(folder / name)]
     return folder, read("train.jsonl"), read("sft.jsonl")
 
@@ -31,8 +34,8 @@ def data(tmp_path_factory):
 def policy():
     """The architecture with random weights: nothing here depends on what was learned."""
     torch.manual_seed(0)
-    texts = [data_prep.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>, up to <frame2_time20.00s>. A. red"] * 50
-    policy = data_prep.make_tiny_model(data_prep.make_tokenizer(texts, vocab_size=400)).freeze_vision()
+    texts = [synthetic.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>, up to <frame2_time20.00s>. A. red"] * 50
+    policy = tiny_base.make_tiny_model(tiny_base.make_tokenizer(texts, vocab_size=400)).freeze_vision()
     policy.hf.eval()
     return policy
 
@@ -145,7 +148,7 @@ def test_rollout_scores_what_it_samples(policy, data, temperature, steps, monkey
     tool replies are appended to, equal those of a plain pass over the finished dialogue. `steps`: how many tokens are
     decoded before anyone looks at them."""
     folder, questions, _ = data
-    monkeypatch.setitem(model.DECODE_STEPS, "cpu", steps)
+    monkeypatch.setitem(engine.DECODE_STEPS, "cpu", steps)
     policy = chatty(policy)
     groups, skipped = rollout(policy, questions[:3], 6, root=folder, temperature=temperature, max_turn_tokens=24,
                               generator=torch.Generator().manual_seed(1))
@@ -162,7 +165,7 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
     an unlimited cache takes."""
     folder, questions, _ = data
     policy, taken, left, rows = chatty(policy), [], [], []
-    resize, make_room = model.KVCache._resize, model.Batch.make_room
+    resize, make_room = engine.KVCache._resize, engine.Batch.make_room
 
     def recording_resize(cache, tensors, places, capacity):
         resize(cache, tensors, places, capacity)
@@ -174,8 +177,8 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
         left.append(before - len(batch.live))
         rows.append(len(batch.live))
 
-    monkeypatch.setattr(model.KVCache, "_resize", recording_resize)
-    monkeypatch.setattr(model.Batch, "make_room", recording_make_room)
+    monkeypatch.setattr(engine.KVCache, "_resize", recording_resize)
+    monkeypatch.setattr(engine.Batch, "make_room", recording_make_room)
     play = lambda **how: rollout(policy, questions[:5], 4, root=folder, max_turn_tokens=24,
                                  generator=torch.Generator().manual_seed(1), **how)[0]
     play()
@@ -208,7 +211,7 @@ def test_decoding_by_replay(policy, data, monkeypatch, request, layers, number, 
         kernels = request.getfixturevalue("kernels")
         policy.language_model.layers = policy.language_model.layers[:1]  # the interpreter is slow
     else:  # the same with the plain layers
-        kernels = types.SimpleNamespace(run_layers=model.run_layers, decode_layers=model.decode_layers)
+        kernels = types.SimpleNamespace(run_layers=engine.run_layers, decode_layers=engine.decode_layers)
 
     def uncaptured(policy, cache, state, temperature, generator, kernels):
         state = {name: value.clone() for name, value in state.items()}
@@ -219,18 +222,18 @@ def test_decoding_by_replay(policy, data, monkeypatch, request, layers, number, 
         def replay():
             sizes.append(len(state["tokens"]))
             assert captured[-1] == [t.data_ptr() for t in (*cache.prompts, *cache.own)]
-            for place, value in zip(result, model.decode_step(policy, cache, state, P, L, temperature, generator, kernels)):
+            for place, value in zip(result, engine.decode_step(policy, cache, state, P, L, temperature, generator, kernels)):
                 place.copy_(value)
 
         return types.SimpleNamespace(replay=replay), state, result
 
-    def with_graphs(batch, policy, *args, init=model.Batch.__init__):
+    def with_graphs(batch, policy, *args, init=engine.Batch.__init__):
         init(batch, policy, *args)
-        batch.kernels, batch.policy = kernels, model.generation_copy(policy, torch.float32)
+        batch.kernels, batch.policy = kernels, engine.generation_copy(policy, torch.float32)
 
-    monkeypatch.setattr(model, "capture_step", uncaptured)
-    monkeypatch.setattr(model.Batch, "__init__", with_graphs)
-    monkeypatch.setitem(model.DECODE_STEPS, "cpu", 3)
+    monkeypatch.setattr(engine, "capture_step", uncaptured)
+    monkeypatch.setattr(engine.Batch, "__init__", with_graphs)
+    monkeypatch.setitem(engine.DECODE_STEPS, "cpu", 3)
     groups, _ = rollout(policy, questions[:number], group_size, root=folder, max_turn_tokens=max_turn_tokens,
                         generator=torch.Generator().manual_seed(1))
     episodes = [e for group in groups for e in group]
@@ -260,8 +263,8 @@ def test_rollout_on_cuda(policy, data, cuda_graphs):
 def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
     """What the network computes in a rollout: each prompt once a group, and every other token once a row."""
     folder, questions, _ = data
-    tokens, plain = [], model.run_layers
-    monkeypatch.setattr(model, "run_layers", lambda policy, ids, *args: tokens.append(ids.numel()) or plain(policy, ids, *args))
+    tokens, plain = [], engine.run_layers
+    monkeypatch.setattr(engine, "run_layers", lambda policy, ids, *args: tokens.append(ids.numel()) or plain(policy, ids, *args))
     groups, _ = rollout(chatty(policy), questions[:3], 6, root=folder, max_turn_tokens=24, max_rows=12,
                         generator=torch.Generator().manual_seed(1))
     expected = 0
@@ -275,14 +278,14 @@ def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
 
 def test_generation_copy_computes_what_autocast_does(policy):
     """Linear layers that are in bfloat16 already, and those that autocast casts, give the same numbers."""
-    fast = model.generation_copy(policy)
+    fast = engine.generation_copy(policy)
     assert {p.dtype for p in fast.hf.parameters()} == {torch.bfloat16, torch.float32}
     assert all(p.dtype == torch.float32 for p in policy.hf.parameters())
     ids = torch.randint(400, (1, 50), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(50).expand(3, 1, 50)
     attend = lambda layer, q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        a, b = (p.hf.lm_head(model.run_layers(p, ids, None, None, positions, attend)) for p in (policy, fast))
+        a, b = (p.hf.lm_head(engine.run_layers(p, ids, None, None, positions, attend)) for p in (policy, fast))
     assert torch.equal(a, b)
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import data_prep
+from demo import synthetic
+from demo import tiny_base
 import rl
-from model import Episode, Sampled, encode, fill_features, load_policy, save_policy, token_log_probs
+from model import Sampled, encode, fill_features, load_policy, save_policy, token_log_probs
+from rollout import Episode
 from zoom_env import Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +73,8 @@ def test_advantages():
 # --------------------------------------------------------------------------- the same update however it is split
 def make_policy(seed=0):
     torch.manual_seed(seed)
-    tokenizer = data_prep.make_tokenizer([data_prep.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>"] * 50, 400)
-    return data_prep.make_tiny_model(tokenizer).freeze_vision()
+    tokenizer = tiny_base.make_tokenizer([synthetic.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>"] * 50, 400)
+    return tiny_base.make_tiny_model(tokenizer).freeze_vision()
 
 
 def make_groups(policy, folder, num_groups):
@@ -128,7 +130,7 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data_prep.synthetic(folder, 10, 5, seed=3)
+    synthetic.synthetic(folder, 10, 5, seed=3)
     return folder
 
 
@@ -144,9 +146,9 @@ def test_update_does_not_depend_on_the_split(folder, whole, split):
 
 def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
     """With unequal numbers of groups and tokens on them."""
-    script = (f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_rl, model\n"
+    script = (f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_rl, common\n"
               "from pathlib import Path\n"
-              "rank, world, device = model.start_processes('cpu')\n"
+              "rank, world, device = common.start_processes('cpu')\n"
               f"result = test_rl.one_update(Path({str(folder)!r}), rank, world)\n"
               f"torch.save(result, {str(tmp_path)!r} + f'/{{rank}}.pt')\n")
     (tmp_path / "run.py").write_text(script)

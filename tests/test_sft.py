@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_rl import assert_same, make_policy
 
-import data_prep
+from demo import synthetic
 import sft
 from model import load_policy, save_policy
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data_prep.synthetic(folder, 10, 5, seed=4)
+    synthetic.synthetic(folder, 10, 5, seed=4)
     save_policy(make_policy(), folder / "start")
     return folder
 
@@ -51,9 +51,9 @@ def test_step_does_not_depend_on_the_micro_batch(folder, whole, max_tokens):
 def test_step_is_the_same_on_two_processes(folder, whole, tmp_path):
     """Seven trajectories on two processes: unequal numbers of rows and of tokens."""
     (tmp_path / "run.py").write_text(
-        f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_sft, model\n"
+        f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_sft, common\n"
         "from pathlib import Path\n"
-        "rank, world, device = model.start_processes('cpu')\n"
+        "rank, world, device = common.start_processes('cpu')\n"
         f"torch.save(test_sft.one_step(Path({str(folder)!r}), rank, world), {str(tmp_path)!r} + f'/{{rank}}.pt')\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     str(tmp_path / "run.py")], check=True, timeout=300)

@@ -23,8 +23,8 @@ import torch
 from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from zoom_env import (LAST_TURN, EnvConfig, Frame, Video, VideoError, ZoomEnv, frame_size, grade, open_video,
-                      overview_times, parse_turn, question_error, read_frames, read_letter, remember)
+from video import Frame, Video, VideoError, frame_size, open_video, read_frames, remember
+from zoom_env import EnvConfig, LAST_TURN, ZoomEnv, grade, overview_times, parse_turn, question_error, read_letter
 
 MS = Fraction(1, 1000)
 SIZE = (168, 224)  # multiples of 28 within the pixel limits: what the policy sees is the decoded frame as it is
