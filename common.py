@@ -1,4 +1,8 @@
-"""What every script starts with: flags, processes, one-line errors, rows of a file."""
+"""What every script starts with: one-line errors, flags, processes and devices, rows of a file.
+
+A script's settings are a dataclass: each field is a flag, with its comment as help. What all scripts have in common
+stands in RunConfig, which theirs inherit.
+"""
 
 import argparse
 import inspect
@@ -7,50 +11,106 @@ import os
 import re
 import sys
 import types
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
+# ---------------------------------------------------------------------------------------------------------- errors
 class UserError(Exception):
     """Wrong input: shown as one line, exit status 2."""
 
 
-# --------------------------------------------------------------------------------- what the stages share: processes
+def fail(message):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def run_main(main):
+    """Runs a script's main; wrong input ends it with one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------- flags
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of every script."""
+
+    system_prompt: str | None = None  # file with another system prompt
+    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
+    max_bad: float = 0.01  # share of unusable rows above which the run ends
+    seed: int = 0  # of the order of the data, and of sampling
+    device: str | None = None  # cpu, cuda; by default cuda where there is one
+    dtype: str | None = None  # of all compute weights: float32, bfloat16; by default bfloat16 on cuda, else float32
+
+
+def parse_flags(config_class, description, demo, at_least_one, argv=None):
+    """Settings from the command line.
+
+    Args:
+        config_class: a dataclass; each field, those that it inherits last, is a flag with its comment as help.
+        demo: values that take the place of the defaults (the paper's) where --model is not given (the tiny model's).
+        at_least_one: fields that must not be below 1. No number may be negative or nan.
+    Ends with one line and status 2 on a wrong flag."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (see --help)")
+    comments = field_comments(config_class)
+    own = {name for name in config_class.__annotations__}
+    for f in sorted(fields(config_class), key=lambda f: f.name not in own):
+        default = f"default {f.default}" + (f"; without --model {demo[f.name]}" if f.name in demo else "")
+        settings = {"default": argparse.SUPPRESS, "help": f"{comments[f.name]} ({default})".replace("%", "%%")}
+        kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # int | None: int
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif getattr(kind, "__origin__", None) is list:
+            settings |= {"nargs": "+", "type": kind.__args__[0]}
+        else:
+            settings |= {"type": kind, "metavar": kind.__name__}
+        parser.add_argument(f"--{f.name}", **settings)
+    given = vars(parser.parse_args(argv))
+    config = config_class(**(demo if given.get("model") is None else {}) | given)
+    for f in fields(config_class):
+        value, least = getattr(config, f.name), int(f.name in at_least_one)
+        if isinstance(value, int | float) and not value >= least:  # nan, too
+            fail(f"--{f.name} must be at least {least}, not {value}")
+    return config
+
+
+def field_comments(config_class):
+    """{field: its comment} of a dataclass and the ones that it inherits from; "" where there is none."""
+    comments = dict.fromkeys((f.name for f in fields(config_class)), "")
+    for cls in reversed(config_class.__mro__[:-1]):
+        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    return comments
+
+
+# ------------------------------------------------------------------------------------------------------- processes
 def start_processes(device=None):
     """Joins torchrun's process group where there is one. Returns (rank, world size, torch.device).
 
     Everything distributed here is: each process computes the gradient of its own share of a sum whose denominator is
-    counted over all processes, and `sync_gradients` adds the shares up."""
+    counted over all processes, and `sync_gradients` adds the shares up. Raises UserError for a device that is not
+    there."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {device} is no device; use cpu or cuda") from None
-    if device.type not in ("cpu", "cuda") or device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: there is none here; use cpu or cuda")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    elif world > 1:  # torchrun starts each process with one thread; share the cores instead
+    device, backend = choose_device(device)
+    if device.type == "cpu" and world > 1:  # torchrun starts each process with one thread; share the cores instead
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
     return rank, world, device
-
-
-def sync_gradients(parameters):
-    """Adds the gradients of all processes up, in place. A process without tokens takes part with zeros."""
-    if dist.is_initialized():
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(grad.view_as(p))
 
 
 def sum_over_processes(values, device):
@@ -70,60 +130,68 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
-def clip_and_step(optimizer, parameters, max_norm):
-    """One optimizer step on gradients of norm at most `max_norm`. Returns the norm before clipping; a step whose norm
-    is not finite is left out."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
-    if norm == norm and norm != float("inf"):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-# ------------------------------------------------------------------------------- what the stages share: command line
-def fail(message):
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def run_main(main):
-    """Runs a script's main; wrong input ends it with one line and exit status 2."""
-    try:
-        main()
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def sync_gradients(parameters):
+    """Adds the gradients of all processes up, in place. A process without tokens takes part with zeros."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p))
 
 
-def parse_flags(config_class, description, demo, at_least_one, argv=None):
-    """A config from the command line. Each field of the dataclass is a flag, with its comment as help; where --model is
-    not given, the values in `demo` (the tiny model's) take the place of the defaults (the paper's). No number
-    may be negative or nan, and those in `at_least_one` not below 1."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message} (see --help)")
-    for f in fields(config_class):
-        default = f"default {f.default}" + (f"; without --model {demo[f.name]}" if f.name in demo else "")
-        text = f"{comments[f.name]} ({default})".replace("%", "%%")
-        kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # int | None: int
-        if kind is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        elif getattr(kind, "__origin__", None) is list:
-            parser.add_argument(f"--{f.name}", nargs="+", type=kind.__args__[0], default=argparse.SUPPRESS, help=text)
-        else:
-            parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
-    given = vars(parser.parse_args(argv))
-    config = config_class(**(demo if given.get("model") is None else {}) | given)
-    for f in fields(config_class):
-        value, least = getattr(config, f.name), int(f.name in at_least_one)
-        if isinstance(value, int | float) and not value >= least:  # nan, too
-            fail(f"--{f.name} must be at least {least}, not {value}")
-    return config
+# --------------------------------------------------------------------------------------------------------- devices
+# All that only CUDA executes, and all places that ask which device it is. Everything else is the same on every device.
+def choose_device(name=None):
+    """(torch.device, backend of the process group). On CUDA each process of a machine takes a GPU of its own."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda") or device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: there is none here; use cpu or cuda")
+    if device.type == "cpu":
+        return device, "gloo"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+    torch.cuda.set_device(device)
+    return device, "nccl"
 
 
+def choose_dtype(name, device):
+    """The compute weights' dtype. Raises UserError for one that is not offered."""
+    if name not in (None, "float32", "bfloat16"):
+        raise UserError(f"--dtype must be float32 or bfloat16, not {name}")
+    return getattr(torch, name or ("bfloat16" if has_graphs(device) else "float32"))
+
+
+def has_graphs(device):
+    """Whether launching an operation takes longer than many an operation, and steps can be captured as graphs."""
+    return device.type == "cuda"
+
+
+def capture_graph(step, generator, pool):
+    """A function without arguments as a CUDA graph: (replay, what `step` returned, the graphs' memory pool).
+
+    Whatever `step` reads and writes must stay where it is. It runs once before, as libraries set themselves up in their
+    first calls; the random generator is set back after that."""
+    given, generator = generator, generator or torch.cuda.default_generators[torch.cuda.current_device()]
+    state, stream = generator.get_state(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    generator.set_state(state)
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+    if given is not None:  # the default one is registered anyway
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, pool=pool):  # one pool for all graphs: they never run at the same time
+        result = step()
+    return graph.replay, result, pool
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
 def read_rows(path, max_bad, check):
     """Rows of a .jsonl file, and [(line number or id, reason)] of those that are left out: not JSON, or `check(row)`
     names a reason. Raises UserError if the file cannot be read or more than the share `max_bad` is bad."""

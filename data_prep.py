@@ -25,13 +25,111 @@ colours and shapes, find a scene's time tags and pick an option's letter, and ha
 """
 
 import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
 
-from common import UserError, fail, run_main
-from demo.synthetic import NUM_TEST, NUM_TRAIN, synthetic
-from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
+from common import UserError, check_bad, fail, read_rows, run_main
+from zoom_env import LETTERS
+
+
+# ------------------------------------------------------------------------------------------------ questions, trajectories
+def question_error(question):
+    """Why a question row cannot be used, or None."""
+    if not isinstance(question, dict):
+        return "not a JSON object"
+    for key in ("id", "video", "question", "answer", "answer_type"):
+        if question.get(key) in (None, ""):
+            return f'no "{key}"'
+    if not isinstance(question["question"], str) or not question["question"].strip():
+        return "empty question"
+    if not isinstance(question["video"], str):
+        return "video is not a path"
+    kind, options, answer = question["answer_type"], question.get("options"), question["answer"]
+    if kind not in ("multiple_choice", "open_ended", "number", "segment"):
+        return f"unknown answer_type {kind!r}"
+    if kind == "multiple_choice":
+        if not isinstance(options, list) or not 2 <= len(options) <= 26:
+            return "multiple_choice needs 2 to 26 options"
+        if not all(isinstance(option, str) for option in options):
+            return "an option is not a text"
+        if str(answer).strip().upper() not in LETTERS[: len(options)]:
+            return f"answer {answer!r} is not the letter of an option"
+    try:
+        if kind == "number":
+            float(answer)
+        if kind == "segment" and not (len(answer) == 2 and answer[0] < answer[1] - 0.0):
+            return f"answer {answer!r} is not [start_s, end_s]"
+    except (TypeError, ValueError, IndexError):
+        return f"answer {answer!r} is not a {kind}"
+    try:
+        if not all(start < end - 0.0 for start, end in question.get("evidence") or []):
+            return "evidence has an interval that ends before it starts"
+    except (TypeError, ValueError):
+        return "evidence is not a list of [start_s, end_s]"
+    chosen = question.get("overview_frames") or []
+    if not isinstance(chosen, list) or not all(type(n) in (int, float) for n in chosen):
+        return "overview_frames is not a list of frame numbers"
+    if not isinstance(question.get("meta") or {}, dict):
+        return "meta is not an object"
+    return None
+
+
+def trajectory_error(row):
+    """Why a trajectory row cannot be used, or None."""
+    if reason := question_error(row["question"]):
+        return reason
+    if not row["turns"] or not all(isinstance(turn, str) for turn in row["turns"]):
+        return "turns must be texts"
+    if len(row["turns"]) != len(row["learn"]):
+        return "turns and learn differ in length"
+    return None
+
+
+def read_questions(path, max_bad):
+    """The question rows of a .jsonl file and [(line, reason)] of those left out. Raises UserError."""
+    return read_rows(path, max_bad, question_error)
+
+
+def read_trajectories(path, max_bad):
+    """The trajectory rows of a .jsonl file and [(line, reason)] of those left out. Raises UserError."""
+    return read_rows(path, max_bad, trajectory_error)
+
+
+def use_overview(env_config, questions, overview, max_bad):
+    """Applies --overview: one of EnvConfig's ways, or a JSON file with the frames that another selector chose, a list of
+    {"video_name", "question", "frame_idx"} (TSPO's format; a row belongs to the question with the same file name and the
+    same first line). Returns the questions that it has frames for and [(id, reason)] of the others."""
+    if overview is None:
+        return env_config, questions, []
+    if not overview.endswith(".json"):
+        try:
+            env_config = replace(env_config, overview=overview)
+        except ValueError as error:
+            raise UserError(f"--{error}, or a .json file") from None
+        return env_config, questions, []
+    first_line = lambda text: text.strip().splitlines()[0].strip()
+    try:
+        chosen = {(Path(row["video_name"]).name, first_line(row["question"])): [float(n) for n in row["frame_idx"]]
+                  for row in json.loads(Path(overview).read_text()) if row.get("frame_idx")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"cannot read --overview {overview}: {type(error).__name__}: {error}") from None
+    known, bad = [], []
+    for question in questions:
+        frames = chosen.get((Path(question["video"]).name, first_line(question["question"])))
+        if frames:
+            question["overview_frames"] = frames
+            known.append(question)
+        else:
+            bad.append((question["id"], "no frames chosen for it"))
+    check_bad(bad, len(questions), max_bad, overview)
+    return env_config, known, bad
 
 
 def main():
+    from demo.synthetic import NUM_TEST, NUM_TRAIN, synthetic
+    from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (see --help)")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -6,7 +6,7 @@
 
 Modes: `zoom` plays full episodes; `uniform` shows --num_frames uniform frames and takes the answer, no tool. The demo
 adds, for each policy, its accuracy with zooming off, and for synthetic data the best accuracy that any uniform sampler
-could reach with as many frames as the policy looked at (data_prep.py says how that is counted).
+could reach with as many frames as the policy looked at (demo/synthetic.py says how that is counted).
 
 Writes to --out: results.json (a row for each policy and mode), by_kind.jsonl (the same by kind of question) and
 episodes.jsonl (what each policy said). Temperature 0, as in the paper. Intervals are Wilson's, 95%. An invalid call is a
@@ -24,16 +24,17 @@ import torch
 from torchvision.io import write_png
 from tqdm import tqdm
 
-from common import UserError, check_bad, parse_flags, read_rows, run_main, start_processes, write_jsonl
+from common import (RunConfig, UserError, check_bad, choose_dtype, parse_flags, run_main, start_processes,
+                    write_jsonl)
+from data_prep import question_error, read_questions, use_overview
 from demo import synthetic
 from model import load_policy
-from rollout import rollout
+from rollout import RolloutConfig, rollout
 from video import open_video
-from zoom_env import question_error, use_overview
 
 
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(RolloutConfig, RunConfig):
     model: list[str] | None = None  # checkpoint folders or hub names; without it, runs/sft and runs/rl, zooming on and off
     data: str = "runs/data/test.jsonl"  # questions
     out: str = "runs/eval"  # folder for results.json and episodes.jsonl
@@ -42,19 +43,11 @@ class Config:
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
     temperature: float = 0.0  # 0 takes the most likely token
     max_questions: int | None = None  # use only the first questions of the file
-    max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
     max_rows: int = 16  # episodes at one time, at most
-    cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; where it is too small, fewer are played at one time
-    cuda_graphs: bool = True  # on CUDA, generate with kernels.py and CUDA graphs
-    system_prompt: str | None = None  # file with another system prompt
-    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
     video: str | None = None  # ask about this video file instead
     question: str | None = None  # ... this question
     options: list[str] | None = None  # ... with these options
     save_frames: str | None = None  # ... and write what was seen as PNG strips into this folder
-    seed: int = 0  # of sampling, at a temperature above 0
-    max_bad: float = 0.01  # share of unusable rows above which the run ends
-    device: str | None = None  # cpu, cuda; by default cuda where there is one
 
 
 DEMO = dict(max_rows=100, max_turn_tokens=160)
@@ -70,8 +63,7 @@ def interval(right, total):
 
 
 def load(name, config, device):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = load_policy(name, device, dtype, system_prompt_file=config.system_prompt)
+    policy = load_policy(name, device, choose_dtype(config.dtype, device), config.system_prompt)
     changes = {}
     if config.num_frames is not None:
         changes = {"overview_max_frames": config.num_frames, "overview_fps": 1e6}  # always that many
@@ -96,9 +88,8 @@ def evaluate(policy, name, mode, questions, root, config, env_config=None):
             e.dialogue.features, e.dialogue.frames, e.env.watched = [], [], []  # memory stays that of those being played
             bar.update()
 
-        groups, skipped = rollout(policy, questions, env_config=env_config, root=root, temperature=config.temperature,
-                                  max_turn_tokens=config.max_turn_tokens, max_rows=config.max_rows, cache_gb=config.cache_gb,
-                                  cuda_graphs=config.cuda_graphs, generator=generator, on_end=ended)
+        groups, skipped = rollout(policy, questions, 1, config, env_config=env_config, root=root, generator=generator,
+                                  on_end=ended)
     episodes = [e for group in groups for e in group]
     seconds = time.time() - began
     if not episodes:
@@ -109,16 +100,16 @@ def evaluate(policy, name, mode, questions, root, config, env_config=None):
         by_kind[(e.env.question.get("meta") or {}).get("kind") or e.env.question.get("source") or "other"].append(e)
     rows = []
     for kind, some in by_kind.items():
-        right = sum(e.env.reward()["accuracy"] >= 0.5 for e in some)
+        right = sum(e.env.rewards["accuracy"] >= 0.5 for e in some)
         low, high = interval(right, len(some))
-        zooms = [t for e in some for t in e.env.turns if t.kind == "zoom"]
+        zooms = [t for e in some for t in e.env.turns if t.kind == "call"]
         known = [t for t in zooms if t.hit is not None]
         invalid = sum(e.env.num_invalid() for e in some)
         mean = lambda f: sum(f(e) for e in some) / len(some)
         rows.append({
             "policy": name, "mode": mode, "kind": kind, "num_questions": len(some), "accuracy": right / len(some),
             "accuracy_low": low, "accuracy_high": high, "frames_per_question": mean(lambda e: e.env.frames_shown),
-            "zooms_per_question": mean(lambda e: e.env.num_zooms()),
+            "zooms_per_question": mean(lambda e: e.env.num_calls()),
             "invalid_call_rate": invalid / max(1, invalid + len(zooms)),
             "hit_rate": sum(t.hit for t in known) / len(known) if known else None,
             "tokens_per_question": mean(lambda e: len(e.dialogue.ids)),
@@ -160,11 +151,10 @@ def ask(policy, config):
                 "answer_type": "multiple_choice" if config.options else "open_ended"}
     if reason := question_error(question):
         raise UserError(reason)
-    use_overview(policy, [question], config.overview, config.max_bad)
+    policy.env_config, _, _ = use_overview(policy.env_config, [question], config.overview, config.max_bad)
     open_video(config.video)
-    groups, skipped = rollout(policy, [question], temperature=config.temperature,
-                              generator=torch.Generator(policy.device).manual_seed(config.seed),
-                              max_turn_tokens=config.max_turn_tokens, cuda_graphs=config.cuda_graphs)
+    generator = torch.Generator(policy.device).manual_seed(config.seed)
+    groups, skipped = rollout(policy, [question], 1, config, generator=generator)
     if skipped:
         raise UserError(skipped[0][1])
     env = groups[0][0].env
@@ -198,12 +188,12 @@ def main():
     names = config.model or [n for n in ("runs/sft", "runs/rl") if Path(n).exists()]
     if not names:
         raise UserError("no runs/sft or runs/rl yet: run sft.py and rl.py first, or name checkpoints with --model")
-    questions, bad = read_rows(config.data, config.max_bad, question_error)
+    questions, bad = read_questions(config.data, config.max_bad)
     questions = questions[:config.max_questions]
     root, out, rows, said = Path(config.data).parent, Path(config.out), [], []
     for name in names:
         policy = load(name, config, device)
-        questions, without = use_overview(policy, questions, config.overview, config.max_bad)
+        policy.env_config, questions, without = use_overview(policy.env_config, questions, config.overview, config.max_bad)
         bad += without
         plays = [(config.mode, None)]
         if config.model is None and config.mode == "zoom":
@@ -216,7 +206,7 @@ def main():
             if bound is None and all("uniform_accuracy" in (e.env.question.get("meta") or {}) for e in episodes):
                 bound = uniform_bound(new[0], episodes)
             rows += new
-            said += [{"policy": name, "mode": mode, "question": e.env.question["id"], "right": e.env.reward()["accuracy"],
+            said += [{"policy": name, "mode": mode, "question": e.env.question["id"], "right": e.env.rewards["accuracy"],
                       "turns": [t.text for t in e.env.turns]} for e in episodes]
             print(f"{name}, {mode}:\n{table(new)}\n")
         rows += [bound] if bound else []

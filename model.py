@@ -1,27 +1,28 @@
-"""The policy: a Qwen2.5-VL checkpoint, the one encoder of dialogues, log-probabilities, generation and rollouts.
+"""The policy: a Qwen2.5-VL checkpoint, dialogues as the model reads them, log-probabilities, weights for training.
 
 The decoder layers are transformers' own; what is ours is everything around them:
 
-- `encode`: the only function that turns messages into token ids, a mask and pixels. SFT, RL and evaluation all use it.
-  Ids that were sampled are appended as they are, never decoded and encoded again. The mask marks the tokens that the
-  policy produces: its text, and its end-of-turn token. After </video_zoom> generation stops, so there the environment
-  writes the end-of-turn token and it is not trained.
-- `token_log_probs`: log pi(token | everything before) at temperature T, for the trained tokens only: the vocabulary's
-  logits are computed at those positions, in chunks, and once more in the backward pass instead of being kept. The
-  rollouts of one question run as one packed sequence [prompt, reply 1, reply 2, ...], in which each reply attends to
-  the prompt and to itself, so the prompt and its frames are computed once a group.
-- `rollout`: many episodes at once on one KV cache. The prompt is prefilled and cached once a question, and the rows of
-  its group all read it; replies are appended; rows call, wait, end and make room for others independently.
+- `encode` is the only function that turns messages into token ids, a mask and pixels. SFT, RL and evaluation all use
+  it. Ids that were sampled are appended as they are, never decoded and encoded again. The mask marks the tokens that
+  the policy produces: its text, and its end-of-turn token. After </video_zoom> generation stops, so there the
+  environment writes the end-of-turn token and it is not trained.
+- `pack` lays pieces of dialogues, prompts and replies, one behind the other as one sequence: for training, where the
+  prompt of a group is computed once for all its rollouts, and for the prefill of generation.
+- `Policy.forward` is the pass from a pack to log pi(token | everything before) at temperature T, for the trained
+  tokens only: the vocabulary's logits are computed at those positions, in chunks, and once more in the backward pass
+  instead of being kept.
 
-Temperature: sampled from softmax(logits / T), scored as log softmax(logits / T). T = 0 takes the most likely token.
+Precision: all compute weights and the residual stream are in one dtype, `--dtype`, for sampling, scoring, reference and
+evaluation alike. Float32 are norms, softmax and attention scores inside, everything from the logits on, and the
+`MasterWeights` that the optimizer changes, from which the compute weights are cast after each step. No autocast.
 """
 
 import copy
 import json
 import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,63 +33,135 @@ from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditi
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from common import UserError
+from common import UserError, sync_gradients
 from video import Frame
 from zoom_env import EnvConfig, Message, ZoomEnv
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 LOGIT_CHUNK = 512  # trained positions whose logits exist at one time
+VISION_BATCH = 64  # frames in one pass of the vision tower
 
 
 class PolicyError(UserError):
     """A checkpoint that cannot be loaded; the message names it and what to do."""
 
 
-# ------------------------------------------------------------------------------------------------ load and save
-class Policy:
+# ------------------------------------------------------------------------------------------------------ the policy
+class Policy(torch.nn.Module):
     """A Qwen2.5-VL model with its tokenizer, image processor and the environment settings that it was trained with.
 
-    `hf` is transformers' model and owns all weights. On CUDA the forward pass runs in bfloat16 while the weights that
-    the optimizer changes stay in float32."""
+    `hf` is transformers' model and owns all weights, which are of one dtype. What another base model has otherwise
+    (names of its parts, the unit of a frame, sizes of heads) is said here and nowhere else."""
 
     def __init__(self, hf, tokenizer, image_processor, env_config):
-        self.hf, self.tokenizer, self.image_processor, self.env_config = hf, tokenizer, image_processor, env_config
-        self.language_model, self.visual = hf.model.language_model, hf.model.visual
+        super().__init__()
+        self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
+        self.env_config = replace(env_config, frame_unit=self.frame_unit)
         self.language_model.config._attn_implementation = "zoom"
-        batched = copy.copy(self.visual.config)  # of the layers alone: transformers could not make a model of this config
-        batched._attn_implementation = "zoom_flash_vision"
-        for block in self.visual.blocks:
-            block.attn.config = batched
         special = {t: tokenizer.convert_tokens_to_ids(t) for t in
                    ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")}
         if missing := [t for t, i in special.items() if i is None or i == tokenizer.unk_token_id]:
             raise PolicyError(f"the tokenizer has no {', '.join(missing)}; is this a Qwen2.5-VL checkpoint?")
         self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad = special.values()
-        # which tokens can end </video_zoom>; models pad the vocabulary
+        # which tokens can end a tag; models pad the vocabulary beyond the tokenizer's
         self.can_close_tag = [False] * hf.lm_head.out_features
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
             self.can_close_tag[i] = ">" in (token or "")
 
     @property
+    def language_model(self):
+        return self.hf.model.language_model
+
+    @property
+    def visual(self):
+        return self.hf.model.visual
+
+    @property
+    def head(self):
+        return self.hf.lm_head
+
+    @property
+    def frame_unit(self):
+        """Sides of frames are multiples of it: an image token is a square of so many pixels."""
+        return self.visual.config.patch_size * self.visual.config.spatial_merge_size
+
+    @property
+    def head_dim(self):
+        return self.language_model.layers[0].self_attn.head_dim
+
+    @property
     def device(self):
-        return self.hf.lm_head.weight.device
+        return self.head.weight.device
 
-    def autocast(self):
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+    @property
+    def dtype(self):
+        return self.head.weight.dtype
 
-    def trainable_parameters(self):
-        """The language model's parameters: the vision encoder and its projector are frozen (paper, section 4.1)."""
-        return [p for p in self.hf.parameters() if p.requires_grad]
+    def freeze_vision(self):
+        """The vision encoder and its projector are not trained. Returns the policy."""
+        self.visual.requires_grad_(False)
+        return self
+
+    def frozen_copy(self):
+        """The policy as it is now, without gradients: the reference."""
+        hf = copy.deepcopy(self.hf).eval().requires_grad_(False)
+        return Policy(hf, self.tokenizer, self.image_processor, self.env_config)
 
     def checkpoint_layers(self):
         """Gradient checkpointing: each layer is computed again in the backward pass, not kept."""
         enable = getattr(self.hf, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
         (enable or self.hf.gradient_checkpointing_enable)({"use_reentrant": False})
 
-    def freeze_vision(self):
-        self.visual.requires_grad_(False)
-        return self
+    def forward(self, pack, attend, predictors, targets, temperature=1.0, entropy=False):
+        """Log-probabilities of `targets`, each predicted at a place of the pack, and the distributions' entropies.
+
+        Args:
+            attend: who sees whom, see `hidden_states`.
+            predictors, targets: (N,) places in the pack, and the ids that are predicted there.
+        Returns: two float32 tensors (N,), the second None without `entropy`."""
+        hidden = self.hidden_states(pack.ids, pack.positions, attend, pack.is_image, pack.features)
+        hidden = hidden[0, predictors]  # (N, hidden)
+        parts = [checkpoint(self.score, h, t, temperature, entropy, use_reentrant=False)
+                 for h, t in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+
+    def hidden_states(self, ids, positions, attend, is_image=None, features=None):
+        """The language model's last hidden states, (B, T, hidden).
+
+        Args:
+            ids: (B, T).
+            positions: (3, B, T), time, row and column for the rotary embedding.
+            attend: attend(layer, query (B, heads, T, D), key and value (B, kv heads, T, D)) -> (B, T, heads, D).
+            is_image, features: (B, T), and (number of image tokens, hidden) in reading order."""
+        lm = self.language_model
+        hidden = lm.embed_tokens(ids)
+        if features is not None:
+            hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
+        rotary = lm.rotary_emb(hidden, positions)  # angles in float32, cosines and sines in the compute dtype
+        for layer in lm.layers:
+            hidden = layer(hidden, position_embeddings=rotary, attend=attend)
+        return lm.norm(hidden)
+
+    def logits(self, hidden, temperature=1.0):
+        """Float32 logits over the vocabulary, divided by the temperature: sampled and scored from the same ones."""
+        return self.head(hidden).float() / temperature
+
+    def score(self, hidden, targets, temperature, entropy):
+        log_p = F.log_softmax(self.logits(hidden, temperature), dim=-1)  # (N, vocabulary)
+        chosen = log_p.gather(1, targets[:, None])[:, 0]
+        return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None
+
+
+def _attention(module, query, key, value, attention_mask=None, attend=None, **kwargs):
+    """What transformers' layers call: `attend` decides who sees whom. Without it, plain SDPA, so that transformers'
+    own forward and generate keep working on our model."""
+    if attend is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attend(module.layer_idx, query, key, value), None
+
+
+AttentionInterface.register("zoom", _attention)
 
 
 def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_file=None):
@@ -169,9 +242,9 @@ class Dialogue:
         self.positions += [(p, p, p) for p in range(self.next_position, self.next_position + len(ids))]
         self.next_position += len(ids)
 
-    def add_frame(self, frame, image_pad):
+    def add_frame(self, frame, image_pad, unit):
         """One image: its tokens share a time, and stand at their rows and columns (M-RoPE, arXiv 2409.12191)."""
-        rows, columns = frame.image.shape[1] // 28, frame.image.shape[2] // 28
+        rows, columns = (side // unit for side in frame.image.shape[1:])
         self.ids += [image_pad] * (rows * columns)
         self.trained += [False] * (rows * columns)
         self.is_image += [True] * (rows * columns)
@@ -214,7 +287,7 @@ def encode(policy, messages, dialogue=None, learn=True):
         for item in message.content:
             if isinstance(item, Frame):
                 dialogue.add(tokenize(text) + [policy.vision_start])
-                dialogue.add_frame(item, policy.image_pad)
+                dialogue.add_frame(item, policy.image_pad, policy.frame_unit)
                 dialogue.add([policy.vision_end])
                 text = ""
             else:
@@ -251,14 +324,13 @@ def frame_features(policy, frames):
     """Vision features of frames, each (tokens, hidden). A frame that occurs twice is computed once."""
     distinct = list({id(frame): frame for frame in frames}.values())
     features = {}
-    for i in range(0, len(distinct), 64):
-        chunk = distinct[i:i + 64]
+    for i in range(0, len(distinct), VISION_BATCH):
+        chunk = distinct[i:i + VISION_BATCH]
         pixels = policy.image_processor([f.image for f in chunk], do_resize=False, return_tensors="pt")
-        grid = pixels["image_grid_thw"].to(policy.device)
-        with policy.autocast():
-            output = policy.visual(pixels["pixel_values"].to(policy.device, policy.visual.dtype), grid_thw=grid)
-        sizes = (grid.prod(-1) // 4).tolist()
-        features.update(zip(map(id, chunk), output.pooler_output.float().split(sizes)))
+        grid = pixels["image_grid_thw"].to(policy.device)  # (frames, 3): time, height and width in patches
+        output = policy.visual(pixels["pixel_values"].to(policy.device, policy.dtype), grid_thw=grid)
+        sizes = (grid.prod(-1) // policy.visual.config.spatial_merge_size ** 2).tolist()
+        features.update(zip(map(id, chunk), output.pooler_output.split(sizes)))
     return [features[id(frame)] for frame in frames]
 
 
@@ -272,52 +344,54 @@ def fill_features(policy, dialogues):
         d.features += [next(features) for _ in d.frames[len(d.features):]]
 
 
-# ----------------------------------------------------------------------------------------------- one forward pass
-def _attention(module, query, key, value, attention_mask=None, attend=None, **kwargs):
-    """What transformers' layers call: `attend` decides who sees whom. Without it, plain SDPA, so that transformers'
-    own forward and generate keep working on our model."""
-    if attend is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return attend(module.layer_idx, query, key, value), None
+# -------------------------------------------------------------------------------------------------------- packing
+@dataclass
+class Pack:
+    """Pieces of dialogues, one behind the other, as one sequence of T tokens."""
+
+    ids: torch.Tensor  # (1, T)
+    is_image: torch.Tensor  # (1, T)
+    positions: torch.Tensor  # (3, 1, T)
+    features: torch.Tensor | None  # (image tokens, hidden)
+    spans: list  # where each piece is, a slice
 
 
-def _vision_attention(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, scaling=None, **kwargs):
-    """Attention inside each piece of a sequence, windows or whole frames: all pieces of one length are one batch, where
-    transformers' SDPA path loops over them. query (1, heads, T, D); cu_seq_lens_q: where pieces begin and the last ends."""
-    plan = getattr(cu_seq_lens_q, "plan", None)  # where the tokens of each length are, (pieces, length), for all layers
-    if plan is None:
-        starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
-        plan = cu_seq_lens_q.plan = [starts[lengths == n, None] + torch.arange(n, device=starts.device)
-                                     for n in set(lengths.tolist()) if n]
-    if len(plan) == 1:
-        query, key, value = (x[0].unflatten(1, plan[0].shape) for x in (query, key, value))  # (heads, pieces, length, D)
-        out = F.scaled_dot_product_attention(query, key, value, scale=scaling).flatten(1, 2)
-    else:
-        out = torch.empty_like(query[0])  # (heads, T, D)
-        for at in plan:
-            q, k, v = (x[0][:, at] for x in (query, key, value))  # (heads, pieces, length, D)
-            out[:, at] = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-    return out.transpose(0, 1)[None], None
+def pack(policy, pieces):
+    """Packs pieces (dialogue, start, stop): the tokens from `start` to `stop` of a dialogue, whose features are there.
+
+    Token t of a dialogue is at place span.start + t - start. A piece keeps the positions that it has in its dialogue,
+    so where it stands in the pack does not matter; what it sees is decided by attention (`attend_pieces`). Features
+    are those of the piece's image tokens: the ones before `start` belong to another piece."""
+    ids, is_image, positions, features, spans = [], [], [], [], []
+    for d, start, stop in pieces:
+        spans.append(slice(len(ids), len(ids) + stop - start))
+        ids += d.ids[start:stop]
+        is_image += d.is_image[start:stop]
+        positions += d.positions[start:stop]
+        if number := sum(d.is_image[start:stop]):
+            before = sum(d.is_image[:start])
+            features.append(torch.cat(d.features)[before:before + number])
+    tensor = partial(torch.tensor, device=policy.device)
+    return Pack(tensor([ids]), tensor([is_image]), tensor(positions).T[:, None],
+                torch.cat(features) if features else None, spans)
 
 
-AttentionInterface.register("zoom", _attention)
-AttentionInterface.register("zoom_flash_vision", _vision_attention)  # "flash": transformers passes all pieces in one call
+def attend_pieces(query, key, value, spans, before):
+    """Attention in a pack: a piece sees, causally, itself, and in front of it what `before` says.
 
-
-def run_layers(policy, ids, is_image, features, positions, attend):
-    """Hidden states of the language model, (B, T, hidden).
-
-    Args: ids and is_image (B, T); features (number of image tokens, hidden) in reading order; positions (3, B, T);
-    attend(layer, query (B, heads, T, D), key and value (B, kv heads, T, D)) -> (B, T, heads, D)."""
-    lm = policy.language_model
-    with policy.autocast():
-        hidden = lm.embed_tokens(ids)
-        if features is not None:
-            hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
-        rotary = lm.rotary_emb(hidden, positions)
-        for layer in lm.layers:
-            hidden = layer(hidden, position_embeddings=rotary, attend=attend)
-        return lm.norm(hidden)
+    Args:
+        query: (1, heads, T, D); key and value: (1, kv heads, T, D).
+        before: before(number of the piece) -> (key, value), each (1, kv heads, S, D), or None.
+    Returns: (1, T, heads, D)."""
+    out = []
+    for i, span in enumerate(spans):
+        q, k, v = query[:, :, span], key[:, :, span], value[:, :, span]
+        if (earlier := before(i)) is not None:
+            k, v = (torch.cat(both, dim=2) for both in zip(earlier, (k, v)))
+        # the queries are the last ones of the keys; this mask takes no memory and lets CUDA use flash attention
+        seen = causal_lower_right(q.shape[2], k.shape[2])
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True))
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------- log-probabilities, for training
@@ -329,74 +403,41 @@ def token_log_probs(policy, groups, temperature=1.0, entropy=False):
             All of them run as one packed sequence.
         entropy: whether to compute entropies too (else None).
     Returns: (N,) tensors over all trained tokens, dialogue after dialogue."""
-    ids, is_image, positions, features, spans = [], [], [], [], []
-    predictors, targets = [], []  # place in the pack of the position that predicts, and the id that it has to predict
+    pieces, prompt_of = [], []  # pieces of the pack, and for each the number of the piece that is its prompt
+    predictors, targets = [], []  # the place in the pack that predicts, and the id that it has to predict
+    length = 0
     for group in groups:
-        shared = group[0].prompt_length if len(group) > 1 else len(group[0].ids)
-        offset, lengths = len(ids), []
+        # the prompt, once for the group, unless there is only one to use it
+        shared = group[0].prompt_length if len(group) > 1 else 0
+        prompt, prompt_start = (len(pieces), length) if shared else (None, None)
+        if shared:
+            pieces.append((group[0], 0, shared))
+            prompt_of.append(None)
+            length += shared
         for d in group:
-            packed = 0 if d is group[0] else shared  # its first tokens that are in the pack already
-            if packed:
-                assert d.ids[:shared] == group[0].ids[:shared] and not any(d.trained[:shared])
-            base = len(ids) - packed  # token t of the reply is at base + t, token t of the prompt at offset + t
-            ids += d.ids[packed:]
-            is_image += d.is_image[packed:]
-            positions += d.positions[packed:]
-            skip = sum(d.is_image[:packed])
-            features.append((d.features, skip))
-            lengths.append(len(d.ids) - shared)
+            # what follows it: token t is at `base + t`, and of the prompt at `prompt_start + t`; token t is predicted
+            # by the place of t - 1, which for the first of a reply is the last of the prompt
+            assert d.ids[:shared] == group[0].ids[:shared] and not any(d.trained[:shared])
+            base = length - shared
             for t, trained in enumerate(d.trained):
                 if trained:
-                    predictors.append(offset + t - 1 if t - 1 < shared else base + t - 1)
+                    predictors.append(base + t - 1 if t > shared else prompt_start + t - 1)
                     targets.append(d.ids[t])
-        spans.append((offset, shared, lengths if len(group) > 1 else []))
-    device = policy.device
-    features = [torch.cat(f)[skip:] for f, skip in features if f]
-    hidden = run_layers(
-        policy,
-        torch.tensor([ids], device=device),
-        torch.tensor([is_image], device=device),
-        torch.cat(features) if features else None,
-        torch.tensor(positions, device=device).T[:, None],  # (3, 1, T)
-        lambda layer, q, k, v: attend_packed(q, k, v, spans),
-    )
-    hidden = hidden[0, torch.tensor(predictors, device=device, dtype=torch.long)]  # (N, hidden)
-    targets = torch.tensor(targets, device=device, dtype=torch.long)
-    parts = [checkpoint(score, policy, h, t, temperature, entropy, use_reentrant=False)
-             for h, t in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+            pieces.append((d, shared, len(d.ids)))
+            prompt_of.append(prompt)
+            length += len(d.ids) - shared
+    packed = pack(policy, pieces)
 
+    def attend(layer, query, key, value):
+        def before(i):
+            if prompt_of[i] is None:
+                return None
+            span = packed.spans[prompt_of[i]]
+            return key[:, :, span], value[:, :, span]
+        return attend_pieces(query, key, value, packed.spans, before)
 
-def score(policy, hidden, targets, temperature, entropy):
-    with policy.autocast():
-        logits = policy.hf.lm_head(hidden / temperature)
-    log_p = F.log_softmax(logits.float(), dim=-1)  # (N, vocabulary)
-    chosen = log_p.gather(1, targets[:, None])[:, 0]
-    return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None
-
-
-def attend_packed(query, key, value, spans):
-    """Attention over packed groups, each (offset, length of the prompt, lengths of the replies): the prompt is causal;
-    a reply sees the prompt and, causally, itself. query (1, heads, T, D), returns (1, T, heads, D)."""
-    out = []
-    for offset, shared, lengths in spans:
-        part = slice(offset, offset + shared)
-        out.append(causal_attention(query[:, :, part], key[:, :, part], value[:, :, part]))
-        at = offset + shared
-        for length in lengths:
-            own = slice(at, at + length)
-            k, v = (torch.cat([x[:, :, part], x[:, :, own]], dim=2) for x in (key, value))
-            out.append(causal_attention(query[:, :, own], k, v))
-            at += length
-    return torch.cat(out, dim=2).transpose(1, 2)
-
-
-def causal_attention(query, key, value):
-    """SDPA of the last T of S tokens, each seeing those up to itself: query (1, heads, T, D), key and value (1, kv heads,
-    S, D). On CUDA that is flash attention, which neither makes a mask nor computes what it hides."""
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding is float32
-    seen = causal_lower_right(query.shape[2], key.shape[2])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+    tensor = partial(torch.tensor, device=policy.device, dtype=torch.long)
+    return policy(packed, attend, tensor(predictors), tensor(targets), temperature, entropy)
 
 
 def packed_length(group):
@@ -420,3 +461,41 @@ def split_by_tokens(groups, max_tokens):
             batches[-1].append(part)
             room -= packed_length(part)
     return batches
+
+
+# ---------------------------------------------------------------------------------------------- weights for training
+class MasterWeights:
+    """Float32 weights, `parameters`, that an optimizer changes, and the compute weights that are cast from them.
+
+    Where the compute weights are float32 they are the masters themselves. Else each backward pass adds their gradients
+    to the masters' in float32: an update of 1e-6 would round away in bfloat16, and so would the sum of many passes."""
+
+    def __init__(self, parameters):
+        self.compute = [p for p in parameters if p.requires_grad]
+        self.parameters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
+                           for p in self.compute]
+        for p, master in zip(self.compute, self.parameters):
+            if p is not master:
+                p.register_post_accumulate_grad_hook(partial(self._add_gradient, master))
+
+    @staticmethod
+    def _add_gradient(master, p):
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad += p.grad
+        p.grad = None
+
+    @torch.no_grad()
+    def step(self, optimizer, max_norm):
+        """One step of an optimizer of `parameters`, on the gradients of all processes added up, of norm at most
+        `max_norm`. Returns the norm before clipping; a step whose norm is not finite is left out."""
+        sync_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm).item()
+        if norm == norm and norm != float("inf"):
+            optimizer.step()
+            for p, master in zip(self.compute, self.parameters):
+                if p is not master:
+                    p.copy_(master)
+        optimizer.zero_grad(set_to_none=True)
+        return norm

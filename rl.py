@@ -23,27 +23,27 @@ log-probability noted while sampling, not one from a second pass (they are the s
 shows it in each run); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen.
 """
 
-import copy
 import json
 import math
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import (UserError, check_bad, clip_and_step, gather, parse_flags, read_rows, run_main, start_processes,
-                    sum_over_processes, sync_gradients, write_jsonl)
-from model import Policy, load_policy, save_policy, split_by_tokens, token_log_probs
-from rollout import rollout
-from zoom_env import question_error, use_overview
+from common import (RunConfig, UserError, check_bad, choose_dtype, gather, parse_flags, run_main, start_processes,
+                    sum_over_processes, write_jsonl)
+from data_prep import read_questions, use_overview
+from model import MasterWeights, load_policy, save_policy, split_by_tokens, token_log_probs
+from rollout import Engine, RolloutConfig
+from zoom_env import REWARD_PARTS, RewardWeights
 
 
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(RolloutConfig, RewardWeights, RunConfig):
     model: str | None = None  # checkpoint to start from, and the reference; without it, runs/sft
     data: str = "runs/data/train.jsonl"  # questions
     out: str = "runs/rl"  # folder for the checkpoint and the metrics
@@ -60,25 +60,11 @@ class Config:
     clip_high: float = 0.27  # ... and up to 1 + clip_high
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
     entropy_weight: float = 0.001  # of the entropy bonus
-    accuracy_weight: float = 0.9  # reward for a right answer
-    format_weight: float = 0.1  # reward for well-formed turns within the frame limit
-    tool_weight: float = 0.5  # bonus for a right answer with a zoom
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
-    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
-    max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
-    max_response_tokens: int = 32_768  # an episode ends before a reply with which all after the prompt were longer
-    max_rows: int = 64  # episodes that a process plays at one time, at most
-    cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; where it is too small, fewer are played at one time
-    cuda_graphs: bool = True  # on CUDA, generate with kernels.py and CUDA graphs
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
-    system_prompt: str | None = None  # file with another system prompt
-    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
     save_every: int = 10  # steps between checkpoints
     show_every: int = 10  # steps between printed episodes
-    seed: int = 0  # order of the questions, and sampling
-    max_bad: float = 0.01  # share of unusable rows above which the run ends
-    device: str | None = None  # cpu, cuda; by default cuda where there is one
 
 
 DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=1e-4,
@@ -87,7 +73,7 @@ DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_
 
 
 # ---------------------------------------------------------------------------------------------- the three functions
-def play_batch(policy, questions, config, env_config, root, rank, world, device, generator, bar):
+def play_batch(engine, questions, config, root, rank, world, device, bar):
     """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups over all processes have a
     spread of rewards, at most max_draws batches of them.
 
@@ -98,11 +84,7 @@ def play_batch(policy, questions, config, env_config, root, rank, world, device,
     while missing > 0 and drawn < config.max_draws * config.batch_size:
         draw = [next(questions) for _ in range(min(missing, config.max_draws * config.batch_size - drawn))]
         drawn += len(draw)  # the same on all processes
-        groups, bad = rollout(policy, draw[rank::world], config.group_size, env_config=env_config, root=root,
-                              temperature=config.temperature, max_turn_tokens=config.max_turn_tokens,
-                              max_response_tokens=config.max_response_tokens, max_rows=config.max_rows,
-                              cache_gb=config.cache_gb, cuda_graphs=config.cuda_graphs, generator=generator,
-                              on_end=lambda e: bar.update())
+        groups, bad = engine.play(draw[rank::world], root, on_end=lambda e: bar.update())
         skipped += bad
         for group in groups:
             episodes += group
@@ -117,7 +99,7 @@ def play_batch(policy, questions, config, env_config, root, rank, world, device,
 
 def set_advantages(group):
     """Gives each episode of a group its advantage. Returns whether any is not 0."""
-    advantages = group_advantages(torch.tensor([[e.env.reward()["reward"] for e in group]]))[0].tolist()
+    advantages = group_advantages(torch.tensor([[e.env.rewards["reward"] for e in group]]))[0].tolist()
     for e, advantage in zip(group, advantages):
         e.dialogue.advantage = advantage
     return any(advantages)
@@ -130,8 +112,12 @@ def group_advantages(rewards):
     return torch.where(spread, centred / (rewards.std(dim=1, keepdim=True) + 1e-6), 0.0)
 
 
-def grpo_loss(log_probs, old_log_probs, advantages, config, ref_log_probs=None, entropies=None):
-    """The loss of each token, (N,), and a dict of sums over tokens for the metrics. All arguments are (N,) tensors."""
+def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_probs=None, entropies=None):
+    """The loss of each token, (N,), and a dict of sums over tokens for the metrics.
+
+    Args: `advantages` (E,), one for each episode; `episode` (N,), the episode that each token belongs to; the others
+    (N,)."""
+    advantages = advantages[episode]  # (N,)
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
@@ -147,12 +133,11 @@ def grpo_loss(log_probs, old_log_probs, advantages, config, ref_log_probs=None, 
     return loss, {k: v.item() for k, v in stats.items()}
 
 
-def update(policy, reference, groups, optimizer, config, rank, device):
+def update(policy, reference, groups, masters, optimizer, config, rank, device):
     """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals its groups to
     the mini-batches in turn, starting at its rank, so that all of them are of about the same size. Returns metrics over
     all processes."""
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
-    parameters = policy.trainable_parameters()
     metrics, updates = Counter(), 0
     for m in range(num_batches):
         mini = groups[(m + rank) % num_batches::num_batches]
@@ -163,13 +148,14 @@ def update(policy, reference, groups, optimizer, config, rank, device):
         for batch in split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass):
             dialogues = [d for group in batch for d in group]
             old = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], device=device)
-            advantages = torch.tensor([d.advantage for d in dialogues for _ in d.sampled_log_probs], device=device)
+            advantages = torch.tensor([d.advantage for d in dialogues], device=device)
+            episode = torch.tensor([i for i, d in enumerate(dialogues) for _ in d.sampled_log_probs], device=device)
             log_probs, entropies = token_log_probs(policy, batch, config.temperature, entropy=config.entropy_weight != 0)
             ref = None
             if reference is not None:
                 with torch.no_grad():
                     ref, _ = token_log_probs(reference, batch, config.temperature)
-            loss, stats = grpo_loss(log_probs, old, advantages, config, ref, entropies)
+            loss, stats = grpo_loss(log_probs, old, advantages, episode, config, ref, entropies)
             loss = loss.sum() / max(1, tokens)
             loss.backward()
             stats["loss"] = loss.item() * tokens
@@ -177,8 +163,7 @@ def update(policy, reference, groups, optimizer, config, rank, device):
                 stats["gap"], stats["gap_tokens"] = (log_probs.detach() - old).abs().sum().item(), len(old)
             for key, value in stats.items():
                 sums[key] += value
-        sync_gradients(parameters)
-        metrics["grad_norm"] += clip_and_step(optimizer, parameters, config.max_grad_norm)
+        metrics["grad_norm"] += masters.step(optimizer, config.max_grad_norm)
         updates += 1
         metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
     gap = metrics["gap"] / max(1, metrics["gap_tokens"])
@@ -191,12 +176,12 @@ def update(policy, reference, groups, optimizer, config, rank, device):
 def episode_metrics(episodes, num_kept, group_size, device):
     """Means over the episodes of all processes."""
     sums = Counter(episodes=len(episodes), groups_kept=num_kept)
-    for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "turns", "truncated", "frames",
-                "response_tokens", "sampled_tokens"):
+    for key in ("reward", *REWARD_PARTS, "zooms", "invalid", "turns", "truncated", "frames", "response_tokens",
+                "sampled_tokens"):
         sums[key] = 0
     for e in episodes:
-        sums.update(e.env.reward())
-        sums.update(zooms=e.env.num_zooms(), invalid=e.env.num_invalid(), turns=len(e.env.turns), truncated=e.truncated,
+        sums.update(e.env.rewards)
+        sums.update(zooms=e.env.num_calls(), invalid=e.env.num_invalid(), turns=len(e.env.turns), truncated=e.truncated,
                     frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
                     response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
     total = sum_over_processes(sums, device)
@@ -215,13 +200,16 @@ def endless(rows, seed):
 
 
 def train(policy, reference, rows, config, rank, world, device):
-    env_config = replace(policy.env_config, accuracy_weight=config.accuracy_weight, format_weight=config.format_weight,
-                         tool_weight=config.tool_weight,
-                         max_zooms=policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms)
-    policy.env_config = env_config
-    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.lr, betas=(0.9, 0.95),
+    weights = {f.name: getattr(config, f.name) for f in fields(RewardWeights)}
+    max_zooms = policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms
+    policy.env_config = replace(policy.env_config, max_zooms=max_zooms, **weights)
+    masters = MasterWeights(policy.parameters())
+    optimizer = torch.optim.AdamW(masters.parameters, lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
+    engine = Engine(policy, config.group_size, config, generator)
+    if rank == 0:
+        print(f"rl: rollouts in {policy.dtype}, decode step {engine.decoder.path}")
     questions, root, out = endless(rows, config.seed), Path(config.data).parent, Path(config.out)
     skipped, total_drawn = [], 0
     for step in range(1, config.steps + 1):
@@ -229,17 +217,16 @@ def train(policy, reference, rows, config, rank, world, device):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
         with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0, leave=False) as bar:
-            policy.hf.eval()
-            groups, episodes, bad, drawn = play_batch(policy, questions, config, env_config, root, rank, world, device,
-                                               generator, bar)
+            policy.eval()
+            groups, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar)
         played = time.time()
         total_drawn += drawn
         skipped += gather(bad)
         check_bad(skipped, max(len(rows), total_drawn), config.max_bad, config.data)
-        policy.hf.train()
+        policy.train()
         metrics = {"step": step} | episode_metrics(episodes, len(groups), config.group_size, device)
         if metrics["groups"]:
-            metrics |= update(policy, reference, groups, optimizer, config, rank, device)
+            metrics |= update(policy, reference, groups, masters, optimizer, config, rank, device)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
                     "seconds": time.time() - began, "lr": optimizer.param_groups[0]["lr"], "skipped": len(skipped)}
         if rank == 0:
@@ -254,8 +241,9 @@ def log(metrics, episodes, config, out):
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
     m = Counter(metrics)
-    print(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} (right {m['accuracy']:.2f}, format {m['format']:.2f}, "
-          f"tool {m['tool']:.2f})  zooms {m['zooms']:.2f}  invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  "
+    parts = ", ".join(f"{part} {m[part]:.2f}" for part in REWARD_PARTS)
+    print(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms"
+          f" {m['zooms']:.2f}  invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  "
           f"clipped {m['clipped_low']:.2%}/{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
           f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  gap {m['gap']:.0e}  "
           f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s", flush=True)
@@ -264,7 +252,7 @@ def log(metrics, episodes, config, out):
     if m["zooms"] < 0.05:
         print("  warning: the policy has stopped zooming (see tool_weight)")
     if episodes and (m["step"] - 1) % config.show_every == 0:
-        print(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.reward()}", flush=True)
+        print(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.rewards}", flush=True)
 
 
 def main():
@@ -278,17 +266,14 @@ def main():
         raise UserError("--temperature must be above 0: at 0 all episodes of a question are the same")
     if config.model == DEMO["model"] and not Path(config.model).exists():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
-    rows, bad = read_rows(config.data, config.max_bad, question_error)
+    rows, bad = read_questions(config.data, config.max_bad)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model, device, system_prompt_file=config.system_prompt).freeze_vision()
-    rows, without = use_overview(policy, rows, config.overview, config.max_bad)
+    policy = load_policy(config.model, device, choose_dtype(config.dtype, device), config.system_prompt).freeze_vision()
+    policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
     bad += without
     if config.gradient_checkpointing:
         policy.checkpoint_layers()
-    reference = None
-    if config.kl_weight:
-        reference = Policy(copy.deepcopy(policy.hf).eval().requires_grad_(False), policy.tokenizer,
-                           policy.image_processor, policy.env_config)
+    reference = policy.frozen_copy() if config.kl_weight else None
     if rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)

@@ -27,17 +27,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (check_bad, clip_and_step, gather, parse_flags, read_rows, run_main, start_processes,
-                    sum_over_processes, sync_gradients, write_jsonl)
+from common import (RunConfig, check_bad, choose_dtype, gather, parse_flags, run_main, start_processes,
+                    sum_over_processes, write_jsonl)
+from data_prep import read_trajectories, use_overview
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
-from model import fill_features, load_policy, replay, save_policy, split_by_tokens, token_log_probs
+from model import (MasterWeights, fill_features, load_policy, replay, save_policy, split_by_tokens,
+                   token_log_probs)
 from video import VideoError
-from zoom_env import question_error, use_overview
 
 
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(RunConfig):
     model: str | None = None  # checkpoint folder or hub name; without it, the tiny base
     data: str = "runs/data/sft.jsonl"  # trajectories; made, if missing, in the demo
     out: str = "runs/sft"  # folder for the checkpoint and the metrics
@@ -50,25 +51,9 @@ class Config:
     max_length: int = 32_768  # longer trajectories are skipped
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
-    system_prompt: str | None = None  # file with another system prompt
-    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, auto
-    seed: int = 0  # order of the data
-    max_bad: float = 0.01  # share of unusable rows above which the run ends
-    device: str | None = None  # cpu, cuda; by default cuda where there is one
 
 
 DEMO = dict(lr=1e-3, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)
-
-
-def row_error(row):
-    """Why a trajectory row cannot be used, or None."""
-    if reason := question_error(row["question"]):
-        return reason
-    if not row["turns"] or not all(isinstance(turn, str) for turn in row["turns"]):
-        return "turns must be texts"
-    if len(row["turns"]) != len(row["learn"]):
-        return "turns and learn differ in length"
-    return None
 
 
 def learning_rate(step, steps, config):
@@ -95,7 +80,7 @@ def load_dialogues(policy, rows, root, max_length):
     return [d for d in loaded if not isinstance(d, tuple)], [d for d in loaded if isinstance(d, tuple)]
 
 
-def train_step(policy, dialogues, optimizer, config, device):
+def train_step(policy, dialogues, masters, optimizer, config, device):
     """One optimizer step on this process's share of a batch. Returns metrics over all processes."""
     num_trained = sum(sum(d.trained) for d in dialogues)
     total = sum_over_processes({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
@@ -106,15 +91,14 @@ def train_step(policy, dialogues, optimizer, config, device):
         loss = -log_probs.sum() / max(1, total["tokens"])
         loss.backward()
         loss_sum += loss.item()
-    parameters = policy.trainable_parameters()
-    sync_gradients(parameters)
-    grad_norm = clip_and_step(optimizer, parameters, config.max_grad_norm)
+    grad_norm = masters.step(optimizer, config.max_grad_norm)
     return sum_over_processes({"loss": loss_sum}, device) | total | {"grad_norm": grad_norm}
 
 
 def train(policy, rows, config, rank, world, device):
     out, root = Path(config.out), Path(config.data).parent
-    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.lr, betas=(0.9, 0.95),
+    masters = MasterWeights(policy.parameters())
+    optimizer = torch.optim.AdamW(masters.parameters, lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     bar = tqdm(total=steps, desc="sft", unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -129,7 +113,7 @@ def train(policy, rows, config, rank, world, device):
             skipped += gather(bad)
             check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
-            metrics = train_step(policy, dialogues, optimizer, config, device)
+            metrics = train_step(policy, dialogues, masters, optimizer, config, device)
             step += 1
             if rank == 0:
                 metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
@@ -153,21 +137,23 @@ def main():
         ensure_demo(Path(config.data).parent, config.seed)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    rows, bad = read_rows(config.data, config.max_bad, row_error)
+    rows, bad = read_trajectories(config.data, config.max_bad)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model or TINY_BASE, device,
-                         system_prompt_file=config.system_prompt).freeze_vision()
-    known, without = use_overview(policy, [row["question"] for row in rows], config.overview, config.max_bad)
+    policy = load_policy(config.model or TINY_BASE, device, choose_dtype(config.dtype, device),
+                         config.system_prompt).freeze_vision()
+    policy.env_config, known, without = use_overview(
+        policy.env_config, [row["question"] for row in rows], config.overview, config.max_bad)
     known = {id(question) for question in known}
     rows, bad = [row for row in rows if id(row["question"]) in known], bad + without
-    policy.hf.train()
+    policy.train()
     if config.gradient_checkpointing:
         policy.checkpoint_layers()
     if rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
         print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or TINY_BASE}, "
-              f"{sum(p.numel() for p in policy.trainable_parameters()):,} trained parameters, {world} process(es) on {device}")
+              f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained parameters in {policy.dtype}, "
+              f"{world} process(es) on {device}")
     skipped = bad + train(policy, rows, config, rank, world, device)
     if rank == 0:
         save_policy(policy, config.out)

@@ -1,39 +1,38 @@
-"""The world that the policy acts in: video files, frames, the zoom tool, grading, rewards. No model in it.
+"""The world that the policy acts in: overview, tools, turns, rounds, grading and rewards. No model in it.
 
-One episode (paper, section 3.1): the policy first sees a few frames of the whole video, the overview. In each turn it
-thinks, then either calls
+One episode (paper, section 3.1): the policy first sees a few frames of the whole video, the overview. In each
+turn it thinks, then either calls the tool
 
     <video_zoom>{"segment": [start_s, end_s], "fps": n}</video_zoom>
 
-and gets that clip as frames, at most 16 a call, or ends the episode with <answer>...</answer>. After `max_zooms` zooms
-it has to answer.
+and gets that clip, at most 16 frames, or ends with <answer>...</answer>; after `max_zooms` calls it has to.
 
     env = ZoomEnv(question, EnvConfig(), root="data")
     messages = env.reset()                      # system and user message, with the overview
     while not env.done:
         messages = env.step(policy(messages))   # the tool's reply, [] once the episode is over
-    reward = env.reward()                       # {"reward": ..., "accuracy": ..., "format": ..., "tool": ...}
+    env.rewards                                 # {"reward": ..., "accuracy": ..., "format": ..., "tool": ...}
 
-Anything that maps messages to text can play: our model, a served one, a script (data_prep.py has one).
+Anything that maps messages to text can play: our model, a served one, a script (demo/synthetic.py has one).
+Another tool is a parser, a function that runs it and a row of TOOLS, and words in the system prompt.
+Nothing that the policy says can raise: it comes back to it as an error text.
 
-Times are seconds of presentation time, counted from the video's first frame. A frame's tag holds the time of the frame
-that is really shown. Nothing that the policy says can raise: it comes back to it as an error text.
-
-Where the paper is silent: frames stand in the middle of equal slices of the interval that they sample (so a clip never
-shows its neighbours); a segment that runs past the end of the video is cut there; a turn with neither a call nor an
-answer is told so and costs one round; the question comes before the frames, as text that the frames are read with.
+Where the paper is silent: frames stand in the middle of equal slices of the interval that they sample (so a
+clip never shows its neighbours); a segment that runs past the end of the video is cut there; a turn without
+call or answer is told so and costs a round; the question comes before the frames, to be read with it in mind.
 """
 
 import copy
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from common import UserError, check_bad
 from video import VideoError, open_video, read_frames
 
+# Trained checkpoints know these words, and those of the errors below: another text needs new training.
 SYSTEM_PROMPT = """You answer a question about a video. You first see a few frames of the whole video, each after a tag \
 with its number and its time in seconds. If they do not show what you need, look closer with the zoom tool: it returns \
 frames of one segment of the video, at the frame rate that you ask for.
@@ -45,33 +44,41 @@ not above ZOOM_MAX_FRAMES;
 MAY_ZOOM = "You may zoom in {left} more time(s), or answer now."
 LAST_TURN = "You cannot zoom in any more. Give your final answer now, without <video_zoom>."
 
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options
 LONG_S = 600  # longer videos are overviewed by key frames
 
 
-# ---------------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
-class EnvConfig:
-    """What the policy sees and may do. Saved with each checkpoint (zoom_config.json), so that evaluation repeats it."""
+class RewardWeights:
+    """The reward is the sum of weight x part over these parts, each from 0 to 1 (paper, section 3.3)."""
 
-    overview_fps: float = 0.5  # frames a second of the first look at the video
-    overview_max_frames: int = 64  # ... and at most so many over the whole video
-    overview: str = "auto"  # uniform; nearest_keyframe: the key frame within half a step, where there is one; auto: that
-    # for videos of more than 10 minutes, of which an exact overview would decode nearly everything
-    zoom_max_frames: int = 16  # a call may ask for (end - start) * fps up to this
-    max_zooms: int = 4  # rounds before the last one, in which the policy has to answer; a failed call uses one up, too
-    min_pixels: int = 25_088  # a frame is scaled up to at least 32 tokens of 28x28 pixels
-    max_pixels: int = 100_352  # ... and down to at most 128
     accuracy_weight: float = 0.9  # reward for a right answer
     format_weight: float = 0.1  # reward when every turn is well formed and every zoom within the limit
     tool_weight: float = 0.5  # bonus when the answer is right and a zoom was made
+
+
+REWARD_PARTS = tuple(f.name.removesuffix("_weight") for f in fields(RewardWeights))
+
+
+@dataclass(frozen=True)
+class EnvConfig(RewardWeights):
+    """What the policy sees and may do. Saved with a checkpoint (zoom_config.json): evaluation repeats it."""
+
+    overview_fps: float = 0.5  # frames a second of the first look at the video
+    overview_max_frames: int = 64  # ... and at most so many over the whole video
+    overview: str = "auto"  # uniform; nearest_keyframe: the key frame within half a step, where there is one;
+    # auto: that for videos of more than 10 minutes, of which an exact overview would decode nearly everything
+    zoom_max_frames: int = 16  # a call may ask for (end - start) * fps up to this
+    max_zooms: int = 4  # rounds before the last one, which has to answer; a failed call uses one up, too
+    min_pixels: int = 25_088  # a frame is scaled up to at least 32 tokens of 28x28 pixels
+    max_pixels: int = 100_352  # ... and down to at most 128
+    frame_unit: int = 28  # sides of frames are multiples of it; the policy sets it (patch x merge)
     system_prompt: str = SYSTEM_PROMPT  # ZOOM_MAX_FRAMES in it is replaced by the number
 
     def __post_init__(self):
-        for name in ("overview_fps", "overview_max_frames", "zoom_max_frames", "min_pixels", "max_pixels"):
+        for name in ("overview_fps", "overview_max_frames", "zoom_max_frames", "min_pixels", "max_pixels",
+                     "frame_unit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.overview not in ("auto", "uniform", "nearest_keyframe"):
@@ -82,16 +89,129 @@ class EnvConfig:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
 
 
+# ------------------------------------------------------------------------------------------------ the episode
 @dataclass
 class Message:
     role: str  # system, user or assistant
     content: list  # str and Frame items in reading order
 
 
-def slice_centres(start_s, end_s, num_frames):
-    """The middles of `num_frames` equal slices of [start_s, end_s], in seconds."""
-    step = (end_s - start_s) / num_frames
-    return tuple(round(start_s + (i + 0.5) * step, 6) for i in range(num_frames))
+class ZoomEnv:
+    """One episode on one question, a row as in question files; `video` in it is relative to `root`.
+
+    turns: a Turn for each text of the policy. rewards: {"reward": total, and each of REWARD_PARTS} once the
+    episode is over, {} before. watched: the Frames of the overview and of each call; frames_shown in all."""
+
+    def __init__(self, question, config, root="."):
+        self.question, self.config = question, config
+        self.path = str(Path(root) / question["video"])
+        self.turns, self.done, self.rewards = [], False, {}
+        self.watched, self.frames_shown = [], 0
+
+    def reset(self):
+        """Starts the episode: the system and the user message. Raises VideoError if it cannot be read."""
+        self.turns, self.done, self.rewards = [], False, {}
+        self.watched, self.frames_shown = [], 0
+        self.duration_s = open_video(self.path).duration_s
+        frames = self._overview()
+        lines = [self.question["question"].strip()]
+        for letter, option in zip(LETTERS, self.question.get("options") or []):
+            lines.append(option if re.match(rf"\(?{letter}[.):]\s", option) else f"{letter}. {option}")
+        lines.append(f"The video lasts {self.duration_s:.2f} seconds. {len(frames)} frames of it:\n")
+        system = self.config.system_prompt.replace("ZOOM_MAX_FRAMES", str(self.config.zoom_max_frames))
+        user = ["\n".join(lines), *self._show(frames), "\n" + self._go_on()]
+        return [Message("system", [system]), Message("user", user)]
+
+    def step(self, text):
+        """Takes one assistant text; returns the user message with the reply, [] when the episode is over."""
+        turn = parse_turn(text, self.duration_s, self.config)
+        # the last round is for the answer
+        last = len(self.turns) >= self.config.max_zooms
+        if turn.kind == "call" and last:
+            turn = replace(turn, kind="error", well_formed=False, error="Error: no zoom is left.")
+        # carry the call out
+        if turn.kind == "call":
+            tool = TOOLS[turn.tool]
+            try:
+                frames = tool.run(self, turn.arguments)
+                turn.num_frames, turn.hit = len(frames), self._hits(tool.looks_at(turn.arguments))
+            except VideoError:  # the format was right all the same
+                turn = replace(turn, kind="error", error="Error: this part of the video cannot be decoded.")
+        # end, or go on
+        self.turns.append(turn)
+        if turn.kind == "answer" or last:
+            self.end()
+            return []
+        reply = [turn.error] if turn.error else self._show(frames)
+        return [Message("user", ["<tool_response>\n", *reply, "\n</tool_response>\n" + self._go_on()])]
+
+    def end(self):
+        """Ends the episode and grades it, once: from `step`, or where an episode is cut off."""
+        if not self.done:
+            self.done, parts = True, reward_parts(self)
+            total = sum(getattr(self.config, f"{name}_weight") * value for name, value in parts.items())
+            self.rewards = {"reward": total, **parts}
+
+    def fork(self):
+        """A copy of the running episode that goes on by itself."""
+        other = copy.copy(self)
+        other.turns, other.watched = list(self.turns), list(self.watched)
+        return other
+
+    def frames_at(self, times_s, keyframes_within_s=None):
+        """What tools look with: a tuple of Frame in the policy's sizes, see `read_frames`."""
+        c = self.config
+        return read_frames(self.path, times_s, c.min_pixels, c.max_pixels, c.frame_unit, keyframes_within_s)
+
+    def answer(self):
+        """The final answer's text, or None."""
+        return self.turns[-1].answer if self.turns else None
+
+    def num_calls(self):
+        """Calls that were carried out, of any tool."""
+        return sum(turn.kind == "call" for turn in self.turns)
+
+    def num_invalid(self):
+        """Turns that could not be carried out."""
+        return sum(turn.kind == "error" for turn in self.turns)
+
+    def describe(self):
+        """The episode for a reader: what was asked, looked at, said and answered."""
+        times = lambda frames: f"{len(frames)} frames, {frames[0].time_s:.2f} s to {frames[-1].time_s:.2f} s"
+        lines = [f"{self.question['video']}: {self.question['question']}"]
+        lines += [f"  {a}. {option}" for a, option in zip(LETTERS, self.question.get("options") or [])]
+        lines.append(f"  overview: {times(self.watched[0])}")
+        clips = iter(self.watched[1:])
+        for number, turn in enumerate(self.turns, 1):
+            lines.append(f"  turn {number}: {turn.text.strip()[:1000]}")
+            if turn.kind == "call":
+                lines.append(f"    looked at {times(next(clips))}")
+            elif turn.error:
+                lines.append(f"    {turn.error}")
+        return "\n".join(lines)
+
+    def _overview(self):
+        if chosen := self.question.get("overview_frames"):
+            return self.frames_at(open_video(self.path).times_of(tuple(chosen)))
+        times_s = overview_times(self.duration_s, self.config)
+        how = self.config.overview
+        by_key = how == "nearest_keyframe" or how == "auto" and self.duration_s > LONG_S
+        return self.frames_at(times_s, self.duration_s / len(times_s) / 2 if by_key else None)
+
+    def _show(self, frames):
+        """Message items: the tag and the frame for each of them."""
+        self.frames_shown += len(frames)
+        self.watched.append(frames)
+        return [item for index, frame in enumerate(frames)
+                for item in ("\n" * (index > 0) + f"<frame{index}_time{frame.time_s:.2f}s>", frame)]
+
+    def _go_on(self):
+        left = self.config.max_zooms - len(self.turns)
+        return MAY_ZOOM.format(left=left) if left > 0 else LAST_TURN
+
+    def _hits(self, segment):
+        evidence = self.question.get("evidence")
+        return any(segment[0] < end and start < segment[1] for start, end in evidence) if evidence else None
 
 
 def overview_times(duration_s, config):
@@ -100,23 +220,65 @@ def overview_times(duration_s, config):
     return slice_centres(0.0, duration_s, num_frames)
 
 
-# ------------------------------------------------------------------------------------------------------- turns
-TAGS = ("<think>", "</think>", "<video_zoom>", "</video_zoom>", "<answer>", "</answer>")
+def slice_centres(start_s, end_s, num_frames):
+    """The middles of `num_frames` equal slices of [start_s, end_s], in seconds."""
+    step = (end_s - start_s) / num_frames
+    return tuple(round(start_s + (i + 0.5) * step, 6) for i in range(num_frames))
 
 
+# ------------------------------------------------------------------------------------------ what a turn means
 @dataclass
 class Turn:
-    """What one assistant text means. `kind`: zoom, answer or error."""
+    """What one assistant text means."""
 
     text: str
-    kind: str
-    well_formed: bool  # earns the format reward: <think>..</think>, then exactly one call or answer, nothing else
+    kind: str  # call, answer or error
+    well_formed: bool  # earns the format reward: <think>..</think>, then one call or answer, nothing else
     error: str | None = None  # what to tell the policy
-    segment: tuple[float, float] | None = None  # seconds
-    fps: float | None = None
+    tool: str | None = None  # the call's tag
+    arguments: dict = field(default_factory=dict)  # what the call asks for: of a zoom, segment and fps
     answer: str | None = None
-    num_frames: int = 0  # frames that the zoom showed
-    hit: bool | None = None  # whether the zoom overlaps the question's evidence, where that is known
+    num_frames: int = 0  # frames that the call showed
+    hit: bool | None = None  # whether the call looked at the question's evidence, where that is known
+
+
+def parse_turn(text, duration_s, config):
+    """Reads one assistant text: never raises, linear in its length.
+
+    The action is what stands after the last </think>, or anywhere if there is none; a thought holds none.
+    A call that cannot be carried out, or a turn without exactly one action, is of kind "error"."""
+    tags, calls = [*TOOLS, "answer"], " or ".join(f"<{tag}>" for tag in TOOLS)
+    body = text.rpartition("</think>")[2]
+    # the format: one thought, one action, nothing around them
+    counts = [(text.count(f"<{tag}>"), text.count(f"</{tag}>")) for tag in tags]
+    well_formed = (
+        (text.count("<think>"), text.count("</think>")) == (1, 1)
+        and sorted(counts) == [(0, 0)] * (len(tags) - 1) + [(1, 1)]
+        and text.strip().startswith("<think>")
+        and text.strip().endswith(tuple(f"</{tag}>" for tag in tags))
+        and body.strip().startswith(tuple(f"<{tag}>" for tag in tags))
+    )
+    # the action: there is one
+    found = {tag: between(body, tag) for tag in tags}
+    actions = [(tag, inside) for tag, (insides, _) in found.items() for inside in insides]
+    reason = None
+    if len(actions) > 1:
+        reason = f"the turn has more than one {calls} call or <answer>"
+    elif not all(clean for _, clean in found.values()):
+        reason = "a tag in the turn is not closed or is nested"
+    elif not actions:
+        reason = f"the turn has no {calls} call and no <answer>"
+    if reason:
+        return Turn(text, "error", False, error=f"Error: {reason}. Give exactly one.")
+    # what it asks for
+    (tag, inside), = actions
+    if tag == "answer":
+        return Turn(text, "answer", well_formed, answer=inside.strip())
+    try:
+        arguments = TOOLS[tag].parse(inside, duration_s, config)
+    except ValueError as error:
+        return Turn(text, "error", False, error=f"Error: {error}")
+    return Turn(text, "call", well_formed, tool=tag, arguments=arguments)
 
 
 def between(text, tag):
@@ -133,51 +295,35 @@ def between(text, tag):
     return found, clean and f"</{tag}>" not in text[at:]
 
 
-def parse_turn(text, duration_s, config):
-    """Reads one assistant text: never raises, linear in its length.
+# ------------------------------------------------------------------------------------------------------ tools
+@dataclass(frozen=True)
+class Tool:
+    """A way to look closer, called by <tag>...</tag>, where the tag is its name in TOOLS."""
 
-    The action is what stands after the last </think>, or anywhere if there is none; what is inside closed thoughts is no
-    action. A call that cannot be carried out, or a turn without exactly one action, is of kind "error", with the
-    reason."""
-    body = text.rpartition("</think>")[2]
-    zooms, zooms_clean = between(body, "video_zoom")
-    answers, answers_clean = between(body, "answer")
-    counts = [text.count(tag) for tag in TAGS]
-    stripped = text.strip()
-    well_formed = (
-        counts in ([1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1])
-        and stripped.startswith("<think>")
-        and stripped.endswith(("</video_zoom>", "</answer>"))
-        and body.strip().startswith(("<video_zoom>", "<answer>"))
-    )
-    reason = None
-    if len(zooms) + len(answers) > 1:
-        reason = "the turn has more than one <video_zoom> call or <answer>"
-    elif not zooms_clean or not answers_clean:
-        reason = "a tag in the turn is not closed or is nested"
-    elif not zooms and not answers:
-        reason = "the turn has no <video_zoom> call and no <answer>"
-    if reason:
-        return Turn(text, "error", False, error=f"Error: {reason}. Give exactly one.")
-    if answers:
-        return Turn(text, "answer", well_formed, answer=answers[0].strip())
-    try:
-        segment, fps = parse_zoom(zooms[0], duration_s, config)
-    except ValueError as error:
-        return Turn(text, "error", False, error=f"Error: {error}")
-    return Turn(text, "zoom", well_formed, segment=segment, fps=fps)
+    parse: Callable  # (text inside the tags, duration_s, config) -> dict; raises ValueError(for the policy)
+    run: Callable  # (env, that dict) -> tuple of Frame; raises VideoError
+    looks_at: Callable  # that dict -> (start_s, end_s), to tell whether it saw the question's evidence
 
 
-def parse_zoom(text, duration_s, config):
-    """The (start_s, end_s) and fps of a call's JSON. Raises ValueError with a text for the policy."""
+def read_call(text, example):
+    """The JSON object in a call, with the keys of the JSON `example`; all its numbers are floats. Raises
+    ValueError with a text for the policy."""
     try:
         call = json.loads(text, parse_int=float)  # one type of number, and no integer of a million digits
     except (ValueError, RecursionError):
-        raise ValueError('the call is not JSON like {"segment": [12.0, 20.0], "fps": 2}') from None
-    if not isinstance(call, dict) or set(call) != {"segment", "fps"}:
-        raise ValueError('the call needs exactly the keys "segment" and "fps"')
+        raise ValueError(f"the call is not JSON like {example}") from None
+    keys = list(json.loads(example))
+    if not isinstance(call, dict) or set(call) != set(keys):
+        raise ValueError("the call needs exactly the keys " + " and ".join(f'"{key}"' for key in keys))
+    return call
+
+
+def parse_zoom(text, duration_s, config):
+    """{"segment": (start_s, end_s), "fps": frames a second}, within the video and the limit of frames."""
+    call = read_call(text, '{"segment": [12.0, 20.0], "fps": 2}')
     segment, fps = call["segment"], call["fps"]
-    if not isinstance(segment, list) or len(segment) != 2 or not all(type(x) is float for x in [*segment, fps]):
+    is_pair = isinstance(segment, list) and len(segment) == 2
+    if not is_pair or not all(type(x) is float for x in [*segment, fps]):
         raise ValueError('"segment" must be two numbers of seconds and "fps" one number')
     start_s, end_s = segment
     if not all(math.isfinite(x) for x in (start_s, end_s, fps)):
@@ -192,55 +338,38 @@ def parse_zoom(text, duration_s, config):
     if (end_s - start_s) * fps > config.zoom_max_frames * (1 + 1e-6):
         raise ValueError(f"(end - start) * fps is {(end_s - start_s) * fps:.4g}, above the limit of "
                          f"{config.zoom_max_frames} frames; ask for a shorter segment or a lower fps")
-    return (start_s, end_s), fps
+    return {"segment": (start_s, end_s), "fps": fps}
 
 
-# ----------------------------------------------------------------------------------------------------- grading
-def read_letter(text, options):
-    """The option letter that an answer text names, or None: B, b, (B), B., B: text, \\boxed{B}, option B, or the text
-    of one option. Two different letters name none."""
-    letters = LETTERS[: len(options)]
-    text = text.strip(" \n\t*\"'`")
-    if text.count("\\boxed{") == 1:
-        text = text.partition("\\boxed{")[2].rstrip(" \n.$}").strip().removeprefix("\\text{").strip()
-    same = [letter for letter, option in zip(letters, options) if normalise(option) == normalise(text)]
-    lead = re.match(rf"\(?([{letters}])[.):]\s", text)  # normalise drops it: it must not contradict the text
-    if len(same) == 1 and normalise(text) and (not lead or lead[1] == same[0]):
-        return same[0]
-    text = re.sub(r"^(?:the\s+)?(?:(?:final|correct|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*"
-                  r"(?:option\s+)?", "", text, flags=re.IGNORECASE)
-    match = re.fullmatch(rf"[\(\[*\s]*([{letters}{letters.lower()}])(?:[\)\]*\s]*|[\)\]*\s]*[.:,)\]]\s*(.*))", text, re.DOTALL)
-    if not match:
-        match = re.fullmatch(rf"[\(\[]?([{letters}])[\)\]]?\s+(.+)", text, re.DOTALL)  # "B the red one"
-        if match and normalise(match[2]) != normalise(options[letters.index(match[1])]):
-            return None
-    if not match:
-        return None
-    letter, rest = match[1].upper(), match[2] if match.lastindex == 2 else None
-    if rest and normalise(rest) in {normalise(o) for o in options} - {normalise(options[letters.index(letter)])}:
-        return None  # the letter of one option with the text of another
-    named = {word.strip(".,:;()[]*") for word in rest.split()} if rest else set()
-    if named - {letter} and named <= {*letters, "", "and", "or"}:  # "A, B"
-        return None
-    if rest and re.search(rf"\b(?:or|and)\s+\(?[{letters}]\b", rest):
-        return None
-    return letter
+def run_zoom(env, arguments):
+    (start_s, end_s), fps = arguments["segment"], arguments["fps"]
+    num_frames = max(1, math.floor((end_s - start_s) * fps + 1e-6))
+    return env.frames_at(slice_centres(start_s, end_s, num_frames))
 
 
-def normalise(text):
-    """Lower case, without articles, punctuation, a leading option letter and extra white space."""
-    text = re.sub(r"^\s*\(?[A-Z][.):]\s+", "", str(text))
-    text = re.sub(r"[^\w\s.%-]", " ", text.lower())
-    text = re.sub(r"\b(?:a|an|the)\b(?=\s+\w)", " ", text)  # an article, not the answer "A"
-    return " ".join(word.strip(".") for word in text.split())
+TOOLS = {"video_zoom": Tool(parse_zoom, run_zoom, looks_at=lambda arguments: arguments["segment"])}
+
+
+def stop_strings():
+    """After these a call is complete, and sampling stops."""
+    return tuple(f"</{tag}>" for tag in TOOLS)
+
+
+# ---------------------------------------------------------------------------------------- rewards and grading
+def reward_parts(env):
+    """{part: from 0 to 1} for each of REWARD_PARTS, of an episode that is over."""
+    accuracy = grade(env.answer(), env.question)
+    well_formed = env.answer() is not None and all(turn.well_formed for turn in env.turns)
+    used_tool = accuracy >= 0.5 and env.num_calls() > 0
+    return {"accuracy": accuracy, "format": float(well_formed), "tool": float(used_tool)}
 
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-+]?\.\d+")
 
 
 def grade(answer, question):
-    """How right an answer text is, from 0 to 1: exact for a letter, a number (relative 1e-6) or normalised text, the
-    intersection over union for a time segment."""
+    """How right an answer text is, from 0 to 1: exact for a letter, a number (relative 1e-6) or normalised
+    text, the intersection over union for a time segment."""
     if answer is None:
         return 0.0
     truth, kind = question["answer"], question["answer_type"]
@@ -259,187 +388,42 @@ def grade(answer, question):
     return float(bool(normalise(truth)) and normalise(answer) == normalise(truth))
 
 
-# ------------------------------------------------------------------------------------------------- environment
-def question_error(question):
-    """Why a question row cannot be used, or None."""
-    if not isinstance(question, dict):
-        return "not a JSON object"
-    for key in ("id", "video", "question", "answer", "answer_type"):
-        if question.get(key) in (None, ""):
-            return f'no "{key}"'
-    if not isinstance(question["question"], str) or not question["question"].strip():
-        return "empty question"
-    if not isinstance(question["video"], str):
-        return "video is not a path"
-    kind, options, answer = question["answer_type"], question.get("options"), question["answer"]
-    if kind not in ("multiple_choice", "open_ended", "number", "segment"):
-        return f"unknown answer_type {kind!r}"
-    if kind == "multiple_choice":
-        if not isinstance(options, list) or not 2 <= len(options) <= 26:
-            return "multiple_choice needs 2 to 26 options"
-        if not all(isinstance(option, str) for option in options):
-            return "an option is not a text"
-        if str(answer).strip().upper() not in LETTERS[: len(options)]:
-            return f"answer {answer!r} is not the letter of an option"
-    try:
-        if kind == "number":
-            float(answer)
-        if kind == "segment" and not (len(answer) == 2 and answer[0] < answer[1] - 0.0):
-            return f"answer {answer!r} is not [start_s, end_s]"
-    except (TypeError, ValueError, IndexError):
-        return f"answer {answer!r} is not a {kind}"
-    try:
-        if not all(start < end - 0.0 for start, end in question.get("evidence") or []):
-            return "evidence has an interval that ends before it starts"
-    except (TypeError, ValueError):
-        return "evidence is not a list of [start_s, end_s]"
-    chosen = question.get("overview_frames") or []
-    if not isinstance(chosen, list) or not all(type(n) in (int, float) for n in chosen):
-        return "overview_frames is not a list of frame numbers"
-    if not isinstance(question.get("meta") or {}, dict):
-        return "meta is not an object"
-    return None
+def read_letter(text, options):
+    """The option letter that an answer text names, or None: B, b, (B), B., B: text, \\boxed{B}, option B, or
+    the text of one option. Two different letters name none."""
+    letters = LETTERS[: len(options)]
+    text = text.strip(" \n\t*\"'`")
+    if text.count("\\boxed{") == 1:
+        text = text.partition("\\boxed{")[2].rstrip(" \n.$}").strip().removeprefix("\\text{").strip()
+    same = [letter for letter, option in zip(letters, options) if normalise(option) == normalise(text)]
+    lead = re.match(rf"\(?([{letters}])[.):]\s", text)  # normalise drops it: it must not contradict the text
+    if len(same) == 1 and normalise(text) and (not lead or lead[1] == same[0]):
+        return same[0]
+    text = re.sub(r"^(?:the\s+)?(?:(?:final|correct|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*"
+                  r"(?:option\s+)?", "", text, flags=re.IGNORECASE)
+    match = re.fullmatch(rf"[\(\[*\s]*([{letters}{letters.lower()}])(?:[\)\]*\s]*|[\)\]*\s]*[.:,)\]]\s*(.*))",
+                         text, re.DOTALL)
+    if not match:
+        match = re.fullmatch(rf"[\(\[]?([{letters}])[\)\]]?\s+(.+)", text, re.DOTALL)  # "B the red one"
+        if match and normalise(match[2]) != normalise(options[letters.index(match[1])]):
+            return None
+    if not match:
+        return None
+    letter, rest = match[1].upper(), match[2] if match.lastindex == 2 else None
+    others = {normalise(option) for option in options} - {normalise(options[letters.index(letter)])}
+    if rest and normalise(rest) in others:
+        return None  # the letter of one option with the text of another
+    named = {word.strip(".,:;()[]*") for word in rest.split()} if rest else set()
+    if named - {letter} and named <= {*letters, "", "and", "or"}:  # "A, B"
+        return None
+    if rest and re.search(rf"\b(?:or|and)\s+\(?[{letters}]\b", rest):
+        return None
+    return letter
 
 
-def use_overview(policy, questions, overview, max_bad):
-    """Applies --overview: one of EnvConfig's ways, or a JSON file with the frames that another selector chose, a list of
-    {"video_name", "question", "frame_idx"} (TSPO's format; a row belongs to the question with the same file name and the
-    same first line). Returns the questions that it has frames for and [(id, reason)] of the others."""
-    if overview is None:
-        return questions, []
-    if not overview.endswith(".json"):
-        try:
-            policy.env_config = replace(policy.env_config, overview=overview)
-        except ValueError as error:
-            raise UserError(f"--{error}, or a .json file") from None
-        return questions, []
-    first_line = lambda text: text.strip().splitlines()[0].strip()
-    try:
-        chosen = {(Path(row["video_name"]).name, first_line(row["question"])): [float(n) for n in row["frame_idx"]]
-                  for row in json.loads(Path(overview).read_text()) if row.get("frame_idx")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"cannot read --overview {overview}: {type(error).__name__}: {error}") from None
-    known, bad = [], []
-    for question in questions:
-        frames = chosen.get((Path(question["video"]).name, first_line(question["question"])))
-        if frames:
-            question["overview_frames"] = frames
-            known.append(question)
-        else:
-            bad.append((question["id"], "no frames chosen for it"))
-    check_bad(bad, len(questions), max_bad, overview)
-    return known, bad
-
-
-class ZoomEnv:
-    """One episode on one question. `turns` records what was said and what it meant.
-
-    Args:
-        question: a row as in question files; `video` is relative to `root`.
-        config: EnvConfig.
-        root: folder that the video's path is relative to."""
-
-    def __init__(self, question, config, root="."):
-        self.question, self.config = question, config
-        self.path = str(Path(root) / question["video"])
-        self.turns, self.done, self.frames_shown, self.watched = [], False, 0, []
-
-    def reset(self):
-        """Starts the episode: the system and the user message. Raises VideoError if the video cannot be read."""
-        self.turns, self.done, self.frames_shown, self.watched = [], False, 0, []
-        self.duration_s = open_video(self.path).duration_s
-        frames = self._overview()
-        lines = [self.question["question"].strip()]
-        for letter, option in zip(LETTERS, self.question.get("options") or []):
-            lines.append(option if re.match(rf"\(?{letter}[.):]\s", option) else f"{letter}. {option}")
-        lines.append(f"The video lasts {self.duration_s:.2f} seconds. {len(frames) // 2} frames of it:\n")
-        system = self.config.system_prompt.replace("ZOOM_MAX_FRAMES", str(self.config.zoom_max_frames))
-        return [Message("system", [system]), Message("user", ["\n".join(lines), *frames, "\n" + self._go_on()])]
-
-    def fork(self):
-        """A copy of the running episode that goes on by itself."""
-        other = copy.copy(self)
-        other.turns, other.watched = list(self.turns), list(self.watched)
-        return other
-
-    def step(self, text):
-        """Takes one assistant text; returns the user message with the tool's reply, [] when the episode is over."""
-        turn = parse_turn(text, self.duration_s, self.config)
-        last = len(self.turns) >= self.config.max_zooms
-        if turn.kind == "zoom" and last:
-            turn = replace(turn, kind="error", well_formed=False, error="Error: no zoom is left.")
-        content = [turn.error] if turn.error else []
-        if turn.kind == "zoom":
-            start_s, end_s = turn.segment
-            num_frames = max(1, math.floor((end_s - start_s) * turn.fps + 1e-6))
-            try:
-                content = self._frames(slice_centres(start_s, end_s, num_frames))
-                turn.num_frames, turn.hit = len(content) // 2, self._hits(turn.segment)
-            except VideoError:
-                turn = replace(turn, kind="error", error="Error: this part of the video cannot be decoded.")
-                content = [turn.error]
-        self.turns.append(turn)
-        self.done = turn.kind == "answer" or last
-        if self.done:
-            return []
-        return [Message("user", ["<tool_response>\n", *content, "\n</tool_response>\n" + self._go_on()])]
-
-    def _overview(self):
-        if chosen := self.question.get("overview_frames"):
-            return self._frames(open_video(self.path).times_of(tuple(chosen)))
-        times_s = overview_times(self.duration_s, self.config)
-        by_key = self.config.overview == "nearest_keyframe" or self.config.overview == "auto" and self.duration_s > LONG_S
-        return self._frames(times_s, self.duration_s / len(times_s) / 2 if by_key else None)
-
-    def _frames(self, times_s, keyframes_within_s=None):
-        """Message items: the tag and the frame for each time."""
-        frames = read_frames(self.path, times_s, self.config.min_pixels, self.config.max_pixels, keyframes_within_s)
-        self.frames_shown += len(frames)
-        self.watched.append(frames)
-        return [item for index, frame in enumerate(frames)
-                for item in ("\n" * (index > 0) + f"<frame{index}_time{frame.time_s:.2f}s>", frame)]
-
-    def _go_on(self):
-        left = self.config.max_zooms - len(self.turns)
-        return MAY_ZOOM.format(left=left) if left > 0 else LAST_TURN
-
-    def answer(self):
-        """The final answer's text, or None."""
-        return self.turns[-1].answer if self.turns else None
-
-    def num_zooms(self):
-        """Zooms that were carried out."""
-        return sum(turn.kind == "zoom" for turn in self.turns)
-
-    def num_invalid(self):
-        """Turns that could not be carried out."""
-        return sum(turn.kind == "error" for turn in self.turns)
-
-    def describe(self):
-        """The episode for a reader: what was asked, looked at, said and answered."""
-        times = lambda frames: f"{len(frames)} frames, {frames[0].time_s:.2f} s to {frames[-1].time_s:.2f} s"
-        lines = [f"{self.question['video']}: {self.question['question']}"]
-        lines += [f"  {letter}. {option}" for letter, option in zip(LETTERS, self.question.get("options") or [])]
-        lines.append(f"  overview: {times(self.watched[0])}")
-        clips = iter(self.watched[1:])
-        for number, turn in enumerate(self.turns, 1):
-            lines.append(f"  turn {number}: {turn.text.strip()[:1000]}")
-            if turn.kind == "zoom":
-                lines.append(f"    looked at {times(next(clips))}")
-            elif turn.error:
-                lines.append(f"    {turn.error}")
-        return "\n".join(lines)
-
-    def _hits(self, segment):
-        evidence = self.question.get("evidence")
-        return any(segment[0] < end and start < segment[1] for start, end in evidence) if evidence else None
-
-    def reward(self):
-        """The episode's reward and its parts (paper, section 3.3): accuracy_weight * accuracy + format_weight * format
-        + tool_weight * (right and zoomed)."""
-        accuracy = grade(self.answer(), self.question)
-        format_ok = float(self.done and self.turns[-1].kind == "answer" and all(t.well_formed for t in self.turns))
-        tool = float(accuracy >= 0.5 and self.num_zooms() > 0)
-        c = self.config
-        total = c.accuracy_weight * accuracy + c.format_weight * format_ok + c.tool_weight * tool
-        return {"reward": total, "accuracy": accuracy, "format": format_ok, "tool": tool}
+def normalise(text):
+    """Lower case, without articles, punctuation, a leading option letter and extra white space."""
+    text = re.sub(r"^\s*\(?[A-Z][.):]\s+", "", str(text))
+    text = re.sub(r"[^\w\s.%-]", " ", text.lower())
+    text = re.sub(r"\b(?:a|an|the)\b(?=\s+\w)", " ", text)  # an article, not the answer "A"
+    return " ".join(word.strip(".") for word in text.split())

@@ -324,7 +324,7 @@ def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
     while not env.done:
         turns.append(teacher.turn(messages))
         messages = env.step(turns[-1])
-    parts = env.reward()
+    parts = env.rewards
     if not (parts["accuracy"] == 1 and parts["format"] == 1):
         return None
     return {"question": question, "kind": "reflection" if wrong_zooms else "exemplar", "turns": turns,

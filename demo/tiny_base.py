@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import clip_and_step, start_processes, sum_over_processes, sync_gradients
+from common import start_processes, sum_over_processes
 from demo.synthetic import (COLOURS, NUM_SLOTS, SHAPES, SIDE, TINY_ENV, TINY_PROMPT, VIDEO_FPS, choose, draw, neighbours,
                             place, plan, survey, transcript, write_video)
-from model import Policy, encode, frame_features, load_policy, save_policy, token_log_probs
+from model import MasterWeights, Policy, encode, frame_features, load_policy, save_policy, token_log_probs
 from video import Frame, Video
 from zoom_env import LAST_TURN, MAY_ZOOM, Message
 
@@ -300,7 +300,7 @@ def tiny_base(out, steps, seed, init=None):
                     "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
         policy = make_tiny_model(make_tokenizer(spoken + protocol * 300))
         if rank == 0:
-            num_parameters = sum(p.numel() for p in policy.hf.parameters())
+            num_parameters = sum(p.numel() for p in policy.parameters())
             print(f"tiny base: {num_parameters:,} parameters, {len(policy.tokenizer)} tokens")
         pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed, out)
         lessons.answers = True
@@ -310,15 +310,15 @@ def tiny_base(out, steps, seed, init=None):
     lessons.answers = lessons.any_text = True
     pretrain(policy, lessons, CURRICULUM[-1:], steps // 5, 1e-3, seed + 2, out)
     if rank == 0:
-        policy.hf.to(torch.bfloat16)
+        policy.to(torch.bfloat16)
         save_policy(policy, out)
 
 
 def pretrain(policy, lessons, curriculum, steps, lr, seed, out, batch_tokens=6144):
     """Trains the whole model on lessons: AdamW, the learning rate constant in the first half and then linear to 0."""
     rank, world, device = start_processes("cpu")
-    parameters = list(policy.hf.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    masters = MasterWeights(policy.parameters())
+    optimizer = torch.optim.AdamW(masters.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     lessons.rng.seed(f"{seed} {rank}")
     torch.manual_seed(seed * 1000 + rank)
     stage, began, exact = 0, 0, defaultdict(lambda: deque(maxlen=100))
@@ -337,8 +337,7 @@ def pretrain(policy, lessons, curriculum, steps, lr, seed, out, batch_tokens=614
         log_probs, _ = token_log_probs(policy, [[d] for d in dialogues])
         total = sum_over_processes({"tokens": len(log_probs)}, device)["tokens"]
         (-log_probs.sum() / total).backward()
-        sync_gradients(parameters)
-        clip_and_step(optimizer, parameters, 1.0)
+        masters.step(optimizer, 1.0)
         for skill, part in zip(skills, log_probs.detach().split([sum(d.trained) for d in dialogues])):
             exact[skill].append(part.sum().exp().item())
         if step % 25 == 24:

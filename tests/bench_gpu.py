@@ -11,13 +11,13 @@ One question with 64 frames of 120 tokens, 16 rollouts that have zoomed twice, 1
     prefill    prompt and replies through the network, against the time that their matrix products would take at the
                fastest measured product's speed (two operations a weight and token, and the attention's). Goal: 0.45
     update     forward and backward of `token_log_probs` on the packed group with gradient checkpointing and float32
-               weights, likewise, with four times as many operations, as the forward pass is computed twice; the
+               master gradients, likewise, with four times as many operations, as the forward pass is computed twice; the
                vocabulary's for trained tokens alone. Goal: 0.45. 7B needs more than 80 GB
     rollout    16 whole rollouts of a question about a video, up to 3 zooms, against transformers' `generate` each turn.
                Here the ratio says how many times faster ours is. Goal: 5
 
-"plain" rows are transformers' layers launched one operation after the other, as with --no-cuda_graphs. What the kernels
-compute is checked against them first.
+"plain" rows are the same step launched one operation after the other, as with --no-compile. What the compiled step
+computes is checked against a float32 pass first.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import bench_rollout  # noqa: E402
-import model  # noqa: E402
 import rollout as engine  # noqa: E402
-from model import Policy, encode, fill_features, token_log_probs# noqa: E402
-from rollout import Episode, KVCache, decode, generation_copy, prefill# noqa: E402
-from video import Frame# noqa: E402
-from zoom_env import EnvConfig, Message# noqa: E402
+from generation import ROW_UNIT, Decoder, KVCache, prefill  # noqa: E402
+from model import MasterWeights, Policy, Sampled, encode, fill_features, token_log_probs  # noqa: E402
+from rollout import Episode  # noqa: E402
+from video import Frame  # noqa: E402
+from zoom_env import EnvConfig, Message  # noqa: E402
 
 SHAPES = {  # of Qwen2.5-VL's config.json
     "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
@@ -81,14 +81,14 @@ def frames(number, seed):
 def make_group(policy):
     """16 episodes that end within their third turn, of which one token is sampled."""
     prompt = encode(policy, [Message("system", ["You see a video."]), Message("user", ["What happens?", *frames(64, 0)])])
-    group, vocabulary = [], policy.hf.lm_head.out_features
+    group, vocabulary = [], policy.head.out_features
     for number in range(GROUP):
         d = prompt.fork()
         for turn in range(2):
             said = torch.randint(vocabulary, (TURN,)).tolist()
-            encode(policy, [Message("assistant", [model.Sampled(said, [-1.0] * TURN)]),
+            encode(policy, [Message("assistant", [Sampled(said, [-1.0] * TURN)]),
                             Message("user", ["Here.", *frames(16, 2 * number + turn + 1)])], d)
-        group.append(Episode(None, d))
+        group.append(Episode(d, number=number))
     fill_features(policy, [e.dialogue for e in group])
     return group
 
@@ -120,7 +120,7 @@ def limits(device, small):
 def linear_weights(policy):
     """Numbers of weights in the decoder's linear layers, and in the head."""
     linear = [m for m in policy.language_model.modules() if isinstance(m, torch.nn.Linear)]
-    return sum(m.weight.numel() for m in linear), policy.hf.lm_head.weight.numel()
+    return sum(m.weight.numel() for m in linear), policy.head.weight.numel()
 
 
 def attention_operations(policy, spans):
@@ -131,55 +131,44 @@ def attention_operations(policy, spans):
 
 @torch.no_grad()
 def measure_generation(policy, group, args, prefill_s, bandwidth, rows):
-    """Prefill and decode, with the kernels on CUDA and plain everywhere."""
-    device, fast, last = policy.device, policy, {}
-    ways = {"plain": None}
-    if device.type == "cuda":
-        fast, ways = generation_copy(policy), {"kernels": engine.load_kernels(), "plain": None}
-    prompt, own = group[0].dialogue.prompt_length, len(group[0].dialogue.ids) - group[0].dialogue.prompt_length
-    cache = KVCache(fast, GROUP, 10 ** 12)
+    """Prefill, and decode steps: compiled, in a CUDA graph where there are such, and plain."""
+    device = policy.device
+    prompt, own = group[0].prompt_length, len(group[0].dialogue.ids) - group[0].prompt_length
+    cache = KVCache(policy, GROUP, 1e18, ROW_UNIT)
 
-    def fill(kernels):
+    def fill():
         cache.clear()
+        place = cache.add_prompt(prompt, GROUP)
         for e in group:
-            e.turn_ids = []
-        cache.add_prompt(group, 0, 0)
+            e.turn_ids, e.place, e.cached = [], place, prompt
         cache.reserve(GROUP, own + 80)
-        return prefill(fast, cache, [group], group, 0, kernels)
+        return prefill(policy, cache, [(place, group[0].dialogue)], group, 0)
 
-    for way, kernels in ways.items():
-        if "prefill" in args.only:
-            taken = seconds(lambda: fill(kernels), device, args.trials)
-            bench_rollout.add_row(rows, f"prefill, {args.shape}, {way}, against the matrix products' time", taken, prefill_s,
-                                  0.45 if kernels else None)
-        hidden = [fill(kernels).float()]
-        for e in group:
-            e.turn_ids = [0]
-        if "decode" in args.only:
-            linear = [m.weight for m in fast.language_model.modules() if isinstance(m, torch.nn.Linear)]
-            read = sum(w.numel() * w.element_size() for w in (*linear, fast.hf.lm_head.weight))
-            read += sum(t[:, :, :, 0].nbytes // t.shape[1] for t in cache.own) * (prompt + GROUP * own)
-            taken = seconds(lambda: decode(fast, cache, group, 16, 1.0, None, kernels), device, args.trials) / 16
-            name = "kernels in a CUDA graph" if kernels else "plain"
-            bench_rollout.add_row(rows, f"decode, {args.shape}, {name}, against reading all once", taken, read / bandwidth,
-                                  0.6 if kernels else None)
-        state = {"tokens": torch.zeros(GROUP), "positions": torch.tensor([e.dialogue.next_position for e in group]),
-                 "own_lengths": torch.full((GROUP,), own), "prompt_lengths": torch.full((GROUP,), prompt),
-                 "slots": torch.arange(GROUP)}
-        state = {name: value.long().to(device) for name, value in state.items()}
-        hidden.append((kernels or model).decode_layers(fast, cache, state, prompt, own + 1).float())
-        last[way] = hidden
-    if len(last) == 2:
-        gaps = [((a - b).norm() / b.norm()).item() for a, b in zip(last["kernels"], last["plain"])]
-        print(f"hidden states of the kernels and of the plain layers differ by {gaps[0]:.4f} and, one step on, {gaps[1]:.4f}")
-        assert max(gaps) < 0.1
+    if "prefill" in args.only:
+        bench_rollout.add_row(rows, f"prefill, {args.shape}, against the matrix products' time",
+                              seconds(fill, device, args.trials), prefill_s, 0.45)
+    if "decode" not in args.only:
+        return
+    fill()
+    for e in group:
+        e.turn_ids = [0]
+    linear = [m.weight for m in policy.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    read = sum(w.nbytes for w in (*linear, policy.head.weight))
+    read += sum(t[:, :, :, 0].nbytes // t.shape[1] for t in cache.own) * (prompt + GROUP * own)
+    for way in ("compiled", "plain"):
+        decoder = Decoder(policy, cache, 1.0, None, way == "compiled")
+        if way == "compiled":
+            print(f"decode step: {decoder.path}; log-probabilities off by {decoder.errors[0]:.1e}, plain {decoder.errors[1]:.1e}")
+        taken = seconds(lambda: decoder.decode(group, 16), device, args.trials) / 16
+        bench_rollout.add_row(rows, f"decode, {args.shape}, {way}, against reading all once", taken, read / bandwidth,
+                              0.6 if way == "compiled" else None)
 
 
 def measure_rollout(policy, args, rows):
     on_cuda = policy.device.type == "cuda"
     theirs = copy.deepcopy(policy.hf, {id(p): p for p in policy.hf.parameters()})  # on the same weights
     bench_rollout.looping(theirs)
-    engine.turn_ended, engine.ZoomEnv = bench_rollout.scripted_end, bench_rollout.ScriptedEnv
+    engine.Episode.turn_is_over, engine.ZoomEnv = bench_rollout.scripted_end, bench_rollout.ScriptedEnv
     bench_rollout.GROUP, bench_rollout.NUM_QUESTIONS = GROUP, 1
     bench_rollout.write_scripts(3, (100, 300) if on_cuda else (4, 8))
     with tempfile.TemporaryDirectory() as folder:
@@ -219,15 +208,15 @@ def main():
         measure_rollout(policy, args, rows)
     if "update" in args.only:
         trained = sum(sum(e.dialogue.trained) for e in group)
-        del policy  # float32 needs the room
-        policy = make_policy(args.shape, device, torch.float32)
-        policy.hf.train()
+        policy.train()
         policy.checkpoint_layers()
+        masters = MasterWeights(policy.parameters())
 
         def update():
             log_probs, _ = token_log_probs(policy, [[e.dialogue for e in group]])
             log_probs.mean().backward()
-            policy.hf.zero_grad()
+            for master in masters.parameters:
+                master.grad = None
 
         bench_rollout.add_row(rows, f"update, {args.shape}, against the matrix products' time",
                               seconds(update, device, args.trials), (4 * needed + 8 * head * trained) / speed, 0.45)

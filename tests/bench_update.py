@@ -34,12 +34,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from demo.synthetic import write_video# noqa: E402
-from demo.tiny_base import CHAT_TEMPLATE, make_tokenizer# noqa: E402
-from model import Dialogue, Policy, encode, run_layers, token_log_probs# noqa: E402
-from rollout import rollout# noqa: E402
-from video import Frame# noqa: E402
-from zoom_env import EnvConfig, LAST_TURN, ZoomEnv# noqa: E402
+from demo.synthetic import write_video  # noqa: E402
+from demo.tiny_base import CHAT_TEMPLATE, make_tokenizer  # noqa: E402
+from model import Dialogue, MasterWeights, Policy, encode, token_log_probs  # noqa: E402
+from rollout import rollout  # noqa: E402
+from video import Frame  # noqa: E402
+from zoom_env import EnvConfig, LAST_TURN, ZoomEnv  # noqa: E402
 from rl import Config, group_advantages, update  # noqa: E402
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor  # noqa: E402
 
@@ -112,8 +112,10 @@ class Ours:
     def __init__(self, hf, tokenizer, image_processor, folder):
         self.policy, self.folder = Policy(hf, tokenizer, image_processor, ENV), folder
         self.config = Config(batch_size=QUESTIONS, mini_batch_size=QUESTIONS, group_size=GROUP, kl_weight=0.0,
-                             entropy_weight=0.0, max_turn_tokens=NEW_TOKENS, gradient_checkpointing=False)
-        self.optimizer = torch.optim.AdamW(self.policy.trainable_parameters(), lr=self.config.lr, betas=(0.9, 0.95),
+                             entropy_weight=0.0, max_turn_tokens=NEW_TOKENS, max_rows=QUESTIONS * GROUP,
+                             gradient_checkpointing=False)
+        self.masters = MasterWeights(self.policy.parameters())
+        self.optimizer = torch.optim.AdamW(self.masters.parameters, lr=self.config.lr, betas=(0.9, 0.95),
                                            weight_decay=0.0)
         self.steps = 0
 
@@ -122,15 +124,14 @@ class Ours:
         questions, cpu = make_questions(self.folder, self.steps), torch.device("cpu")
         self.steps += 1
         began = time.perf_counter()
-        self.policy.hf.eval()
-        groups, skipped = rollout(self.policy, questions, GROUP, root=self.folder, max_turn_tokens=NEW_TOKENS,
-                                  max_rows=QUESTIONS * GROUP)
+        self.policy.eval()
+        groups, skipped = rollout(self.policy, questions, GROUP, self.config, root=self.folder)
         for group, advantages in zip(groups, group_advantages(torch.rand(QUESTIONS, GROUP)).tolist()):
             for e, advantage in zip(group, advantages):
                 e.dialogue.advantage = advantage
         played = time.perf_counter()
-        self.policy.hf.train()
-        metrics = update(self.policy, None, groups, self.optimizer, self.config, 0, cpu)
+        self.policy.train()
+        metrics = update(self.policy, None, groups, self.masters, self.optimizer, self.config, 0, cpu)
         ended = time.perf_counter()
         assert not skipped and metrics["updates"] == 1 and metrics["gap"] < 1e-4, (skipped, metrics)
         return (played - began, ended - played), round(metrics["trained_tokens"])
@@ -229,7 +230,7 @@ def step_rows(trials):
 # ------------------------------------------------------------------------------------------------- packed against plain
 def packed_rows(trials):
     policy = Policy(*make_model(2048, layers=4, intermediate_size=384), ENV)  # the demo's decoder
-    parameters, groups = policy.trainable_parameters(), []
+    parameters, groups = [p for p in policy.parameters() if p.requires_grad], []
     for _ in range(4):
         prompt = torch.randint(2048, (512,)).tolist()
         groups.append([random_dialogue(policy, prompt, 128) for _ in range(8)])
@@ -237,7 +238,7 @@ def packed_rows(trials):
     seconds, results = {way: [] for way in ways}, {}
     for trial in range(trials + 1):
         for way, batch in ways.items():
-            policy.hf.zero_grad()
+            policy.zero_grad()
             began = time.perf_counter()
             log_probs, _ = token_log_probs(policy, batch)
             log_probs.mean().backward()
@@ -260,7 +261,7 @@ def plain_log_probs(policy, dialogue):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2)
 
-    hidden = run_layers(policy, ids, None, None, positions, attend)
+    hidden = policy.hidden_states(ids, positions, attend)
     log_p = torch.log_softmax(policy.hf.lm_head(hidden[:, :-1]), dim=-1)
     log_p = log_p.gather(2, ids[:, 1:, None])[0, :, 0]
     return log_p[torch.tensor(dialogue.trained[1:])]

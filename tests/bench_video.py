@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from video import Video# noqa: E402
-from zoom_env import slice_centres# noqa: E402
+from video import Video  # noqa: E402
+from zoom_env import slice_centres  # noqa: E402
 
 FPS, MINUTE = 30, 60
 SIZE = (720, 1280)

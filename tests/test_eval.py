@@ -7,10 +7,10 @@ import wave
 from pathlib import Path
 
 import pytest
-from test_rl import make_policy
+from tiny import random_policy as make_policy
 
-from demo import synthetic
 import eval as evaluation
+from demo import synthetic
 from model import encode, save_policy
 from rollout import Episode
 from zoom_env import Message, ZoomEnv
@@ -56,7 +56,7 @@ def test_figures_equal_a_count_by_hand(folder, monkeypatch):
         for text in turns:
             encode(policy, [Message("assistant", [text])], dialogue)
             encode(policy, env.step(text), dialogue)
-        groups.append([Episode(env, dialogue)])
+        groups.append([Episode(dialogue, env=env)])
     num_frames = sum(len(g[0].dialogue.frames) for g in groups)
     monkeypatch.setattr(evaluation, "rollout", lambda *args, **kwargs: (groups, []))  # both in one batch
     rows, episodes, skipped = evaluation.evaluate(policy, "p", "zoom", [question] * 2, folder, evaluation.Config())
@@ -71,7 +71,7 @@ def test_figures_equal_a_count_by_hand(folder, monkeypatch):
 
 def test_results_file(folder, tmp_path):
     done = run("--model", folder / "policy", "--data", folder / "test.jsonl", "--out", tmp_path, "--max_turn_tokens", 8,
-               "--mode", "uniform", "--num_frames", 24, "--device", "cpu")
+               "--mode", "uniform", "--num_frames", 24, "--device", "cpu", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())
     for key in ("policy", "mode", "num_questions", "accuracy", "accuracy_low", "accuracy_high", "frames_per_question",
@@ -108,6 +108,7 @@ def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path):
         (["--model", policy, "--data", folder / "test.jsonl", "--num_frames", "0"], "overview_max_frames"),
         (["--model", policy, "--data", folder / "test.jsonl", "--temperature", "-1"], "--temperature"),
         (["--model", policy, "--data", folder / "test.jsonl", "--max_bad", "nan"], "--max_bad"),
+        (["--model", policy, "--data", folder / "test.jsonl", "--dtype", "float16"], "--dtype"),
     ]:
         done = run(*flags)
         assert done.returncode == 2, (flags, done.stderr)

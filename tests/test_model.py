@@ -1,82 +1,16 @@
-"""The policy: one encoder, exact log-probabilities, rollouts that score what they sample, checkpoints."""
+"""The policy: one encoder, exact log-probabilities, packing, master weights, checkpoints."""
 
-import copy
-import json
-import os
-import shutil
-import types
-from contextlib import nullcontext
 
 import pytest
 import torch
+from tiny import plain_log_probs, random_policy
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from demo import synthetic
-from demo import tiny_base
-import rollout as engine
-from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay, save_policy,
-                   split_by_tokens, token_log_probs)
-from rollout import rollout, sample
-from video import Frame, Video
-from zoom_env import Message, ZoomEnv
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A few synthetic videos with questions and trajectories."""
-    folder = tmp_path_factory.mktemp("data")
-    synthetic.synthetic(folder, 10, 5, seed=3)
-    read = lambda name: [json.loads(line) for line in open(folder / name)]
-    return folder, read("train.jsonl"), read("sft.jsonl")
-
-
-@pytest.fixture(scope="module")
-def policy():
-    """The architecture with random weights: nothing here depends on what was learned."""
-    torch.manual_seed(0)
-    texts = [synthetic.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>, up to <frame2_time20.00s>. A. red"] * 50
-    policy = tiny_base.make_tiny_model(tiny_base.make_tokenizer(texts, vocab_size=400)).freeze_vision()
-    policy.hf.eval()
-    return policy
-
-
-def plain_log_probs(policy, dialogue, temperature=1.0):
-    """What token_log_probs must equal: transformers' own forward pass over the whole sequence, all logits at once. (Its
-    top level finds image tokens by their value, which a random policy also says; the dialogue knows which are frames.)"""
-    model = policy.hf.model
-    pixels = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
-    embeds = model.language_model.embed_tokens(torch.tensor([dialogue.ids]))
-    embeds[0, torch.tensor(dialogue.is_image)] = model.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
-    positions = torch.tensor(dialogue.positions).T[:, None]
-    hidden = model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0]
-    log_p = torch.log_softmax(policy.hf.lm_head(hidden).float() / temperature, dim=-1)
-    return torch.stack([log_p[t - 1, dialogue.ids[t]] for t, trained in enumerate(dialogue.trained) if trained])
-
-
-class ConstantChannel(torch.nn.Module):
-    """Wraps the last norm: channel 0 of what it returns is 1."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, hidden):
-        hidden = self.norm(hidden).clone()
-        hidden[..., 0] = 1.0
-        return hidden
-
-
-def chatty(policy):
-    """A copy of a random policy that often says what ends a turn; a random one never would."""
-    policy = copy.copy(policy)
-    policy.hf = copy.deepcopy(policy.hf)
-    policy.language_model, policy.visual = policy.hf.model.language_model, policy.hf.model.visual
-    policy.language_model.norm = ConstantChannel(policy.language_model.norm)
-    weight = 0.3 * policy.hf.lm_head.weight.detach()
-    weight[:, 0] = 0.0
-    weight[[policy.im_end, *policy.tokenizer.encode("</video_zoom>", add_special_tokens=False)], 0] = 4.0
-    policy.hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)  # no longer tied to the embedding
-    return policy
+from model import (Dialogue, MasterWeights, PolicyError, encode, fill_features, frame_features, load_policy, replay,
+                   save_policy, split_by_tokens, token_log_probs)
+from rollout import RolloutConfig, rollout
+from video import Frame
+from zoom_env import Message
 
 
 def test_encoder_writes_the_chat_template(policy):
@@ -134,196 +68,11 @@ def test_log_probs_equal_a_plain_forward_pass(policy, data):
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
 
 
-def check_sampled_log_probs(policy, episodes, temperature):
-    for e in episodes:
-        assert sum(e.dialogue.trained) == len(e.dialogue.sampled_log_probs) > 0
-        with torch.no_grad():
-            plain = plain_log_probs(policy, e.dialogue, temperature)
-        torch.testing.assert_close(torch.tensor(e.dialogue.sampled_log_probs), plain, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("temperature,steps", [(1.0, 1), (0.6, 1), (1.0, 5)])
-def test_rollout_scores_what_it_samples(policy, data, temperature, steps, monkeypatch):
-    """Log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and
-    tool replies are appended to, equal those of a plain pass over the finished dialogue. `steps`: how many tokens are
-    decoded before anyone looks at them."""
-    folder, questions, _ = data
-    monkeypatch.setitem(engine.DECODE_STEPS, "cpu", steps)
-    policy = chatty(policy)
-    groups, skipped = rollout(policy, questions[:3], 6, root=folder, temperature=temperature, max_turn_tokens=24,
-                              generator=torch.Generator().manual_seed(1))
-    episodes = [e for group in groups for e in group]
-    assert not skipped and len(episodes) == 18
-    assert len({len(e.env.turns) for e in episodes}) > 1  # they do not all end together
-    assert max(len(e.env.turns) for e in episodes) > 2
-    check_sampled_log_probs(policy, episodes, temperature)
-
-
-@pytest.mark.parametrize("max_rows,share", [(64, 1.0), (5, 1.0), (1, 1.0), (64, 0.3), (6, 0.3), (64, 0.0)])
-def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, max_rows, share):
-    """However few rows or little memory, the episodes are played, one at a time if need be. `share`: of the memory that
-    an unlimited cache takes."""
-    folder, questions, _ = data
-    policy, taken, left, rows = chatty(policy), [], [], []
-    resize, make_room = engine.KVCache._resize, engine.Batch.make_room
-
-    def recording_resize(cache, tensors, places, capacity):
-        resize(cache, tensors, places, capacity)
-        taken.append(sum(t.numel() * t.element_size() for tensors in (cache.prompts, cache.own) for t in tensors))
-
-    def recording_make_room(batch):
-        before = len(batch.live)
-        make_room(batch)
-        left.append(before - len(batch.live))
-        rows.append(len(batch.live))
-
-    monkeypatch.setattr(engine.KVCache, "_resize", recording_resize)
-    monkeypatch.setattr(engine.Batch, "make_room", recording_make_room)
-    play = lambda **how: rollout(policy, questions[:5], 4, root=folder, max_turn_tokens=24,
-                                 generator=torch.Generator().manual_seed(1), **how)[0]
-    play()
-    unlimited = max(taken)
-    for recorded in (taken, left, rows):
-        recorded.clear()
-    groups = play(max_rows=max_rows, cache_gb=share * unlimited / 1e9)
-    episodes = [e for group in groups for e in group]
-    assert len(episodes) == 20 and all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 2
-    check_sampled_log_probs(policy, episodes, 1.0)
-    assert max(rows) <= max_rows
-    if share == 0.3:
-        assert max(taken) <= share * unlimited
-    if (max_rows, share) == (64, 0.3):
-        assert sum(left) > 0 and max(rows) > 1  # some had to leave and came back
-    if share == 0:
-        assert max(rows) == 1
-
-
-@pytest.mark.parametrize("layers,number,group_size,max_turn_tokens", [("plain", 3, 5, 24), ("kernels", 2, 4, 8)])
-def test_decoding_by_replay(policy, data, monkeypatch, request, layers, number, group_size, max_turn_tokens):
-    """What a captured decode step works on: tensors that stay where they are, with rows too many, replayed for several
-    tokens, and captured anew when the cache has moved. Here "replay" computes the step, with the plain layers or with the
-    kernels in Triton's interpreter."""
-    folder, questions, _ = data
-    policy, captured, sizes = chatty(policy), [], []
-    if layers == "kernels":
-        if not os.environ.get("TRITON_INTERPRET"):
-            pytest.skip("on a GPU, see test_rollout_on_cuda")
-        kernels = request.getfixturevalue("kernels")
-        policy.language_model.layers = policy.language_model.layers[:1]  # the interpreter is slow
-    else:  # the same with the plain layers
-        kernels = types.SimpleNamespace(run_layers=engine.run_layers, decode_layers=engine.decode_layers)
-
-    def uncaptured(policy, cache, state, temperature, generator, kernels):
-        state = {name: value.clone() for name, value in state.items()}
-        P, L = cache.prompts[0].shape[3], cache.own[0].shape[3]
-        result = [torch.zeros_like(state["tokens"]), torch.zeros(len(state["tokens"]))]
-        captured.append([t.data_ptr() for t in (*cache.prompts, *cache.own)])
-
-        def replay():
-            sizes.append(len(state["tokens"]))
-            assert captured[-1] == [t.data_ptr() for t in (*cache.prompts, *cache.own)]
-            for place, value in zip(result, engine.decode_step(policy, cache, state, P, L, temperature, generator, kernels)):
-                place.copy_(value)
-
-        return types.SimpleNamespace(replay=replay), state, result
-
-    def with_graphs(batch, policy, *args, init=engine.Batch.__init__):
-        init(batch, policy, *args)
-        batch.kernels, batch.policy = kernels, engine.generation_copy(policy, torch.float32)
-
-    monkeypatch.setattr(engine, "capture_step", uncaptured)
-    monkeypatch.setattr(engine.Batch, "__init__", with_graphs)
-    monkeypatch.setitem(engine.DECODE_STEPS, "cpu", 3)
-    groups, _ = rollout(policy, questions[:number], group_size, root=folder, max_turn_tokens=max_turn_tokens,
-                        generator=torch.Generator().manual_seed(1))
-    episodes = [e for group in groups for e in group]
-    assert all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 1
-    assert len(captured) < len(sizes) / 3 and len(set(sizes)) > 1
-    assert all(n % 4 == 0 or n == number * group_size for n in sizes)
-    check_sampled_log_probs(policy, episodes, 1.0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("cuda_graphs", [True, False])
-def test_rollout_on_cuda(policy, data, cuda_graphs):
-    """bfloat16, so not the same to 1e-4: the log-probabilities of sampling and of training differ by its rounding."""
-    folder, questions, _ = data
-    policy = chatty(policy)
-    policy.hf.cuda()
-    groups, _ = rollout(policy, questions[:3], 6, root=folder, max_turn_tokens=24, cuda_graphs=cuda_graphs,
-                        generator=torch.Generator("cuda").manual_seed(1))
-    dialogues = [e.dialogue for group in groups for e in group]
-    assert len(dialogues) == 18 and max(len(e.env.turns) for group in groups for e in group) > 2
-    sampled = torch.tensor([p for d in dialogues for p in d.sampled_log_probs])
-    with torch.no_grad():
-        scored, _ = token_log_probs(policy, [[e.dialogue for e in group] for group in groups])
-    assert (scored.cpu() - sampled).abs().mean() < 0.02
-
-
-def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
-    """What the network computes in a rollout: each prompt once a group, and every other token once a row."""
-    folder, questions, _ = data
-    tokens, plain = [], engine.run_layers
-    monkeypatch.setattr(engine, "run_layers", lambda policy, ids, *args: tokens.append(ids.numel()) or plain(policy, ids, *args))
-    groups, _ = rollout(chatty(policy), questions[:3], 6, root=folder, max_turn_tokens=24, max_rows=12,
-                        generator=torch.Generator().manual_seed(1))
-    expected = 0
-    for group in groups:
-        expected += group[0].dialogue.prompt_length
-        for e in group:  # from the last sampled token on nothing is run
-            last = max(t for t, trained in enumerate(e.dialogue.trained) if trained)
-            expected += last - e.dialogue.prompt_length
-    assert sum(tokens) == expected
-
-
-def test_generation_copy_computes_what_autocast_does(policy):
-    """Linear layers that are in bfloat16 already, and those that autocast casts, give the same numbers."""
-    fast = engine.generation_copy(policy)
-    assert {p.dtype for p in fast.hf.parameters()} == {torch.bfloat16, torch.float32}
-    assert all(p.dtype == torch.float32 for p in policy.hf.parameters())
-    ids = torch.randint(400, (1, 50), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(50).expand(3, 1, 50)
-    attend = lambda layer, q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        a, b = (p.hf.lm_head(engine.run_layers(p, ids, None, None, positions, attend)) for p in (policy, fast))
-    assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("vocabulary", [100, 512, 1300])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])  # what is written for it, run on the CPU
-def test_samples_come_from_the_softmax(vocabulary, temperature, device):
-    head = torch.nn.Linear(8, vocabulary, bias=False)
-    torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
-    one = types.SimpleNamespace(hf=types.SimpleNamespace(lm_head=head), device=torch.device(device), autocast=nullcontext)
-    hidden = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = (head(hidden)[0].double() / temperature).softmax(0)
-        tokens, log_probs = sample(one, hidden.expand(200_000, 8), temperature, torch.Generator().manual_seed(2))
-        top, top_log_prob = sample(one, hidden, 0)
-        assert top == head(hidden).argmax() and top_log_prob.item() == pytest.approx(head(hidden).log_softmax(1).max().item())
-    torch.testing.assert_close(log_probs, expected.log()[tokens].float(), atol=1e-5, rtol=0)
-    counts = torch.bincount(tokens, minlength=vocabulary).double()
-    likely = expected * len(tokens) > 5  # chi-squared, as its standard score
-    chi = ((counts - expected * len(tokens)) ** 2 / (expected * len(tokens)))[likely].sum()
-    assert abs(chi - likely.sum()) < 5 * (2 * likely.sum()) ** 0.5
-
-
-def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monkeypatch):
-    folder, questions, _ = data
-    decoded, plain = [], Video.frames_at
-    monkeypatch.setattr(Video, "frames_at", lambda self, times_s: decoded.append((self.path, times_s)) or plain(self, times_s))
-    copies = [q | {"video": shutil.copy(folder / q["video"], folder / f"once{i}.mp4")} for i, q in enumerate(questions[:3])]
-    groups, _ = rollout(policy, copies, 4, root=folder, max_turn_tokens=8, generator=torch.Generator().manual_seed(0))
-    assert [len(g) for g in groups] == [4, 4, 4] and all(e.env.frames_shown for g in groups for e in g)
-    assert len(decoded) == 3 and len({path for path, _ in decoded}) == 3
-
-
 def test_zoom_replies_reach_the_model(policy, data):
     """Frames of a tool reply are in the sequence and change what is predicted after them."""
     folder, _, rows = data
     dialogue, env = replay(policy, next(r for r in rows if len(r["turns"]) == 2), folder)
-    assert env.num_zooms() == 1 and len(dialogue.frames) == env.frames_shown > len(env.watched[0])
+    assert env.num_calls() == 1 and len(dialogue.frames) == env.frames_shown > len(env.watched[0])
     other = dialogue.fork()
     fill_features(policy, [dialogue, other])
     other.features[-1] = other.features[0] + 1
@@ -337,16 +86,16 @@ def test_zoom_replies_reach_the_model(policy, data):
 def test_packed_groups_equal_separate_rows(policy, data):
     """The same log-probabilities and gradients with the prompt computed once a group and once a row."""
     folder, questions, _ = data
-    groups, _ = rollout(policy, questions[:2], 4, root=folder, max_turn_tokens=12,
+    groups, _ = rollout(policy, questions[:2], 4, RolloutConfig(max_turn_tokens=12), root=folder,
                         generator=torch.Generator().manual_seed(1))
     groups = [[e.dialogue for e in group] for group in groups]
     results = []
     for packed in (groups, [[d] for group in groups for d in group]):
-        policy.hf.zero_grad(set_to_none=True)
+        policy.zero_grad(set_to_none=True)
         log_probs, entropies = token_log_probs(policy, packed, entropy=True)
         (log_probs.sum() + entropies.sum()).backward()
         results.append((log_probs.detach(), entropies.detach(),
-                        torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])))
+                        torch.cat([p.grad.flatten() for p in [p for p in policy.parameters() if p.requires_grad]])))
     (log_probs, entropies, gradient), separate = results
     torch.testing.assert_close(log_probs, separate[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(entropies, separate[1], atol=1e-4, rtol=0)
@@ -360,18 +109,6 @@ def test_split_by_tokens_keeps_every_dialogue_and_the_budget():
     assert [id(d) for b in batches for g in b for d in g] == [id(d) for g in groups for d in g]
     for batch in batches:
         assert sum(len(g[0].ids) if len(g) == 1 else 10 + sum(len(d.ids) - 10 for d in g) for g in batch) <= 45
-
-
-@pytest.mark.parametrize("sizes", [[(112, 168)] * 5, [(140, 140), (112, 168), (28, 28), (140, 140), (252, 84)]])
-def test_batched_vision_tower_equals_transformers(policy, sizes):
-    theirs = copy.deepcopy(policy.visual)
-    for block in theirs.blocks:
-        block.attn.config = theirs.config
-    rng = torch.Generator().manual_seed(0)
-    frames = [Frame(0.0, torch.randint(0, 256, (3, h, w), generator=rng, dtype=torch.uint8)) for h, w in sizes]
-    pixels = policy.image_processor([f.image for f in frames], do_resize=False, return_tensors="pt")
-    expected = theirs(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
-    torch.testing.assert_close(torch.cat(frame_features(policy, frames)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_frames_are_computed_alone(policy):
@@ -409,10 +146,48 @@ def test_loading_what_is_no_checkpoint(tmp_path):
         load_policy(tmp_path)
 
 
-def test_unreadable_video_is_named_and_the_rest_goes_on(policy, data):
-    folder, questions, _ = data
-    bad = dict(questions[0], id="bad", video="missing.mp4")
-    groups, skipped = rollout(policy, [questions[0], bad], root=folder, max_turn_tokens=4)
-    assert [len(g) for g in groups] == [1, 0] and skipped[0][0] == "bad" and "missing.mp4" in skipped[0][1]
-    groups, skipped = rollout(policy, [bad, bad], 3, root=folder)
-    assert groups == [[], []] and len(skipped) == 2
+def test_features_equal_the_vision_tower(policy):
+    """Frames of several sizes, more than one pass holds."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = [(140, 140), (112, 168), (28, 28), (252, 84)] * 20
+    frames = [Frame(0.0, torch.randint(0, 256, (3, h, w), generator=rng, dtype=torch.uint8)) for h, w in sizes]
+    pixels = policy.image_processor([f.image for f in frames], do_resize=False, return_tensors="pt")
+    expected = policy.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+    torch.testing.assert_close(torch.cat(frame_features(policy, frames)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_masters_add_gradients_up_in_float32_and_move_where_bfloat16_cannot(data):
+    """Two backward passes on bfloat16 weights: the masters' gradient is the float32 sum of the passes' gradients, and
+    many small steps add up that would each round away."""
+    folder, _, rows = data
+    policy = random_policy(layers=1).to(torch.bfloat16)
+    dialogues = [replay(policy, row, folder)[0] for row in rows[:2]]
+    fill_features(policy, dialogues)
+    weight = policy.language_model.layers[0].mlp.up_proj.weight
+    each = []
+    for d in dialogues:
+        policy.zero_grad()
+        token_log_probs(policy, [[d]])[0].mean().backward()
+        each.append(weight.grad.float().clone())
+    policy.zero_grad()
+    masters = MasterWeights(policy.parameters())
+    master = masters.parameters[[p is weight for p in masters.compute].index(True)]
+    for d in dialogues:
+        token_log_probs(policy, [[d]])[0].mean().backward()
+    assert master.dtype == torch.float32 and torch.equal(master.grad, each[0] + each[1])
+    start, before = master.detach().clone(), weight.detach().clone()
+    optimizer = torch.optim.SGD([master], lr=0.0)
+    small = 2.0 ** -12 * master.detach().abs().clamp(min=1e-3)
+    for _ in range(40):
+        master.grad, optimizer.param_groups[0]["lr"] = small.clone(), 1.0
+        masters.step(optimizer, 1e9)
+    torch.testing.assert_close(master.detach(), start - 40 * small)
+    assert torch.equal(weight, master.bfloat16()) and (weight != before).float().mean() > 0.5
+    assert torch.equal(before - small.bfloat16(), before) or (before - small.bfloat16() != before).float().mean() < 0.5
+
+
+def test_float32_weights_are_their_own_masters(policy):
+    policy = random_policy()
+    masters = MasterWeights(policy.parameters())
+    assert all(a is b for a, b in zip(masters.compute, masters.parameters))
+    assert {id(p) for p in masters.compute} == {id(p) for p in policy.parameters() if p.requires_grad}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from demo import synthetic
-from demo import tiny_base
+from tiny import random_policy as make_policy
+
 import rl
-from model import Sampled, encode, fill_features, load_policy, save_policy, token_log_probs
+from demo import synthetic
+from model import MasterWeights, Sampled, encode, fill_features, load_policy, save_policy, token_log_probs
 from rollout import Episode
 from zoom_env import Message, ZoomEnv
 
@@ -42,7 +43,8 @@ def test_objective_and_gradient_equal_numpy():
     expected, expected_gradient = numpy_grpo(log_p, old, ref, advantage, 0.2, 0.27, 0.1)
     x = torch.tensor(log_p, dtype=torch.float32, requires_grad=True)
     f32 = lambda a: torch.tensor(a, dtype=torch.float32)
-    loss, stats = rl.grpo_loss(x, f32(old), f32(advantage), config, f32(ref))
+    episode = torch.tensor([0] * 7 + [1] * 7)  # one with a positive advantage, one with a negative
+    loss, stats = rl.grpo_loss(x, f32(old), f32(advantage[[0, 7]]), episode, config, f32(ref))
     loss.sum().backward()
     np.testing.assert_allclose(loss.detach(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(x.grad, expected_gradient, rtol=1e-5, atol=1e-6)
@@ -56,7 +58,8 @@ def test_entropy_bonus_raises_the_entropy():
         logits[0, 0] = 2.0
     log_p = torch.log_softmax(logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    loss, _ = rl.grpo_loss(log_p[:, 0], log_p[:, 0].detach(), torch.zeros(1), rl.Config(entropy_weight=1.0), None, entropy)
+    loss, _ = rl.grpo_loss(log_p[:, 0], log_p[:, 0].detach(), torch.zeros(1), torch.zeros(1).long(),
+                           rl.Config(entropy_weight=1.0), None, entropy)
     loss.sum().backward()
     assert logits.grad[0, 0] > 0 and (logits.grad[0, 1:] < 0).all()  # descent makes the peak lower
 
@@ -71,12 +74,6 @@ def test_advantages():
 
 
 # --------------------------------------------------------------------------- the same update however it is split
-def make_policy(seed=0):
-    torch.manual_seed(seed)
-    tokenizer = tiny_base.make_tokenizer([synthetic.TINY_PROMPT, "The blue scene is at <frame1_time12.04s>"] * 50, 400)
-    return tiny_base.make_tiny_model(tokenizer).freeze_vision()
-
-
 def make_groups(policy, folder, num_groups):
     """Groups of episodes of unequal length with right and wrong answers, and old log-probabilities off by some noise."""
     questions = [json.loads(line) for line in open(folder / "train.jsonl")][:num_groups]
@@ -86,7 +83,7 @@ def make_groups(policy, folder, num_groups):
         group, start = [], ZoomEnv(question, policy.env_config, folder)
         prompt = encode(policy, start.reset())
         for letter in "ABCD"[: 2 + k % 3]:
-            episode = Episode(start.fork(), prompt.fork())
+            episode = Episode(prompt.fork(), env=start.fork())
             zooms = "BD".find(letter) + 1
             for text in ['<think>look</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'] * zooms + \
                     [f"<think>{'so ' * (k + 1)}</think><answer>{question['answer'] if zooms else letter}</answer>"]:
@@ -105,19 +102,20 @@ def make_groups(policy, folder, num_groups):
     return groups
 
 
-def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointing=False):
-    """Parameters' change in one update by plain gradient descent, and the metrics."""
-    policy, reference = make_policy(), make_policy(seed=1)
+def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointing=False, dtype=torch.float32):
+    """Master weights' change in one update by plain gradient descent, and the metrics."""
+    policy, reference = make_policy().to(dtype), make_policy(seed=1).to(dtype)
     if checkpointing:
         policy.checkpoint_layers()
-    policy.hf.train()
+    policy.train()
     groups = make_groups(policy, folder, 3)[rank::world]
     config = rl.Config(batch_size=3, mini_batch_size=3, max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9,
                        kl_weight=0.1, entropy_weight=0.1)
-    before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
-    optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=1.0)
-    metrics = rl.update(policy, reference, groups, optimizer, config, rank, torch.device("cpu"))
-    return torch.cat([p.detach().flatten() for p in policy.trainable_parameters()]) - before, metrics
+    masters = MasterWeights(policy.parameters())
+    before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
+    optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
+    metrics = rl.update(policy, reference, groups, masters, optimizer, config, rank, torch.device("cpu"))
+    return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
 
 
 def assert_same(a, b):
@@ -137,6 +135,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder):
     return one_update(folder)
+
+
+def test_update_in_bfloat16_goes_the_same_way(folder, whole):
+    """Compute weights in bfloat16: nearly the same change of the float32 masters, however it is split."""
+    changes = [one_update(folder, dtype=torch.bfloat16, max_tokens_per_pass=n)[0] for n in (100_000, 600)]
+    for change in changes:
+        assert change.dtype == torch.float32 and torch.cosine_similarity(change, whole[0], dim=0) > 0.95
 
 
 @pytest.mark.parametrize("split", [dict(max_tokens_per_pass=600), dict(max_tokens_per_pass=1), dict(checkpointing=True)])
@@ -159,13 +164,14 @@ def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- the script
-def test_two_steps_on_two_processes(folder, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_steps_on_two_processes(folder, tmp_path, dtype):
     """rl.py from the command line: metrics of each step, a checkpoint that loads and has moved."""
     policy = make_policy()
     save_policy(policy, tmp_path / "start")
     flags = ["--model", tmp_path / "start", "--data", folder / "train.jsonl", "--out", tmp_path / "out", "--steps", 2,
              "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 8, "--lr", 1e-3,
-             "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu"]
+             "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu", "--dtype", dtype]
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                           str(ROOT / "rl.py"), *map(str, flags)], capture_output=True, text=True, timeout=300,
                          env=os.environ | {"PYTHONUNBUFFERED": "1"})
@@ -176,7 +182,7 @@ def test_two_steps_on_two_processes(folder, tmp_path):
                 "seconds_rollout", "seconds_update"):
         assert key in metrics[0]
     assert metrics[0]["episodes"] == 6
-    load_policy(tmp_path / "out")
+    assert load_policy(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
 
 
 def test_group_of_one_is_refused(tmp_path):

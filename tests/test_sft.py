@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rl import assert_same, make_policy
+from test_rl import assert_same
+from tiny import random_policy as make_policy
 
-from demo import synthetic
 import sft
-from model import load_policy, save_policy
+from common import field_comments
+from demo import synthetic
+from model import MasterWeights, load_policy, save_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,10 +34,11 @@ def one_step(folder, rank=0, world=1, max_tokens_per_pass=100_000, rows=None):
     dialogues, bad = sft.load_dialogues(policy, rows[rank::world], folder, 10_000)
     assert not bad
     config = sft.Config(max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9)
-    before = torch.cat([p.detach().flatten().clone() for p in policy.trainable_parameters()])
-    optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=1.0)
-    metrics = sft.train_step(policy, dialogues, optimizer, config, torch.device("cpu"))
-    return torch.cat([p.detach().flatten() for p in policy.trainable_parameters()]) - before, metrics
+    masters = MasterWeights(policy.parameters())
+    before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
+    optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
+    metrics = sft.train_step(policy, dialogues, masters, optimizer, config, torch.device("cpu"))
+    return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
 
 
 @pytest.fixture(scope="module")
@@ -84,23 +87,24 @@ def run(*flags, script="sft.py"):
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=300)
 
 
-def test_run_learns_the_protocol_and_names_what_it_skips(folder, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_run_learns_the_protocol_and_names_what_it_skips(folder, tmp_path, dtype):
     rows = [json.loads(line) for line in open(folder / "sft.jsonl")]
     rows[0]["question"]["video"] = "missing.mp4"
     rows[1]["turns"] = rows[1]["turns"] + ["<think>more</think><answer>A</answer>"]
     rows[1]["learn"] = [True] * len(rows[1]["turns"])
     (folder / "some.jsonl").write_text("not json\n" + "".join(json.dumps(r) + "\n" for r in rows))
     done = run("--model", folder / "start", "--data", folder / "some.jsonl", "--out", tmp_path / "out", "--lr", 3e-3,
-               "--batch_size", 4, "--epochs", 3, "--max_bad", 0.5, "--device", "cpu")
+               "--batch_size", 4, "--epochs", 3, "--max_bad", 0.5, "--device", "cpu", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
     skipped = [json.loads(line) for line in open(tmp_path / "out" / "skipped.jsonl")]
     assert skipped[0]["row"] == "line 1" and len(skipped) == 7  # the line, and two rows in each epoch
     assert any("missing.mp4" in s["reason"] for s in skipped) and any("over after" in s["reason"] for s in skipped)
-    policy, start = load_policy(tmp_path / "out"), load_policy(folder / "start")
+    policy, start = load_policy(tmp_path / "out", dtype=getattr(torch, dtype)), load_policy(folder / "start", dtype=getattr(torch, dtype))
     same = [torch.equal(a, b) for a, b in zip(policy.visual.parameters(), start.visual.parameters())]
-    assert all(same) and not torch.equal(policy.hf.lm_head.weight, start.hf.lm_head.weight)  # vision is frozen
+    assert all(same) and not torch.equal(policy.head.weight, start.head.weight)  # vision is frozen
     again = run("--model", folder / "start", "--data", folder / "some.jsonl", "--out", tmp_path / "out2")
     assert again.returncode == 2 and "3 of" not in again.stderr and "line 1" in again.stderr
 
@@ -113,6 +117,11 @@ def test_wrong_input_gives_one_line_and_status_2(flags, word, folder):
     assert done.returncode == 2 and word in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
+
+
+@pytest.mark.parametrize("script", ["sft", "rl", "eval"])
+def test_each_setting_has_its_comment(script):
+    assert all(field_comments(__import__(script).Config).values())
 
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])

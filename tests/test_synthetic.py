@@ -7,11 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from data_prep import question_error
 from demo import synthetic
 from demo.tiny_base import TINY_BASE
 from model import load_policy, replay
 from video import Video
-from zoom_env import ZoomEnv, question_error
+from zoom_env import ZoomEnv
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def test_trajectories_verify_and_reflections_start_wrong(made):
     kinds = Counter()
     for row in rows:
         dialogue, env = replay(policy, row, folder)
-        assert env.reward()["accuracy"] == 1 and env.reward()["format"] == 1
-        kinds[row["kind"], row["question"]["meta"]["kind"], env.num_zooms() > 0] += 1
+        assert env.rewards["accuracy"] == 1 and env.rewards["format"] == 1
+        kinds[row["kind"], row["question"]["meta"]["kind"], env.num_calls() > 0] += 1
         if row["kind"] == "reflection":
             assert not env.turns[0].hit and any(t.hit for t in env.turns[1:])
     zooms = lambda kind: sum(n for (k, q, z), n in kinds.items() if q == kind and z)

@@ -1,0 +1,395 @@
+"""Tokens for many rows at once: the KV cache, prefill of prompts and replies, the decode step, sampling.
+
+What a row's next token depends on lies in two caches. `prompts` holds each prompt once, read by all rows of its group;
+`own` holds what followed it in each row. New prompts and replies run as one packed sequence (`prefill`); after that
+every row that is within a turn gets one token a step (`decode_hidden`, `sample`).
+
+A step is plain PyTorch over transformers' layers. With `compile` it goes through torch.compile, on any device, and
+where launching costs more than computing (CUDA) a whole step is captured as one graph. What is compiled is the
+function that runs without, so tests on a CPU see what a GPU runs; and before the first rollout it is compared with a
+float32 pass (`Decoder.check`).
+"""
+
+import copy
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from common import capture_graph, has_graphs, warn
+from model import Dialogue, attend_pieces, fill_features, pack
+
+PREFILL_TOKENS = 16_384  # tokens of prompts and replies in one pass
+ROW_UNIT = 4  # a compiled step has a multiple of so many rows; surplus ones compute what nobody reads
+BLOCK = 512  # tokens of the vocabulary that are one block in sampling
+
+
+@dataclass
+class Row:
+    """A dialogue that is being continued. Its turn so far is `turn_ids`; `place` is that of its prompt in the cache."""
+
+    dialogue: Dialogue
+    turn_ids: list = field(default_factory=list)
+    turn_log_probs: list = field(default_factory=list)
+    place: int = 0
+    number: int = 0  # among the rows of its group, which share the prompt
+    cached: int = 0  # tokens, from the start, whose keys and values are in the cache; at least the prompt
+
+    @property
+    def prompt_length(self):
+        return self.dialogue.prompt_length
+
+    @property
+    def total(self):
+        """Tokens, with those of the turn."""
+        return len(self.dialogue.ids) + len(self.turn_ids)
+
+    @property
+    def own_length(self):
+        """Tokens after the prompt, with those of the turn."""
+        return self.total - self.prompt_length
+
+    def so_far(self):
+        """The dialogue with the turn, as far as it is sampled."""
+        dialogue = self.dialogue.fork()
+        dialogue.add(self.turn_ids)
+        return dialogue
+
+
+# ----------------------------------------------------------------------------------------------------------- cache
+class KVCache:
+    """Keys and values, for each layer one tensor of prompts and one of rows, so that growing never needs room for two
+    caches:
+
+        prompts[layer]    (2, places, kv heads, capacity, D)
+        own[layer]        (2, rows, kv heads, capacity, D)
+
+    Rows are the caller's: row i belongs to its i-th live row. Nobody looks at the last position of a place or a row, so
+    surplus rows of a step may write there. All arithmetic of the memory budget is here, in tokens: places * capacity
+    of the prompts + rows * capacity of their own stay within it, whatever was there before.
+
+    A compiled step has rows by the `row_unit`, and at least two places, for else it would be compiled for one alone."""
+
+    def __init__(self, policy, group_size, max_bytes, row_unit=1):
+        config = policy.language_model.config
+        layers, heads, D = len(policy.language_model.layers), config.num_key_value_heads, policy.head_dim
+        empty = torch.zeros(2, 0, heads, 0, D, dtype=policy.dtype, device=policy.device)
+        self.prompts, self.own = [empty] * layers, [empty] * layers
+        self.max_tokens = int(max_bytes // (layers * 2 * heads * D * empty.itemsize))
+        self.group_size, self.row_unit = group_size, row_unit
+        self.version = 0  # changes when a tensor does
+        self.clear()
+
+    def clear(self):
+        """Forgets all prompts. The tensors stay, and what was captured on them."""
+        self.users = []  # of each place: how many unfinished rows share its prompt, 0 for a free one
+        self.lengths = []  # ... and the prompt's length
+        self.hidden = {}  # ... and its last hidden state, from which the first token of all its rows is sampled
+
+    def add_prompt(self, length, users):
+        """A place for a prompt."""
+        place = self.users.index(0) if 0 in self.users else len(self.users)
+        self.users[place:place + 1], self.lengths[place:place + 1] = [users], [length]
+        return place
+
+    def _prompt_shape(self, new_length=0):
+        """(places, capacity) that the prompts in use need, with another one of `new_length` if that is above 0."""
+        lengths = [length if users else 0 for users, length in zip(self.users, self.lengths)]
+        if new_length:
+            place = lengths.index(0) if 0 in lengths else len(lengths)
+            lengths[place:place + 1] = [new_length]
+        while lengths and not lengths[-1]:
+            lengths.pop()
+        places = max(len(lengths), 2) if self.row_unit > 1 else len(lengths)
+        return places, max(lengths, default=0) + 1
+
+    def most_rows(self, length, new_prompt_length=0):
+        """How many rows of `length` own tokens the budget allows, beside the prompts in use and a new one."""
+        places, capacity = self._prompt_shape(new_prompt_length)
+        return max(0, self.max_tokens - places * capacity) // (length + 1) // self.row_unit * self.row_unit
+
+    def reserve(self, rows, length):
+        """Room for the prompts in use and for `length` own tokens in each of `rows` rows. The tensors only grow, by a
+        little more than needed; if that is above the budget, they become what is needed."""
+        rows, length = -(-rows // self.row_unit) * self.row_unit, length + 1
+        need_prompts, need_own = self._prompt_shape(), (rows, length if rows else 0)
+        prompts = tuple(map(max, need_prompts, self.prompts[0].shape[1:4:2]))
+        own = tuple(map(max, need_own, self.own[0].shape[1:4:2]))
+        if length > self.own[0].shape[3] and rows:
+            own = own[0], length + length // 4
+        if prompts[0] * prompts[1] + own[0] * own[1] > self.max_tokens:
+            left = self.max_tokens - need_prompts[0] * need_prompts[1]
+            prompts, own = need_prompts, (rows, max(length, min(own[1], left // rows)) if rows else 0)
+        self._resize(self.prompts, *prompts)
+        self._resize(self.own, *own)
+
+    def _resize(self, tensors, places, capacity):
+        if tensors[0].shape[1:4:2] == (places, capacity):
+            return
+        self.version += 1
+        for layer, old in enumerate(tensors):
+            tensors[layer] = old.new_zeros(2, places, old.shape[2], capacity, old.shape[4])
+            tensors[layer][:, :old.shape[1], :, :old.shape[3]] = old[:, :places, :, :capacity]
+
+    def swap(self, a, b, length):
+        """The first `length` tokens of rows a and b change places."""
+        if a != b:
+            for own in self.own:
+                own[:, [a, b], :, :length] = own[:, [b, a], :, :length]
+
+
+# --------------------------------------------------------------------------------------------------------- prefill
+def prefill(policy, cache, prompts, rows, first_row):
+    """Runs new prompts and what the cache lacks of rows, in packs of at most PREFILL_TOKENS (or one piece).
+
+    Args:
+        prompts: (place, dialogue) of each.
+        rows: list of Row, the i-th in row first_row + i of the cache.
+    Returns: the hidden states from which each row's next token is sampled, (B, hidden); None without rows."""
+    fill_features(policy, [d for _, d in prompts] + [row.dialogue for row in rows])
+    # pieces: (dialogue, start, stop), where its prompt is, and its row, None for the prompt itself
+    due = deque(((d, 0, d.prompt_length), place, None) for place, d in prompts)
+    due.extend(((row.so_far(), row.cached, row.total), row.place, i)
+               for i, row in enumerate(rows) if row.cached < row.total)
+    last = {}  # hidden state of the last token of each row that ran
+    while due:
+        pieces, length = [], 0
+        while due and (not pieces or length + due[0][0][2] - due[0][0][1] <= PREFILL_TOKENS):
+            pieces.append(due.popleft())
+            length += pieces[-1][0][2] - pieces[-1][0][1]
+        packed = pack(policy, [piece for piece, _, _ in pieces])
+        attend = partial(attend_prefill, cache, packed.spans, pieces, first_row)
+        hidden = policy.hidden_states(packed.ids, packed.positions, attend, packed.is_image, packed.features)
+        for span, (_, place, i) in zip(packed.spans, pieces):
+            if i is None:
+                cache.hidden[place] = hidden[0, span.stop - 1].clone()  # a view would keep the whole pass
+            else:
+                last[i], rows[i].cached = hidden[0, span.stop - 1], rows[i].total
+    return torch.stack([last.get(i, cache.hidden[row.place]) for i, row in enumerate(rows)]) if rows else None
+
+
+def attend_prefill(cache, spans, pieces, first_row, layer, query, key, value):
+    """Stores keys and values of a pack's pieces and attends: a prompt sees itself; what stands in a row sees its
+    prompt, the row's earlier tokens and itself. query (1, heads, T, D); returns (1, T, heads, D)."""
+    prompts, own = cache.prompts[layer], cache.own[layer]
+    new = torch.cat([key, value])  # (2, kv heads, T, D)
+    for span, ((d, start, stop), place, i) in zip(spans, pieces):
+        if i is None:
+            prompts[:, place, :, :stop] = new[:, :, span]
+        else:
+            own[:, first_row + i, :, start - d.prompt_length:stop - d.prompt_length] = new[:, :, span]
+
+    def before(number):
+        (d, start, _), place, i = pieces[number]
+        if i is None:
+            return None
+        seen = [prompts[:, place, :, :d.prompt_length], own[:, first_row + i, :, :start - d.prompt_length]]
+        return torch.cat(seen, dim=2)[:, None]  # (2, 1, kv heads, S, D): key and value
+
+    return attend_pieces(query, key, value, spans, before)
+
+
+# ---------------------------------------------------------------------------------------------------------- decode
+def decode_hidden(policy, prompts, own, state, P, L, group_size):
+    """Stores keys and values of the rows' last tokens and returns their hidden states, (B, hidden).
+
+    Args:
+        prompts, own: the cache's tensors.
+        state: dict of (B,) tensors: `tokens`, their `positions`, `own_lengths`: how many own tokens are cached,
+            `prompt_lengths`, and `group_rows`: place of the prompt * group_size + number in the group; for a surplus
+            row one beyond the last.
+        P, L: how many positions of the prompts, and of the rows' own tokens, are looked at."""
+    group_rows, own_lengths = state["group_rows"], state["own_lengths"]
+    B, places, device = len(group_rows), prompts[0].shape[1], own_lengths.device
+    rows = torch.arange(B, device=device)
+    unseen = torch.cat([torch.arange(P, device=device) >= state["prompt_lengths"][:, None],
+                        torch.arange(L, device=device) > own_lengths[:, None]], dim=1)[:, None, None]
+
+    def attend(layer, query, key, value):
+        """A prompt's keys are read once for all rows that share it; one softmax over the prompt and the row's own."""
+        heads, D = key.shape[1], key.shape[3]
+        own[layer][0][rows, :, own_lengths] = key[:, :, 0]
+        own[layer][1][rows, :, own_lengths] = value[:, :, 0]
+        query = query.reshape(B, heads, -1, D)  # the heads that share a key are several queries of it
+        n = query.shape[2]
+
+        def by_prompt(x):  # (B, heads, n, any) to (places, heads, group_size * n, any); a surplus row goes nowhere
+            x = x.new_zeros(places * group_size + 1, *x.shape[1:]).index_copy(0, group_rows, x)[:-1]
+            return x.view(places, group_size, heads, n, -1).transpose(1, 2).reshape(places, heads, group_size * n, -1)
+
+        def by_row(x):  # and back
+            x = x.view(places, heads, group_size, n, -1).transpose(1, 2).reshape(places * group_size, heads, n, -1)
+            return x[group_rows.clamp(max=places * group_size - 1)]
+
+        of_prompt, of_own = prompts[layer][:, :, :, :P], own[layer][:, :B, :, :L]
+        scores = torch.cat([by_row(by_prompt(query).float() @ of_prompt[0].float().transpose(2, 3)),
+                            query.float() @ of_own[0].float().transpose(2, 3)], dim=3)  # (B, heads, n, P + L)
+        p = (scores * D ** -0.5).masked_fill(unseen, float("-inf")).softmax(dim=3).to(value.dtype)
+        out = by_row(by_prompt(p[..., :P]) @ of_prompt[1]) + p[..., P:] @ of_own[1]
+        return out.view(B, 1, -1, D)
+
+    positions = state["positions"].expand(3, B)[..., None]
+    return policy.hidden_states(state["tokens"][:, None], positions, attend)[:, 0]
+
+
+def sample(policy, hidden, temperature, generator=None):
+    """Samples from softmax(logits / temperature); 0 takes the most likely token. hidden (B, hidden). Returns token ids
+    and their log-probabilities (of temperature 1 at 0), (B,) each."""
+    log_p = policy.logits(hidden, temperature or 1.0).log_softmax(1)  # (B, vocabulary)
+    if temperature == 0:
+        log_prob, token = log_p.max(1)
+        return token, log_prob
+
+    def draw(p):  # (B, choices): the first choice at which the sum of those before and it exceeds a random share
+        mass = p.cumsum(1, dtype=torch.float64)
+        share = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
+        return torch.searchsorted(mass, share * mass[:, -1:], right=True)[:, 0]
+
+    # first a block of the vocabulary, then a token of it: two short sums in place of one long one
+    p = F.pad(log_p.exp(), (0, -log_p.shape[1] % BLOCK)).view(len(log_p), -1, BLOCK)
+    block = draw(p.sum(2))
+    token = block * BLOCK + draw(p[torch.arange(len(p), device=p.device), block])
+    return token, log_p.gather(1, token[:, None])[:, 0]
+
+
+class Decoder:
+    """Samples the next tokens of rows of a cache. Its layers run plain, or compiled; where the device has graphs, a
+    compiled step is captured once for each number of rows and replayed while the cache's tensors stay."""
+
+    def __init__(self, policy, cache, temperature, generator=None, compiled=False):
+        self.policy, self.cache, self.temperature, self.generator = policy, cache, temperature, generator
+        self.layers, self.capture, self.path = decode_hidden, False, "plain"
+        self.graphs, self.version, self.pool = {}, None, None
+        if compiled:
+            import torch._dynamo
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it falls back in silence
+            self.layers = torch.compile(decode_hidden, dynamic=True)
+            self.capture, self.path = has_graphs(policy.device), "compiled"
+            if self.capture:
+                self.path += ", in a CUDA graph"
+            self.check()
+
+    def decode(self, rows, steps):
+        """The next `steps` tokens of each row; row i of the cache is that of rows[i], and holds all but its last token.
+        Returns token ids and log-probabilities, lists (B, steps)."""
+        cache, size = self.cache, len(rows)
+        if self.layers is not decode_hidden:
+            size = -(-size // cache.row_unit) * cache.row_unit
+        state = self.state(rows, size)
+        if self.capture:
+            # the graph looks at all that the tensors hold
+            if self.version != cache.version:
+                self.graphs, self.version = {}, cache.version
+            if size not in self.graphs:
+                self.graphs[size] = self.captured(state)
+            step = self.graphs[size]
+            for name, value in state.items():
+                step.state[name].copy_(value)
+            sampled = []
+            for _ in range(steps):
+                step.replay()
+                sampled.append([x.clone() for x in step.result])
+        else:
+            P, L = max(row.prompt_length for row in rows), max(2, max(row.own_length for row in rows) - 1 + steps)
+            sampled = [self.step(state, P, L) for _ in range(steps)]
+        return [torch.stack(x, dim=1)[:len(rows)].tolist() for x in zip(*sampled)]
+
+    def state(self, rows, size):
+        """What a step reads and advances, for `size` rows: those beyond `rows` are surplus."""
+        cache = self.cache
+        _, places, _, _, _ = cache.prompts[0].shape
+        values = {"tokens": ([row.turn_ids[-1] for row in rows], 0),
+                  "positions": ([row.dialogue.next_position + len(row.turn_ids) - 1 for row in rows], 0),
+                  "own_lengths": ([row.own_length - 1 for row in rows], cache.own[0].shape[3] - 1),
+                  "prompt_lengths": ([row.prompt_length for row in rows], 1),
+                  "group_rows": ([row.place * cache.group_size + row.number for row in rows], places * cache.group_size)}
+        return {name: torch.tensor(x + [surplus] * (size - len(rows)), device=self.policy.device)
+                for name, (x, surplus) in values.items()}
+
+    def step(self, state, P, L):
+        """One token for each row, without synchronising with the CPU: advances `state` in place. Returns token ids and
+        log-probabilities, (B,) each."""
+        tokens, log_probs = sample(self.policy, self.hidden(state, P, L), self.temperature, self.generator)
+        state["tokens"].copy_(tokens)
+        state["positions"] += 1
+        state["own_lengths"].add_(1).clamp_(max=self.cache.own[0].shape[3] - 1)
+        return tokens, log_probs
+
+    def hidden(self, state, P, L):
+        arguments = self.policy, self.cache.prompts, self.cache.own, state, P, L, self.cache.group_size
+        if self.layers is not decode_hidden:
+            try:
+                return self.layers(*arguments)
+            except Exception as error:  # whatever it is: what is wrong without compiling shows below
+                self.give_up(f"compiling the decode step failed ({str(error).strip().splitlines()[0][:200]})")
+        return decode_hidden(*arguments)
+
+    def give_up(self, reason):
+        warn(f"{reason}; rollouts go on uncompiled")
+        self.layers, self.capture, self.path = decode_hidden, False, "plain"
+
+    def captured(self, state):
+        """A step on tensors of its own: `state`, `result` and `replay`."""
+        state = {name: value.clone() for name, value in state.items()}
+        P, L = self.cache.prompts[0].shape[3] - 1, self.cache.own[0].shape[3] - 1
+        replay, result, self.pool = capture_graph(lambda: self.step(state, P, L), self.generator, self.pool)
+        return Captured(state, result, replay)
+
+    @torch.no_grad()
+    def check(self):
+        """Says a short text by the compiled (and captured) step and by the plain one, and compares the log-probabilities
+        of the likeliest tokens with those of a float32 pass. Where the RMS error of the former is above twice that of
+        the latter, a warning says so and rollouts go on plain."""
+        ids = [(7 * i) % min(1000, len(self.policy.tokenizer)) for i in range(48)]
+        prompt, whole = Dialogue(prompt_length=32), Dialogue()
+        prompt.add(ids[:32])
+        whole.add(ids)
+        hidden = float32_hidden(self.policy, whole)[32:]
+        exact = (hidden @ self.policy.head.weight.float().T).log_softmax(1).amax(1).cpu()  # (tokens,)
+
+        def error(decoder):
+            # four rows of one prompt, each of which is made to say the text
+            decoder.cache = cache = KVCache(self.policy, 4, 1e18, ROW_UNIT)
+            place = cache.add_prompt(32, 4)
+            rows = [Row(prompt, place=place, number=number, cached=32) for number in range(4)]
+            cache.reserve(4, 32)
+            prefill(self.policy, cache, [(place, prompt)], rows, 0)
+            off = []
+            for token, log_prob in zip(ids[32:], exact):
+                for row in rows:
+                    row.turn_ids.append(token)
+                off.append(torch.tensor(decoder.decode(rows, 1)[1]) - log_prob)
+            return torch.stack(off).square().mean().sqrt().item()
+
+        compiled, plain = copy.copy(self), copy.copy(self)
+        compiled.graphs, compiled.temperature, plain.temperature = {}, 0, 0
+        plain.layers, plain.capture = decode_hidden, False
+        self.errors = error(compiled), error(plain)
+        if compiled.layers is decode_hidden:
+            self.layers, self.capture, self.path = decode_hidden, False, "plain"  # it did not compile, and said so
+        elif not self.errors[0] <= 2 * self.errors[1] + 1e-5:
+            self.give_up("the compiled decode step's log-probabilities are off by {:.1e}, the plain one's by {:.1e}".format(
+                *self.errors))
+
+
+@dataclass
+class Captured:
+    state: dict
+    result: tuple
+    replay: callable
+
+
+def float32_hidden(policy, dialogue):
+    """Hidden states (T, hidden) of a dialogue of text by a plain pass in float32, one layer at a time."""
+    lm = policy.language_model
+    ids = torch.tensor([dialogue.ids], device=policy.device)
+    positions = torch.tensor(dialogue.positions, device=policy.device).T[:, None]
+    hidden = lm.embed_tokens(ids).float()
+    rotary = lm.rotary_emb(hidden, positions)
+    spans = [slice(0, len(dialogue.ids))]
+    for layer in lm.layers:
+        attend = lambda number, q, k, v: attend_pieces(q, k, v, spans, lambda piece: None)
+        hidden = copy.deepcopy(layer).float()(hidden, position_embeddings=rotary, attend=attend)
+    return copy.deepcopy(lm.norm).float()(hidden)[0]

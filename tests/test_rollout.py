@@ -1,0 +1,290 @@
+"""Rollouts: the engine says what the plain loop says, scores what it samples, stays within its rows and its memory,
+compiled and replayed as well."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import ScriptedEnv, chatty, plain_log_probs, random_policy, restless
+
+import generation
+import rollout as rollouts
+from generation import KVCache, decode_hidden, sample
+from model import Policy, token_log_probs
+from rollout import Engine, RolloutConfig, play, rollout
+from video import Video
+
+SHORT = RolloutConfig(max_turn_tokens=24)
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def said(groups):
+    return [e.dialogue.ids for group in groups for e in group]
+
+
+def check_sampled_log_probs(policy, episodes, temperature=1.0):
+    for e in episodes:
+        assert sum(e.dialogue.trained) == len(e.dialogue.sampled_log_probs) > 0
+        with torch.no_grad():
+            plain = plain_log_probs(policy, e.dialogue, temperature)
+        torch.testing.assert_close(torch.tensor(e.dialogue.sampled_log_probs), plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(look_every=5), dict(max_rows=2), dict(max_response_tokens=150)])
+def test_the_engine_says_what_the_plain_loop_says(policy, data, monkeypatch, how):
+    """At temperature 0, token for token: with tool replies, rows that enter as others end, episodes that are cut off."""
+    folder, questions, _ = data
+    policy = restless(policy)
+    monkeypatch.setattr(rollouts, "ZoomEnv", ScriptedEnv)
+    config = RolloutConfig(temperature=0.0, max_turn_tokens=24, **how)
+    plain = [play(policy, question, config, folder) for question in questions[:6]]
+    groups, _ = rollout(policy, questions[:6], 1, config, root=folder)
+    assert said(groups) == [e.dialogue.ids for e in plain]
+    assert [group[0].env.rewards for group in groups] == [e.env.rewards for e in plain]
+    assert [group[0].truncated for group in groups] == [e.truncated for e in plain]
+    assert len({len(e.env.turns) for e in plain}) > 1 and any(e.env.num_calls() for e in plain)
+
+
+def test_the_plain_loop_scores_what_it_samples(policy, data):
+    folder, questions, _ = data
+    policy = chatty(policy)
+    check_sampled_log_probs(policy, [play(policy, questions[0], SHORT, folder, seeded(seed)) for seed in range(3)])
+
+
+@pytest.mark.parametrize("temperature,look_every", [(1.0, None), (0.6, None), (1.0, 5)])
+def test_rollout_scores_what_it_samples(policy, data, temperature, look_every):
+    """Log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and tool replies are
+    appended to, equal those of a plain pass over the finished dialogue."""
+    folder, questions, _ = data
+    policy = chatty(policy)
+    config = RolloutConfig(temperature=temperature, max_turn_tokens=24, look_every=look_every)
+    groups, skipped = rollout(policy, questions[:3], 6, config, root=folder, generator=seeded())
+    episodes = [e for group in groups for e in group]
+    assert not skipped and len(episodes) == 18
+    assert len({len(e.env.turns) for e in episodes}) > 1  # they do not all end together
+    assert max(len(e.env.turns) for e in episodes) > 2
+    check_sampled_log_probs(policy, episodes, temperature)
+
+
+@pytest.mark.parametrize("max_rows,share", [(64, 1.0), (5, 1.0), (1, 1.0), (64, 0.3), (6, 0.3), (64, 0.0)])
+def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, max_rows, share):
+    """However few rows or little memory, the episodes are played, one at a time if need be. `share`: of the memory that
+    an unlimited cache takes."""
+    folder, questions, _ = data
+    policy, taken, left, rows = chatty(policy), [], [], []
+    reserve, make_room = KVCache.reserve, Engine.make_room
+
+    def recording_reserve(cache, *args):
+        reserve(cache, *args)
+        taken.append(sum(t.nbytes for t in (*cache.prompts, *cache.own)))
+
+    def recording_make_room(engine):
+        before = len(engine.live)
+        make_room(engine)
+        left.append(before - len(engine.live))
+        rows.append(len(engine.live))
+
+    monkeypatch.setattr(KVCache, "reserve", recording_reserve)
+    monkeypatch.setattr(Engine, "make_room", recording_make_room)
+    play = lambda **how: rollout(policy, questions[:5], 4, RolloutConfig(max_turn_tokens=24, **how), root=folder,
+                                 generator=seeded())[0]
+    play()
+    unlimited = max(taken)
+    for recorded in (taken, left, rows):
+        recorded.clear()
+    groups = play(max_rows=max_rows, cache_gb=share * unlimited / 1e9)
+    episodes = [e for group in groups for e in group]
+    assert len(episodes) == 20 and all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 2
+    check_sampled_log_probs(policy, episodes)
+    assert max(rows) <= max_rows
+    if share == 0.3:
+        assert max(taken) <= share * unlimited
+    if (max_rows, share) == (64, 0.3):
+        assert sum(left) > 0 and max(rows) > 1  # some had to leave and came back
+    if share == 0:
+        assert max(rows) == 1
+
+
+def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
+    """What the network computes in a rollout: each prompt once a group, and every other token once a row."""
+    folder, questions, _ = data
+    tokens, plain = [], Policy.hidden_states
+    monkeypatch.setattr(Policy, "hidden_states", lambda policy, ids, *args: tokens.append(ids.numel()) or plain(policy, ids, *args))
+    groups, _ = rollout(chatty(policy), questions[:3], 6, RolloutConfig(max_turn_tokens=24, max_rows=12), root=folder,
+                        generator=seeded())
+    expected = 0
+    for group in groups:
+        expected += group[0].dialogue.prompt_length
+        for e in group:  # from the last sampled token on nothing is run
+            last = max(t for t, trained in enumerate(e.dialogue.trained) if trained)
+            expected += last - e.dialogue.prompt_length
+    assert sum(tokens) == expected
+
+
+@pytest.mark.parametrize("vocabulary", [100, 512, 1300])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_come_from_the_softmax(vocabulary, temperature):
+    head = torch.nn.Linear(8, vocabulary, bias=False)
+    torch.nn.init.normal_(head.weight, std=0.5, generator=seeded(0))
+    one = SimpleNamespace(logits=lambda hidden, temperature=1.0: head(hidden).float() / temperature)
+    hidden = torch.randn(1, 8, generator=seeded())
+    with torch.no_grad():
+        expected = (head(hidden)[0].double() / temperature).softmax(0)
+        tokens, log_probs = sample(one, hidden.expand(200_000, 8), temperature, seeded(2))
+        top, top_log_prob = sample(one, hidden, 0)
+        assert top == head(hidden).argmax() and top_log_prob.item() == pytest.approx(head(hidden).log_softmax(1).max().item())
+    torch.testing.assert_close(log_probs, expected.log()[tokens].float(), atol=1e-5, rtol=0)
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    likely = expected * len(tokens) > 5  # chi-squared, as its standard score
+    chi = ((counts - expected * len(tokens)) ** 2 / (expected * len(tokens)))[likely].sum()
+    assert abs(chi - likely.sum()) < 5 * (2 * likely.sum()) ** 0.5
+
+
+def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monkeypatch):
+    folder, questions, _ = data
+    decoded, plain = [], Video.frames_at
+    monkeypatch.setattr(Video, "frames_at", lambda self, times_s: decoded.append((self.path, times_s)) or plain(self, times_s))
+    copies = [q | {"video": shutil.copy(folder / q["video"], folder / f"once{i}.mp4")} for i, q in enumerate(questions[:3])]
+    groups, _ = rollout(policy, copies, 4, RolloutConfig(max_turn_tokens=8), root=folder, generator=seeded(0))
+    assert [len(g) for g in groups] == [4, 4, 4] and all(e.env.frames_shown for g in groups for e in g)
+    assert len(decoded) == 3 and len({path for path, _ in decoded}) == 3
+
+
+def test_unreadable_video_is_named_and_the_rest_goes_on(policy, data):
+    folder, questions, _ = data
+    bad = dict(questions[0], id="bad", video="missing.mp4")
+    groups, skipped = rollout(policy, [questions[0], bad], 1, RolloutConfig(max_turn_tokens=4), root=folder)
+    assert [len(g) for g in groups] == [1, 0] and skipped[0][0] == "bad" and "missing.mp4" in skipped[0][1]
+    groups, skipped = rollout(policy, [bad, bad], 3, root=folder)
+    assert groups == [[], []] and len(skipped) == 2
+
+
+# ------------------------------------------------------------------------------------------ compiled, and as a graph
+@pytest.fixture(scope="module")
+def small():
+    """A restless policy of two layers: compiling takes its time."""
+    torch._dynamo.reset()
+    return restless(random_policy(layers=2))
+
+
+def move(policy):
+    """Another set of weights in the same place, as an update makes them."""
+    with torch.no_grad():
+        for p in policy.language_model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=seeded(3)) * p.abs().mean())
+
+
+def test_compiled_rollouts_say_the_same(small, data, monkeypatch, capsys):
+    """Whole rollouts at temperature 0: rows that enter and leave, one row, as many rows as prompts, two sets of
+    weights. Nothing is compiled again when shapes or weights change, but for a group of one and for as many rows as the
+    cache has."""
+    folder, questions, _ = data
+    monkeypatch.setattr(rollouts, "ZoomEnv", ScriptedEnv)
+    config = lambda compiled, rows=64: RolloutConfig(temperature=0.0, max_turn_tokens=24, max_rows=rows, compile=compiled)
+    start = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for moved in range(2):
+        for rows, number, group_size in ((64, 5, 3), (1, 2, 1), (4, 4, 1), (6, 5, 2)):
+            plain, _ = rollout(small, questions[:number], group_size, config(False, rows), root=folder)
+            engine = Engine(small, group_size, config(True, rows))
+            assert engine.decoder.path == "compiled"
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            groups, _ = engine.play(questions[:number], folder)
+            again, _ = engine.play(questions[:number], folder)
+            assert said(groups) == said(plain) == said(again)
+            if moved:
+                assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+        move(small)
+    assert before - start <= 4
+    assert "warning: " not in capsys.readouterr().err
+
+
+def test_replayed_steps_survive_new_weights(policy, data, monkeypatch):
+    """What a captured decode step works on: tensors that stay where they are, with surplus rows, replayed for several
+    tokens; captured again only when the cache has moved, not when the weights have changed. Here "capturing" keeps the
+    step and replaying computes it."""
+    folder, questions, _ = data
+    policy, captured, sizes = chatty(policy), [], []
+
+    def capture(step, generator, pool):
+        tensors = [t.data_ptr() for t in (*engine.cache.prompts, *engine.cache.own)]
+        captured.append(tensors)
+        result = [torch.zeros_like(x) for x in step()]
+
+        def replay():
+            sizes.append(len(result[0]))
+            assert tensors == [t.data_ptr() for t in (*engine.cache.prompts, *engine.cache.own)]
+            for place, value in zip(result, step()):
+                place.copy_(value)
+
+        return replay, result, pool
+
+    engine = Engine(policy, 5, RolloutConfig(max_turn_tokens=24, compile=False, look_every=3), seeded())
+    engine.cache.row_unit = generation.ROW_UNIT
+    engine.decoder.capture, engine.decoder.layers = True, lambda *args: decode_hidden(*args)
+    monkeypatch.setattr(generation, "capture_graph", capture)
+    for _ in range(2):
+        number = len(captured)
+        groups, _ = engine.play(questions[:3], folder)
+        episodes = [e for group in groups for e in group]
+        assert all(e.env.done for e in episodes) and max(len(e.env.turns) for e in episodes) > 1
+        check_sampled_log_probs(policy, episodes)
+        move(policy)
+    assert len(captured) - number <= 4 < len(sizes) / 3  # another number of rows, or a longer one
+    assert len(set(sizes)) > 1 and all(n % generation.ROW_UNIT == 0 for n in sizes)
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong"])
+def test_what_does_not_compile_or_compute_runs_plain_with_one_warning(policy, data, monkeypatch, capsys, fault):
+    folder, questions, _ = data
+
+    def compiled(*args):
+        if fault == "raises":
+            raise RuntimeError("no compiler here")
+        return decode_hidden(*args) * 1.01
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **how: compiled)
+    config = RolloutConfig(temperature=0.0, max_turn_tokens=12, compile=True)
+    engine = Engine(policy, 2, config)
+    warnings = capsys.readouterr().err.strip().splitlines()
+    assert len(warnings) == 1 and ("no compiler here" if fault == "raises" else "off by") in warnings[0]
+    assert engine.decoder.path == "plain"
+    expected, _ = rollout(policy, questions[:2], 2, RolloutConfig(temperature=0.0, max_turn_tokens=12), root=folder)
+    assert said(engine.play(questions[:2], folder)[0]) == said(expected)
+
+
+def test_one_meaning_of_bfloat16(data):
+    """In bfloat16, sampling, packed scoring and single scoring round differently, but by no more than its precision:
+    stated bounds for the mean and the largest gap of a log-probability."""
+    folder, questions, _ = data
+    policy = chatty(random_policy()).to(torch.bfloat16)
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    groups, _ = rollout(policy, questions[:3], 6, SHORT, root=folder, generator=seeded())
+    dialogues = [[e.dialogue for e in group] for group in groups]
+    sampled = torch.tensor([p for group in dialogues for d in group for p in d.sampled_log_probs])
+    with torch.no_grad():
+        packed, _ = token_log_probs(policy, dialogues)
+        single, _ = token_log_probs(policy, [[d] for group in dialogues for d in group])
+    assert sampled.dtype == packed.dtype == torch.float32
+    for other in (packed, single):
+        gap = (other - sampled).abs()
+        assert gap.mean() < 0.03 and gap.max() < 0.3, (gap.mean(), gap.max())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rollout_on_cuda(policy, data, compiled):
+    """bfloat16, so not the same to 1e-4."""
+    folder, questions, _ = data
+    policy = chatty(policy).to("cuda", torch.bfloat16)
+    groups, _ = rollout(policy, questions[:3], 6, RolloutConfig(max_turn_tokens=24, compile=compiled), root=folder,
+                        generator=torch.Generator("cuda").manual_seed(1))
+    dialogues = [[e.dialogue for e in group] for group in groups]
+    assert sum(map(len, dialogues)) == 18 and max(len(e.env.turns) for group in groups for e in group) > 2
+    sampled = torch.tensor([p for group in dialogues for d in group for p in d.sampled_log_probs])
+    with torch.no_grad():
+        scored, _ = token_log_probs(policy, dialogues)
+    assert (scored.cpu() - sampled).abs().mean() < 0.03

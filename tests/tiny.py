@@ -1,0 +1,85 @@
+"""What several tests play with: a random policy of the demo's architecture, one that says what ends a turn, and the plain
+way to log-probabilities."""
+
+import torch
+
+from demo.synthetic import TINY_PROMPT
+from demo.tiny_base import make_tiny_model, make_tokenizer
+from zoom_env import ZoomEnv
+
+
+def random_policy(seed=0, layers=None):
+    """Nothing that is tested with it depends on what was learned."""
+    torch.manual_seed(seed)
+    texts = [TINY_PROMPT, "The blue scene is at <frame1_time12.04s>, up to <frame2_time20.00s>. A. red"] * 50
+    policy = make_tiny_model(make_tokenizer(texts, vocab_size=400)).freeze_vision()
+    policy.language_model.layers = policy.language_model.layers[:layers]
+    return policy.eval()
+
+
+def plain_log_probs(policy, dialogue, temperature=1.0):
+    """What token_log_probs must equal: transformers' own forward pass over the whole sequence, all logits at once. (Its
+    top level finds image tokens by their value, which a random policy also says; the dialogue knows which are frames.)"""
+    model = policy.hf.model
+    pixels = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
+    embeds = model.language_model.embed_tokens(torch.tensor([dialogue.ids]))
+    embeds[0, torch.tensor(dialogue.is_image)] = model.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+    positions = torch.tensor(dialogue.positions).T[:, None]
+    hidden = model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0]
+    log_p = torch.log_softmax(policy.hf.lm_head(hidden).float() / temperature, dim=-1)
+    return torch.stack([log_p[t - 1, dialogue.ids[t]] for t, trained in enumerate(dialogue.trained) if trained])
+
+
+class ConstantChannel(torch.nn.Module):
+    """Wraps the last norm: channel 0 of what it returns is 1."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden):
+        hidden = self.norm(hidden).clone()
+        hidden[..., 0] = 1.0
+        return hidden
+
+
+def chatty(policy):
+    """A copy of a random policy that often says what ends a turn; a random one never would."""
+    policy = policy.frozen_copy()
+    policy.language_model.norm = ConstantChannel(policy.language_model.norm)
+    weight = 0.3 * policy.head.weight.detach()
+    weight[:, 0] = 0.0
+    weight[[policy.im_end, *policy.tokenizer.encode("</video_zoom>", add_special_tokens=False)], 0] = 4.0
+    policy.hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)  # no longer tied to the embedding
+    return policy
+
+
+class Restless(torch.nn.Module):
+    """Wraps the last norm: what it returns changes a lot with what it gets."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden):
+        return torch.sin(10 * self.norm(hidden).float()).to(hidden.dtype)
+
+
+def restless(policy):
+    """A copy of a random policy whose most likely token is another one each time; a random one repeats itself."""
+    policy = policy.frozen_copy()
+    policy.language_model.norm = Restless(policy.language_model.norm)
+    policy.hf.lm_head.weight = torch.nn.Parameter(policy.head.weight.detach().clone())
+    with torch.no_grad():
+        policy.head.weight[policy.im_end] *= 3  # it ends its turns now and then
+    return policy
+
+
+class ScriptedEnv(ZoomEnv):
+    """Zooms, makes an error or answers, as the length of what is said has it."""
+
+    def step(self, text):
+        zoom = '<think>t</think><video_zoom>{"segment": [%d, %d], "fps": 1}</video_zoom>'
+        number = len(text) + 3 * len(self.turns)
+        says = [zoom % (number, number + 5), "nothing", zoom % (40, 43), "<think>t</think><answer>A</answer>"]
+        return super().step(says[number % 4])
