@@ -51,9 +51,10 @@ SHAPES = {  # of Qwen2.5-VL's config.json
 GROUP, TURN, HEIGHT, WIDTH = 16, 200, 280, 336  # rollouts, tokens of a turn, size of a frame (120 tokens)
 
 
-def make_policy(shape, device, dtype):
+def make_policy(shape, device, dtype, layers=None):
+    """Random weights; `layers`: fewer than the shape's."""
     small = bench_rollout.make_policy()
-    text = SHAPES[shape]
+    text = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     config = small.hf.config.to_dict()
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6] if shape == "tiny" else [16, 24, 24]}
     config["text_config"] |= text | {"rope_parameters": rope, "layer_types": ["full_attention"] * text["num_hidden_layers"],

@@ -1,0 +1,71 @@
+"""Predicts what a compiled decode step launches and moves, from what Inductor says of the code that it generates. It
+needs no GPU and measures no time.
+
+    python tests/bench_launches.py                   both shapes of Qwen2.5-VL
+    python tests/bench_launches.py --shape 3B        one of them
+
+16 rows after 64 + 2 x 16 frames, as in bench_gpu.py, in bfloat16. A step with one decoder layer and one with two are
+compiled on the CPU; the difference is a layer's, and the whole model is the first and as many more layers as it has. A
+launch is a node of Inductor's schedule: a fused kernel or a library's product. Bytes are those of the buffers that each
+node reads and writes, once each (`num_bytes_accessed`). "Once" is all weights and cached keys and values. On a GPU,
+Inductor may fuse otherwise, and the sampling, some ten launches on the logits, is not in it.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch._inductor import metrics
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import bench_gpu  # noqa: E402
+from generation import ROW_UNIT, KVCache, decode_hidden  # noqa: E402
+
+PROMPT, OWN = 64 * 120 + 800, 2 * (16 * 120 + bench_gpu.TURN + 200)  # tokens of the prompt, and after it in each row
+
+
+@torch.no_grad()
+def count(shape, layers):
+    """(launches, bytes, bytes of weights and cache once) of a step with so many layers."""
+    policy = bench_gpu.make_policy(shape, "cpu", torch.bfloat16, layers)
+    cache = KVCache(policy, bench_gpu.GROUP, 1e18, ROW_UNIT)
+    cache.add_prompt(PROMPT, bench_gpu.GROUP)
+    cache.reserve(bench_gpu.GROUP, OWN + 1)
+    state = {name: torch.zeros(bench_gpu.GROUP, dtype=torch.long)
+             for name in ("tokens", "positions", "own_lengths", "prompt_lengths", "group_rows")}
+    state["group_rows"] += torch.arange(bench_gpu.GROUP)
+
+    def step(prompts, own, state):
+        hidden = decode_hidden(policy, prompts, own, state, PROMPT, OWN, bench_gpu.GROUP)
+        return policy.logits(hidden)
+
+    torch._dynamo.reset()
+    metrics.reset()
+    torch.compile(step)(cache.prompts, cache.own, state)
+    weights = [m.weight for m in policy.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    token = sum(t[:, 0, :, 0].nbytes for t in cache.own)
+    once = sum(w.nbytes for w in (*weights, policy.head.weight)) + token * (PROMPT + bench_gpu.GROUP * OWN)
+    return len(metrics.nodes_num_elem), metrics.num_bytes_accessed, once
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=bench_gpu.SHAPES, default=["3B", "7B"])
+    args = parser.parse_args()
+    torch._inductor.config.force_disable_caches = True  # what comes from a cache is not counted
+    logging.getLogger("torch._inductor").setLevel(logging.INFO)  # else nothing is counted at all
+    for name in ("torch._inductor.compile_fx", "torch._inductor.graph", "torch._inductor.scheduler"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).propagate = False
+    print(f"{'':8}{'launches':>10}{'moved GB':>10}{'once GB':>10}{'ratio':>8}")
+    for shape in args.shape:
+        one, two = count(shape, 1), count(shape, 2)
+        more = bench_gpu.SHAPES[shape]["num_hidden_layers"] - 1
+        launches, moved, once = (a + more * (b - a) for a, b in zip(one, two))
+        print(f"{shape:8}{launches:10,}{moved / 1e9:10.2f}{once / 1e9:10.2f}{moved / once:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
