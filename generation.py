@@ -60,11 +60,11 @@ class Row:
 
 # ----------------------------------------------------------------------------------------------------------- cache
 class KVCache:
-    """Keys and values, for each layer one tensor of prompts and one of rows, so that growing never needs room for two
-    caches:
+    """Keys and values, for each layer those of prompts and those of rows in tensors of their own, so that growing never
+    needs room for two caches:
 
-        prompts[layer]    (2, places, kv heads, capacity, D)
-        own[layer]        (2, rows, kv heads, capacity, D)
+        prompts[layer]    keys and values, each (places, kv heads, capacity, D)
+        own[layer]        keys and values, each (rows, kv heads, capacity, D)
 
     Rows are the caller's: row i belongs to its i-th live row. Nobody looks at the last position of a place or a row, so
     surplus rows of a step may write there. All arithmetic of the memory budget is here, in tokens: places * capacity
@@ -75,8 +75,8 @@ class KVCache:
     def __init__(self, policy, group_size, max_bytes, row_unit=1):
         config = policy.language_model.config
         layers, heads, D = len(policy.language_model.layers), config.num_key_value_heads, policy.head_dim
-        empty = torch.zeros(2, 0, heads, 0, D, dtype=policy.dtype, device=policy.device)
-        self.prompts, self.own = [empty] * layers, [empty] * layers
+        empty = torch.zeros(0, heads, 0, D, dtype=policy.dtype, device=policy.device)
+        self.prompts, self.own = ([[empty, empty] for _ in range(layers)] for _ in range(2))
         self.max_tokens = int(max_bytes // (layers * 2 * heads * D * empty.itemsize))
         self.group_size, self.row_unit = group_size, row_unit
         self.version = 0  # changes when a tensor does
@@ -115,9 +115,9 @@ class KVCache:
         little more than needed; if that is above the budget, they become what is needed."""
         rows, length = -(-rows // self.row_unit) * self.row_unit, length + 1
         need_prompts, need_own = self._prompt_shape(), (rows, length if rows else 0)
-        prompts = tuple(map(max, need_prompts, self.prompts[0].shape[1:4:2]))
-        own = tuple(map(max, need_own, self.own[0].shape[1:4:2]))
-        if length > self.own[0].shape[3] and rows:
+        prompts = tuple(map(max, need_prompts, self.prompts[0][0].shape[0:3:2]))
+        own = tuple(map(max, need_own, self.own[0][0].shape[0:3:2]))
+        if length > self.own[0][0].shape[2] and rows:
             own = own[0], length + length // 4
         if prompts[0] * prompts[1] + own[0] * own[1] > self.max_tokens:
             left = self.max_tokens - need_prompts[0] * need_prompts[1]
@@ -126,18 +126,24 @@ class KVCache:
         self._resize(self.own, *own)
 
     def _resize(self, tensors, places, capacity):
-        if tensors[0].shape[1:4:2] == (places, capacity):
+        if tensors[0][0].shape[0:3:2] == (places, capacity):
             return
         self.version += 1
-        for layer, old in enumerate(tensors):
-            tensors[layer] = old.new_zeros(2, places, old.shape[2], capacity, old.shape[4])
-            tensors[layer][:, :old.shape[1], :, :old.shape[3]] = old[:, :places, :, :capacity]
+        for pair in tensors:
+            for i, old in enumerate(pair):
+                pair[i] = old.new_zeros(places, old.shape[1], capacity, old.shape[3])
+                pair[i][:old.shape[0], :, :old.shape[2]] = old[:places, :, :capacity]
+
+    def tensors(self):
+        """All of them."""
+        return [tensor for pair in (*self.prompts, *self.own) for tensor in pair]
 
     def swap(self, a, b, length):
         """The first `length` tokens of rows a and b change places."""
         if a != b:
-            for own in self.own:
-                own[:, [a, b], :, :length] = own[:, [b, a], :, :length]
+            for pair in self.own:
+                for own in pair:
+                    own[[a, b], :, :length] = own[[b, a], :, :length]
 
 
 # --------------------------------------------------------------------------------------------------------- prefill
@@ -173,20 +179,19 @@ def prefill(policy, cache, prompts, rows, first_row):
 def attend_prefill(cache, spans, pieces, first_row, layer, query, key, value):
     """Stores keys and values of a pack's pieces and attends: a prompt sees itself; what stands in a row sees its
     prompt, the row's earlier tokens and itself. query (1, heads, T, D); returns (1, T, heads, D)."""
-    prompts, own = cache.prompts[layer], cache.own[layer]
-    new = torch.cat([key, value])  # (2, kv heads, T, D)
-    for span, ((d, start, stop), place, i) in zip(spans, pieces):
-        if i is None:
-            prompts[:, place, :, :stop] = new[:, :, span]
-        else:
-            own[:, first_row + i, :, start - d.prompt_length:stop - d.prompt_length] = new[:, :, span]
+    for prompts, own, new in zip(cache.prompts[layer], cache.own[layer], (key[0], value[0])):  # new: (kv heads, T, D)
+        for span, ((d, start, stop), place, i) in zip(spans, pieces):
+            if i is None:
+                prompts[place, :, :stop] = new[:, span]
+            else:
+                own[first_row + i, :, start - d.prompt_length:stop - d.prompt_length] = new[:, span]
 
     def before(number):
         (d, start, _), place, i = pieces[number]
         if i is None:
             return None
-        seen = [prompts[:, place, :, :d.prompt_length], own[:, first_row + i, :, :start - d.prompt_length]]
-        return torch.cat(seen, dim=2)[:, None]  # (2, 1, kv heads, S, D): key and value
+        return [torch.cat([prompts[place, :, :d.prompt_length], own[first_row + i, :, :start - d.prompt_length]], dim=1)[None]
+                for prompts, own in zip(cache.prompts[layer], cache.own[layer])]
 
     return attend_pieces(query, key, value, spans, before)
 
@@ -202,7 +207,7 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
             row one beyond the last.
         P, L: how many positions of the prompts, and of the rows' own tokens, are looked at."""
     group_rows, own_lengths = state["group_rows"], state["own_lengths"]
-    B, places, device = len(group_rows), prompts[0].shape[1], own_lengths.device
+    B, places, device = len(group_rows), len(prompts[0][0]), own_lengths.device
     rows = torch.arange(B, device=device)
     unseen = torch.cat([torch.arange(P, device=device) >= state["prompt_lengths"][:, None],
                         torch.arange(L, device=device) > own_lengths[:, None]], dim=1)[:, None, None]
@@ -212,6 +217,8 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
         heads, D = key.shape[1], key.shape[3]
         own[layer][0][rows, :, own_lengths] = key[:, :, 0]
         own[layer][1][rows, :, own_lengths] = value[:, :, 0]
+        prompt_keys, prompt_values = (x[:, :, :P] for x in prompts[layer])
+        own_keys, own_values = (x[:B, :, :L] for x in own[layer])
         query = query.reshape(B, heads, -1, D)  # the heads that share a key are several queries of it
         n = query.shape[2]
 
@@ -223,11 +230,10 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
             x = x.view(places, heads, group_size, n, -1).transpose(1, 2).reshape(places * group_size, heads, n, -1)
             return x[group_rows.clamp(max=places * group_size - 1)]
 
-        of_prompt, of_own = prompts[layer][:, :, :, :P], own[layer][:, :B, :, :L]
-        scores = torch.cat([by_row(by_prompt(query).float() @ of_prompt[0].float().transpose(2, 3)),
-                            query.float() @ of_own[0].float().transpose(2, 3)], dim=3)  # (B, heads, n, P + L)
+        scores = torch.cat([by_row(by_prompt(query).float() @ prompt_keys.float().transpose(2, 3)),
+                            query.float() @ own_keys.float().transpose(2, 3)], dim=3)  # (B, heads, n, P + L)
         p = (scores * D ** -0.5).masked_fill(unseen, float("-inf")).softmax(dim=3).to(value.dtype)
-        out = by_row(by_prompt(p[..., :P]) @ of_prompt[1]) + p[..., P:] @ of_own[1]
+        out = by_row(by_prompt(p[..., :P]) @ prompt_values) + p[..., P:] @ own_values
         return out.view(B, 1, -1, D)
 
     positions = state["positions"].expand(3, B)[..., None]
@@ -299,10 +305,10 @@ class Decoder:
     def state(self, rows, size):
         """What a step reads and advances, for `size` rows: those beyond `rows` are surplus."""
         cache = self.cache
-        _, places, _, _, _ = cache.prompts[0].shape
+        places = len(cache.prompts[0][0])
         values = {"tokens": ([row.turn_ids[-1] for row in rows], 0),
                   "positions": ([row.dialogue.next_position + len(row.turn_ids) - 1 for row in rows], 0),
-                  "own_lengths": ([row.own_length - 1 for row in rows], cache.own[0].shape[3] - 1),
+                  "own_lengths": ([row.own_length - 1 for row in rows], cache.own[0][0].shape[2] - 1),
                   "prompt_lengths": ([row.prompt_length for row in rows], 1),
                   "group_rows": ([row.place * cache.group_size + row.number for row in rows], places * cache.group_size)}
         return {name: torch.tensor(x + [surplus] * (size - len(rows)), device=self.policy.device)
@@ -314,7 +320,7 @@ class Decoder:
         tokens, log_probs = sample(self.policy, self.hidden(state, P, L), self.temperature, self.generator)
         state["tokens"].copy_(tokens)
         state["positions"] += 1
-        state["own_lengths"].add_(1).clamp_(max=self.cache.own[0].shape[3] - 1)
+        state["own_lengths"].add_(1).clamp_(max=self.cache.own[0][0].shape[2] - 1)
         return tokens, log_probs
 
     def hidden(self, state, P, L):
@@ -333,7 +339,7 @@ class Decoder:
     def captured(self, state):
         """A step on tensors of its own: `state`, `result` and `replay`."""
         state = {name: value.clone() for name, value in state.items()}
-        P, L = self.cache.prompts[0].shape[3] - 1, self.cache.own[0].shape[3] - 1
+        P, L = self.cache.prompts[0][0].shape[2] - 1, self.cache.own[0][0].shape[2] - 1
         replay, result, self.pool = capture_graph(lambda: self.step(state, P, L), self.generator, self.pool)
         return Captured(state, result, replay)
 

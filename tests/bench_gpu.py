@@ -155,7 +155,7 @@ def measure_generation(policy, group, args, prefill_s, bandwidth, rows):
         e.turn_ids = [0]
     linear = [m.weight for m in policy.language_model.modules() if isinstance(m, torch.nn.Linear)]
     read = sum(w.nbytes for w in (*linear, policy.head.weight))
-    read += sum(t[:, :, :, 0].nbytes // t.shape[1] for t in cache.own) * (prompt + GROUP * own)
+    read += sum(t[0, :, 0].nbytes for pair in cache.own for t in pair) * (prompt + GROUP * own)
     for way in ("compiled", "plain"):
         decoder = Decoder(policy, cache, 1.0, None, way == "compiled")
         if way == "compiled":

@@ -80,7 +80,7 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
 
     def recording_reserve(cache, *args):
         reserve(cache, *args)
-        taken.append(sum(t.nbytes for t in (*cache.prompts, *cache.own)))
+        taken.append(sum(t.nbytes for t in cache.tensors()))
 
     def recording_make_room(engine):
         before = len(engine.live)
@@ -210,13 +210,13 @@ def test_replayed_steps_survive_new_weights(policy, data, monkeypatch):
     policy, captured, sizes = chatty(policy), [], []
 
     def capture(step, generator, pool):
-        tensors = [t.data_ptr() for t in (*engine.cache.prompts, *engine.cache.own)]
+        tensors = [t.data_ptr() for t in engine.cache.tensors()]
         captured.append(tensors)
         result = [torch.zeros_like(x) for x in step()]
 
         def replay():
             sizes.append(len(result[0]))
-            assert tensors == [t.data_ptr() for t in (*engine.cache.prompts, *engine.cache.own)]
+            assert tensors == [t.data_ptr() for t in engine.cache.tensors()]
             for place, value in zip(result, step()):
                 place.copy_(value)
 
