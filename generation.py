@@ -203,38 +203,42 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
     Args:
         prompts, own: the cache's tensors.
         state: dict of (B,) tensors: `tokens`, their `positions`, `own_lengths`: how many own tokens are cached,
-            `prompt_lengths`, and `group_rows`: place of the prompt * group_size + number in the group; for a surplus
-            row one beyond the last.
+            `group_rows`: place of the prompt * group_size + number in the group, for a surplus row one beyond the
+            last; and `prompt_lengths`, (places,).
         P, L: how many positions of the prompts, and of the rows' own tokens, are looked at."""
     group_rows, own_lengths = state["group_rows"], state["own_lengths"]
     B, places, device = len(group_rows), len(prompts[0][0]), own_lengths.device
     rows = torch.arange(B, device=device)
-    unseen = torch.cat([torch.arange(P, device=device) >= state["prompt_lengths"][:, None],
-                        torch.arange(L, device=device) > own_lengths[:, None]], dim=1)[:, None, None]
+    beyond_prompt = (torch.arange(P, device=device) >= state["prompt_lengths"][:, None])[:, None, None]
+    beyond_own = (torch.arange(L, device=device) > own_lengths[:, None])[:, None, None]
 
     def attend(layer, query, key, value):
-        """A prompt's keys are read once for all rows that share it; one softmax over the prompt and the row's own."""
+        """A prompt's keys are read once for all rows that share it. The softmax over a row's prompt and own tokens is
+        that of two parts, each with the sum of its exponentials."""
         heads, D = key.shape[1], key.shape[3]
         own[layer][0][rows, :, own_lengths] = key[:, :, 0]
         own[layer][1][rows, :, own_lengths] = value[:, :, 0]
-        prompt_keys, prompt_values = (x[:, :, :P] for x in prompts[layer])
-        own_keys, own_values = (x[:B, :, :L] for x in own[layer])
         query = query.reshape(B, heads, -1, D)  # the heads that share a key are several queries of it
         n = query.shape[2]
 
-        def by_prompt(x):  # (B, heads, n, any) to (places, heads, group_size * n, any); a surplus row goes nowhere
-            x = x.new_zeros(places * group_size + 1, *x.shape[1:]).index_copy(0, group_rows, x)[:-1]
-            return x.view(places, group_size, heads, n, -1).transpose(1, 2).reshape(places, heads, group_size * n, -1)
+        def part(query, keys, values, unseen):  # (.., D) of float32: sum of p * values; (.., 1): sum of p, and log of p's unit
+            scores = query.float() @ keys.float().transpose(2, 3) * D ** -0.5
+            scores = scores.masked_fill(unseen, float("-inf"))
+            top = scores.amax(3, keepdim=True)
+            p = (scores - top).exp().to(values.dtype)
+            return torch.cat([(p @ values).float(), p.float().sum(3, keepdim=True), top], dim=3)
 
-        def by_row(x):  # and back
-            x = x.view(places, heads, group_size, n, -1).transpose(1, 2).reshape(places * group_size, heads, n, -1)
-            return x[group_rows.clamp(max=places * group_size - 1)]
-
-        scores = torch.cat([by_row(by_prompt(query).float() @ prompt_keys.float().transpose(2, 3)),
-                            query.float() @ own_keys.float().transpose(2, 3)], dim=3)  # (B, heads, n, P + L)
-        p = (scores * D ** -0.5).masked_fill(unseen, float("-inf")).softmax(dim=3).to(value.dtype)
-        out = by_row(by_prompt(p[..., :P]) @ prompt_values) + p[..., P:] @ own_values
-        return out.view(B, 1, -1, D)
+        # rows to prompts and back: (B, heads, n, ..) to (places, heads, group_size * n, ..); a surplus row goes nowhere
+        q = query.new_zeros(places * group_size + 1, heads, n, D).index_copy(0, group_rows, query)[:-1]
+        q = q.view(places, group_size, heads, n, D).transpose(1, 2).reshape(places, heads, group_size * n, D)
+        of_prompt = part(q, *(x[:, :, :P] for x in prompts[layer]), beyond_prompt)
+        of_prompt = of_prompt.view(places, heads, group_size, n, D + 2).transpose(1, 2).flatten(0, 1)
+        of_prompt = of_prompt[group_rows.clamp(max=places * group_size - 1)]
+        of_own = part(query, *(x[:B, :, :L] for x in own[layer]), beyond_own)
+        # both in one unit
+        top = torch.maximum(of_prompt[..., -1:], of_own[..., -1:])
+        total = sum(x[..., :-1] * (x[..., -1:] - top).exp() for x in (of_prompt, of_own))
+        return (total[..., :-1] / total[..., -1:]).to(value.dtype).view(B, 1, -1, D)
 
     positions = state["positions"].expand(3, B)[..., None]
     return policy.hidden_states(state["tokens"][:, None], positions, attend)[:, 0]
@@ -243,21 +247,24 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
 def sample(policy, hidden, temperature, generator=None):
     """Samples from softmax(logits / temperature); 0 takes the most likely token. hidden (B, hidden). Returns token ids
     and their log-probabilities (of temperature 1 at 0), (B,) each."""
-    log_p = policy.logits(hidden, temperature or 1.0).log_softmax(1)  # (B, vocabulary)
-    if temperature == 0:
-        log_prob, token = log_p.max(1)
-        return token, log_prob
+    p = policy.logits(hidden, temperature or 1.0)  # (B, vocabulary); in place from here: each copy would be 40 MB
+    most, token = p.max(1, keepdim=True)
+    p = p.sub_(most).exp_()
+    B, V, whole = *p.shape, p.shape[1] // BLOCK * BLOCK
+    # the mass of each block of the vocabulary, and of what is left behind the last one
+    mass = torch.cat([p[:, :whole].view(B, -1, BLOCK).sum(2) if whole else p[:, :0], p[:, whole:].sum(1, keepdim=True)], 1)
+    if temperature > 0:
 
-    def draw(p):  # (B, choices): the first choice at which the sum of those before and it exceeds a random share
-        mass = p.cumsum(1, dtype=torch.float64)
-        share = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
-        return torch.searchsorted(mass, share * mass[:, -1:], right=True)[:, 0]
+        def draw(p):  # (B, choices): the first at which the sum of those before and it exceeds a random share
+            total = p.cumsum(1, dtype=torch.float64)
+            share = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
+            return torch.searchsorted(total, share * total[:, -1:], right=True)
 
-    # first a block of the vocabulary, then a token of it: two short sums in place of one long one
-    p = F.pad(log_p.exp(), (0, -log_p.shape[1] % BLOCK)).view(len(log_p), -1, BLOCK)
-    block = draw(p.sum(2))
-    token = block * BLOCK + draw(p[torch.arange(len(p), device=p.device), block])
-    return token, log_p.gather(1, token[:, None])[:, 0]
+        # first a block, then a token of it: two short sums in place of one long one
+        inside = draw(mass) * BLOCK + torch.arange(BLOCK, device=p.device)
+        token = inside.gather(1, draw(p.gather(1, inside.clamp(max=V - 1)).masked_fill_(inside >= V, 0)))
+    log_prob = (p.gather(1, token) / mass.sum(1, keepdim=True)).log()
+    return token[:, 0], log_prob[:, 0]
 
 
 class Decoder:
@@ -309,10 +316,10 @@ class Decoder:
         values = {"tokens": ([row.turn_ids[-1] for row in rows], 0),
                   "positions": ([row.dialogue.next_position + len(row.turn_ids) - 1 for row in rows], 0),
                   "own_lengths": ([row.own_length - 1 for row in rows], cache.own[0][0].shape[2] - 1),
-                  "prompt_lengths": ([row.prompt_length for row in rows], 1),
                   "group_rows": ([row.place * cache.group_size + row.number for row in rows], places * cache.group_size)}
-        return {name: torch.tensor(x + [surplus] * (size - len(rows)), device=self.policy.device)
-                for name, (x, surplus) in values.items()}
+        state = {name: x + [surplus] * (size - len(rows)) for name, (x, surplus) in values.items()}
+        state["prompt_lengths"] = cache.lengths + [1] * (places - len(cache.lengths))
+        return {name: torch.tensor(x, device=self.policy.device) for name, x in state.items()}
 
     def step(self, state, P, L):
         """One token for each row, without synchronising with the CPU: advances `state` in place. Returns token ids and

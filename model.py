@@ -145,7 +145,8 @@ class Policy(torch.nn.Module):
 
     def logits(self, hidden, temperature=1.0):
         """Float32 logits over the vocabulary, divided by the temperature: sampled and scored from the same ones."""
-        return self.head(hidden).float() / temperature
+        logits = self.head(hidden).float()
+        return logits if temperature == 1 else logits / temperature
 
     def score(self, hidden, targets, temperature, entropy):
         log_p = F.log_softmax(self.logits(hidden, temperature), dim=-1)  # (N, vocabulary)

@@ -7,17 +7,17 @@ needs no GPU and measures no time.
 16 rows after 64 + 2 x 16 frames, as in bench_gpu.py, in bfloat16. A step with one decoder layer and one with two are
 compiled on the CPU; the difference is a layer's, and the whole model is the first and as many more layers as it has. A
 launch is a node of Inductor's schedule: a fused kernel or a library's product. Bytes are those of the buffers that each
-node reads and writes, once each (`num_bytes_accessed`). "Once" is all weights and cached keys and values. On a GPU,
-Inductor may fuse otherwise, and the sampling, some ten launches on the logits, is not in it.
+node reads and writes, once each, as Inductor counts them; but of a scatter that is part of a fused kernel only the
+places that it writes, where Inductor counts the whole buffer. "Once" is all weights and cached keys and values, in the
+compute dtype. On a GPU, Inductor may fuse otherwise, and the sampling, some ten launches on the logits, is not in it.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 import torch
-from torch._inductor import metrics
+from torch._inductor.scheduler import FusedSchedulerNode, NopKernelSchedulerNode
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import bench_gpu  # noqa: E402
@@ -37,20 +37,42 @@ def count(shape, layers):
     cache.add_prompt(PROMPT, bench_gpu.GROUP)
     cache.reserve(bench_gpu.GROUP, OWN + 1)
     state = {name: torch.zeros(bench_gpu.GROUP, dtype=torch.long)
-             for name in ("tokens", "positions", "own_lengths", "prompt_lengths", "group_rows")}
+             for name in ("tokens", "positions", "own_lengths", "group_rows")}
+    state["prompt_lengths"] = torch.ones(len(cache.prompts[0][0]), dtype=torch.long)
     state["group_rows"] += torch.arange(bench_gpu.GROUP)
 
     def step(prompts, own, state):
         hidden = decode_hidden(policy, prompts, own, state, PROMPT, OWN, bench_gpu.GROUP)
         return policy.logits(hidden)
 
+    launches = []  # bytes of each
+
+    def look(nodes):
+        launches.extend(moved_bytes(node) for node in nodes if not isinstance(node, NopKernelSchedulerNode))
+        return nodes
+
     torch._dynamo.reset()
-    metrics.reset()
+    torch._inductor.config._post_fusion_custom_pass = look
     torch.compile(step)(cache.prompts, cache.own, state)
     weights = [m.weight for m in policy.language_model.modules() if isinstance(m, torch.nn.Linear)]
     token = sum(t[0, :, 0].nbytes for pair in cache.own for t in pair)
     once = sum(w.nbytes for w in (*weights, policy.head.weight)) + token * (PROMPT + bench_gpu.GROUP * OWN)
-    return len(metrics.nodes_num_elem), metrics.num_bytes_accessed, once
+    return len(launches), sum(launches), once
+
+
+def moved_bytes(node):
+    """Of a node of Inductor's schedule, once for each buffer."""
+    if not isinstance(node, FusedSchedulerNode):
+        return node.get_read_write_buffers_sizes()
+    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    total = sum(accesses.values())
+    for part in node.snodes:
+        if changed := [name for buffer in part.get_outputs() for name in buffer.get_mutations()]:
+            # a scatter: what it writes in place has two names
+            inside = part.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+            for name in {*changed, *part.get_buffer_names()} & accesses.keys():
+                total += min(0, inside.get(name, 0) - accesses[name])
+    return total
 
 
 def main():
@@ -58,10 +80,6 @@ def main():
     parser.add_argument("--shape", nargs="+", choices=bench_gpu.SHAPES, default=["3B", "7B"])
     args = parser.parse_args()
     torch._inductor.config.force_disable_caches = True  # what comes from a cache is not counted
-    logging.getLogger("torch._inductor").setLevel(logging.INFO)  # else nothing is counted at all
-    for name in ("torch._inductor.compile_fx", "torch._inductor.graph", "torch._inductor.scheduler"):
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).propagate = False
     print(f"{'':8}{'launches':>10}{'moved GB':>10}{'once GB':>10}{'ratio':>8}")
     for shape in args.shape:
         one, two = count(shape, 1), count(shape, 2)
