@@ -248,21 +248,23 @@ def sample(policy, hidden, temperature, generator=None):
     """Samples from softmax(logits / temperature); 0 takes the most likely token. hidden (B, hidden). Returns token ids
     and their log-probabilities (of temperature 1 at 0), (B,) each."""
     p = policy.logits(hidden, temperature or 1.0)  # (B, vocabulary); in place from here: each copy would be 40 MB
-    most, token = p.max(1, keepdim=True)
-    p = p.sub_(most).exp_()
     B, V, whole = *p.shape, p.shape[1] // BLOCK * BLOCK
-    # the mass of each block of the vocabulary, and of what is left behind the last one
-    mass = torch.cat([p[:, :whole].view(B, -1, BLOCK).sum(2) if whole else p[:, :0], p[:, whole:].sum(1, keepdim=True)], 1)
-    if temperature > 0:
+    # the vocabulary in blocks, (B, blocks, tokens), the last one shorter
+    blocks = [p[:, :whole].view(B, -1, BLOCK)] * (whole > 0) + [p[:, None, whole:]] * (whole < V)
+    most = torch.cat([x.amax(2) for x in blocks], 1)  # logits so far
+    p.sub_(most.amax(1, keepdim=True)).exp_()
+    mass = torch.cat([x.sum(2) for x in blocks], 1)
 
-        def draw(p):  # (B, choices): the first at which the sum of those before and it exceeds a random share
-            total = p.cumsum(1, dtype=torch.float64)
-            share = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
-            return torch.searchsorted(total, share * total[:, -1:], right=True)
+    def draw(p):  # (B, choices): the first at which the sum of those before and it exceeds a random share
+        total = p.cumsum(1, dtype=torch.float64)
+        share = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
+        return torch.searchsorted(total, share * total[:, -1:], right=True)
 
-        # first a block, then a token of it: two short sums in place of one long one
-        inside = draw(mass) * BLOCK + torch.arange(BLOCK, device=p.device)
-        token = inside.gather(1, draw(p.gather(1, inside.clamp(max=V - 1)).masked_fill_(inside >= V, 0)))
+    # first a block, then a token of it: two short sums in place of one long one
+    block = draw(mass) if temperature > 0 else most.argmax(1, keepdim=True)
+    ids = block * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, ids.clamp(max=V - 1)).masked_fill_(ids >= V, 0)
+    token = ids.gather(1, draw(inside) if temperature > 0 else inside.argmax(1, keepdim=True))
     log_prob = (p.gather(1, token) / mass.sum(1, keepdim=True)).log()
     return token[:, 0], log_prob[:, 0]
 
