@@ -1,4 +1,4 @@
-"""The world that the policy acts in: overview, tools, turns, rounds, grading and rewards. No model in it.
+"""The world that the policy acts in: overview, tools, turns, rounds and rewards. No model in it.
 
 One episode (paper, section 3.1): the policy first sees a few frames of the whole video, the overview. In each
 turn it thinks, then either calls the tool
@@ -25,11 +25,11 @@ call or answer is told so and costs a round; the question comes before the frame
 import copy
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from answers import LETTERS, grade, option_texts
 from video import VideoError, open_video, read_frames
 
 # Trained checkpoints know these words, and those of the errors below: another text needs new training.
@@ -44,7 +44,6 @@ not above ZOOM_MAX_FRAMES;
 MAY_ZOOM = "You may zoom in {left} more time(s), or answer now."
 LAST_TURN = "You cannot zoom in any more. Give your final answer now, without <video_zoom>."
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options
 LONG_S = 600  # longer videos are overviewed by key frames
 
 
@@ -115,8 +114,7 @@ class ZoomEnv:
         self.duration_s = open_video(self.path).duration_s
         frames = self._overview()
         lines = [self.question["question"].strip()]
-        for letter, option in zip(LETTERS, self.question.get("options") or []):
-            lines.append(option if re.match(rf"\(?{letter}[.):]\s", option) else f"{letter}. {option}")
+        lines += self._options()
         lines.append(f"The video lasts {self.duration_s:.2f} seconds. {len(frames)} frames of it:\n")
         system = self.config.system_prompt.replace("ZOOM_MAX_FRAMES", str(self.config.zoom_max_frames))
         user = ["\n".join(lines), *self._show(frames), "\n" + self._go_on()]
@@ -179,7 +177,7 @@ class ZoomEnv:
         """The episode for a reader: what was asked, looked at, said and answered."""
         times = lambda frames: f"{len(frames)} frames, {frames[0].time_s:.2f} s to {frames[-1].time_s:.2f} s"
         lines = [f"{self.question['video']}: {self.question['question']}"]
-        lines += [f"  {a}. {option}" for a, option in zip(LETTERS, self.question.get("options") or [])]
+        lines += ["  " + line for line in self._options()]
         lines.append(f"  overview: {times(self.watched[0])}")
         clips = iter(self.watched[1:])
         for number, turn in enumerate(self.turns, 1):
@@ -189,6 +187,9 @@ class ZoomEnv:
             elif turn.error:
                 lines.append(f"    {turn.error}")
         return "\n".join(lines)
+
+    def _options(self):
+        return [f"{a}. {option}" for a, option in zip(LETTERS, option_texts(self.question.get("options") or []))]
 
     def _overview(self):
         if chosen := self.question.get("overview_frames"):
@@ -355,75 +356,10 @@ def stop_strings():
     return tuple(f"</{tag}>" for tag in TOOLS)
 
 
-# ---------------------------------------------------------------------------------------- rewards and grading
+# ---------------------------------------------------------------------------------------------------- rewards
 def reward_parts(env):
     """{part: from 0 to 1} for each of REWARD_PARTS, of an episode that is over."""
     accuracy = grade(env.answer(), env.question)
     well_formed = env.answer() is not None and all(turn.well_formed for turn in env.turns)
     used_tool = accuracy >= 0.5 and env.num_calls() > 0
     return {"accuracy": accuracy, "format": float(well_formed), "tool": float(used_tool)}
-
-
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-+]?\.\d+")
-
-
-def grade(answer, question):
-    """How right an answer text is, from 0 to 1: exact for a letter, a number (relative 1e-6) or normalised
-    text, the intersection over union for a time segment."""
-    if answer is None:
-        return 0.0
-    truth, kind = question["answer"], question["answer_type"]
-    answer = answer[:10_000]
-    if kind == "multiple_choice":
-        return float(read_letter(answer, question["options"]) == str(truth).strip().upper())
-    if kind == "number":
-        numbers = [float(n.replace(",", "")) for n in NUMBER.findall(answer)]
-        return float(len(numbers) == 1 and math.isclose(numbers[0], float(truth), rel_tol=1e-6, abs_tol=1e-9))
-    if kind == "segment":
-        numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", answer)]
-        if len(numbers) != 2 or not numbers[0] < numbers[1]:
-            return 0.0
-        both = max(0.0, min(numbers[1], truth[1]) - max(numbers[0], truth[0]))
-        return both / (numbers[1] - numbers[0] + truth[1] - truth[0] - both)
-    return float(bool(normalise(truth)) and normalise(answer) == normalise(truth))
-
-
-def read_letter(text, options):
-    """The option letter that an answer text names, or None: B, b, (B), B., B: text, \\boxed{B}, option B, or
-    the text of one option. Two different letters name none."""
-    letters = LETTERS[: len(options)]
-    text = text.strip(" \n\t*\"'`")
-    if text.count("\\boxed{") == 1:
-        text = text.partition("\\boxed{")[2].rstrip(" \n.$}").strip().removeprefix("\\text{").strip()
-    same = [letter for letter, option in zip(letters, options) if normalise(option) == normalise(text)]
-    lead = re.match(rf"\(?([{letters}])[.):]\s", text)  # normalise drops it: it must not contradict the text
-    if len(same) == 1 and normalise(text) and (not lead or lead[1] == same[0]):
-        return same[0]
-    text = re.sub(r"^(?:the\s+)?(?:(?:final|correct|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*"
-                  r"(?:option\s+)?", "", text, flags=re.IGNORECASE)
-    match = re.fullmatch(rf"[\(\[*\s]*([{letters}{letters.lower()}])(?:[\)\]*\s]*|[\)\]*\s]*[.:,)\]]\s*(.*))",
-                         text, re.DOTALL)
-    if not match:
-        match = re.fullmatch(rf"[\(\[]?([{letters}])[\)\]]?\s+(.+)", text, re.DOTALL)  # "B the red one"
-        if match and normalise(match[2]) != normalise(options[letters.index(match[1])]):
-            return None
-    if not match:
-        return None
-    letter, rest = match[1].upper(), match[2] if match.lastindex == 2 else None
-    others = {normalise(option) for option in options} - {normalise(options[letters.index(letter)])}
-    if rest and normalise(rest) in others:
-        return None  # the letter of one option with the text of another
-    named = {word.strip(".,:;()[]*") for word in rest.split()} if rest else set()
-    if named - {letter} and named <= {*letters, "", "and", "or"}:  # "A, B"
-        return None
-    if rest and re.search(rf"\b(?:or|and)\s+\(?[{letters}]\b", rest):
-        return None
-    return letter
-
-
-def normalise(text):
-    """Lower case, without articles, punctuation, a leading option letter and extra white space."""
-    text = re.sub(r"^\s*\(?[A-Z][.):]\s+", "", str(text))
-    text = re.sub(r"[^\w\s.%-]", " ", text.lower())
-    text = re.sub(r"\b(?:a|an|the)\b(?=\s+\w)", " ", text)  # an article, not the answer "A"
-    return " ".join(word.strip(".") for word in text.split())
