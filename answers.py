@@ -1,18 +1,17 @@
-"""Grading: what an answer text says, whatever a model wraps it in.
+"""Grading: what an answer text says, however it is wrapped. Nothing can raise; all is linear.
 
-    number    about −3 s  -> -3         two numbers are wrong
-    segment   01:05 – 1 min 20 s -> 65 s to 80 s
-    letter    in four stages, each a function or a pattern below:
-      plain       width, LaTeX, markup    （B）   **B**   $B$   \\boxed{\\mathbf{B}}   <b>B</b>            -> B
-      a lead      the letter first        b   (b)   B. red   B - red   B、红色   B\\nIt is red.          -> B
-      a phrase    words before or after   So the answer is B.   I'd choose (B)   B is correct   答案是B  -> B
-      a text      of one option           red   The red.   The answer is red                            -> its letter
+    number     about −3 s -> -3; two numbers are wrong
+    segment    01:05 – 1 min 20 s -> 65 s to 80 s
+    letter     in four stages, each a function or a pattern below:
+      plain    width, LaTeX, markup     （B）   **B**   $B$   \\boxed{\\mathbf{B}}   <b>B</b>             -> B
+      lead     the letter comes first   b   (b)   B. red   B - red   B、红色   B\\nIt is red.   B, not A   -> B
+      phrase   words lead to it         So the answer is B.   I'd choose (B)   B is correct   答案是B    -> B
+      text     of one option            red   The red.   The answer is red.   B red          -> its letter
 
-A letter counts where it stands as one (not in A car, I think, T-shirt, team B) and is not denied (not B, B is wrong).
-Two letters, or one with the text of another option, name none. Nothing that is said can raise; all is linear in time.
+A letter counts where it stands for an option (not in: A car, I think, T-shirt, team B) and is not denied (not
+B; B is wrong). Two letters name none (A or B; The answer is A. No, B.), nor one with another option's text.
 """
 
-import html
 import math
 import re
 import unicodedata
@@ -53,10 +52,10 @@ SMALL = "²³¹¼-¾⁰-₉⅐-⅟①-⒛⓪-⓿"  # no digits of a number: 10²
 
 
 def plain(text):
-    """A text without what it is wrapped in: styled and wide letters, dashes of all kinds, LaTeX (what is boxed,
-    if anything, is all that was said), HTML, markdown, quotes. Lines stay lines."""
+    """A text without what it is wrapped in: wide letters, kinds of dashes, LaTeX (what is boxed, if anything, is
+    all that was said), HTML, markdown, quotes. Lines stay lines."""
     fold = lambda match: unicodedata.normalize("NFKC", match[0])
-    text = re.sub(rf"(?<=\d)[{SMALL}]+", lambda match: " ^ " + fold(match), html.unescape(text))
+    text = re.sub(rf"(?<=\d)[{SMALL}]+", lambda match: " ^ " + fold(match), text)
     text = re.sub(rf"[^{SMALL}]+", fold, text)[:20_000].translate(str.maketrans("‘’【】", "''[]"))
     text = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", text)
     text = re.sub(r"(?<=[^\W\d_])\s*[—―]+", " - ", text)  # after a word it is no sign
@@ -66,9 +65,8 @@ def plain(text):
     if boxes := re.findall(r"(?:boxed|fbox)\s*\{+([^{}]*)\}", text):
         text = " or ".join(dict.fromkeys(box.strip() for box in boxes))
     text = re.sub(r"\\(?:[a-zA-Z]+|[()\[\],;:!])?|[{}]|\$(?!\d)", " ", text)
-    text = re.sub(r"<(?:br|/?p|/?div)\b[^<>]{0,60}>", "\n", text)
     text = re.sub(r"<(?![A-Z]>)[/|]*[a-zA-Z][^<>]{0,60}>", " ", text)
-    text = re.sub(r"(?m)^[^\S\n]*[#>]+|[*`\"“”„«»「」『』]|\b_+|(?<!_)_+\b|(?<!\w)'|'(?!\w)", " ", text)
+    text = re.sub(r"(?m)^[^\S\n]*[#>]+|[*`\"“”„«»「」『』]|\b_+|(?<!_)_+\b|\B'|'\B", " ", text)
     return re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
@@ -81,18 +79,21 @@ def normalise(text):
 # ----------------------------------------------------------------------------------------- numbers and times
 NUMBER = re.compile(r"(?:(?<![\w-])[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|\.\d+)")
 MINUS = re.compile(r"(?:\b(?:minus|negative)\s+|负)(?=[\d.])", re.IGNORECASE)
-N, HOUR, MINUTE = r"(\d+(?:\.\d+)?|\.\d+)", r"\s*(?:h(?:ou)?rs?|h|小时)(?![a-z])", r"\s*(?:min(?:ute)?s?|m|分钟?)(?![a-z])"
+N, HOUR = r"(\d+(?:\.\d+)?|\.\d+)", r"\s*(?:h(?:ou)?rs?|h|小时)(?![a-z])"
+MINUTE = r"\s*(?:min(?:ute)?s?|m|分钟?)(?![a-z])"
 TIME = re.compile(rf"""(?<![\d:])(?<!\d\.)(?:
     (?:(\d+):(?=[0-5]?\d:))?(\d+):([0-5]?\d(?:\.\d+|,\d{{3}})?)(?![\d:])  # 1:05, 00:01:05.5
-    | (?:{N}{HOUR}[\s,]*)?{N}{MINUTE}(?:\s*(?:,|and\b)?\s*([0-5]?\d(?:\.\d+)?)(?![\d.:]|{HOUR}|{MINUTE}))?  # 1 min 5 s
-    | {N}{HOUR} | {N}(?![\d:]))""", re.VERBOSE | re.IGNORECASE)  # ... and seconds, with or without their unit
+    | (?:{N}{HOUR}[\s,]*)?{N}{MINUTE}  # 1 min, 1 min 5 s
+      (?:\s*(?:,|and\b)?\s*([0-5]?\d(?:\.\d+)?)(?![\d.:]|{HOUR}|{MINUTE}))?
+    | {N}{HOUR} | {N}(?![\d:]))""", re.VERBOSE | re.IGNORECASE)  # 1 h; 65, in seconds
 
 
 def read_times(text):
     """All times in a plain text, in seconds; none if one of them is negative."""
     if re.search(r"(?:^|[\[(,:]|\b(?:to|and|from)\b)\s*-\s*[\d.]", text):
         return []
-    text = re.sub(rf"(?<![\d:.]){N}(\s*(?:-|~|to|and|到|至)\s*)(?={N}({MINUTE}|{HOUR})\W*$)", r"\1\4\2", text)  # 1 to 2 min
+    one_unit = rf"(?<![\d:.]){N}(\s*(?:-|~|to|and|到|至)\s*)(?={N}({MINUTE}|{HOUR})\W*$)"  # 1 to 2 min
+    text = re.sub(one_unit, r"\1\4\2", text)
     units = (3600, 60, 1, 3600, 60, 1, 3600, 1)
     return [sum(float(x.replace(",", ".")) * unit for x, unit in zip(match.groups(), units) if x)
             for match in TIME.finditer(text)]
@@ -102,65 +103,63 @@ def read_times(text):
 def option_texts(options):
     """Options without the letters that they carry ("C.three", "D、four", "(a) x"), where each carries its own:
     "a cat", "I.V. line" and "A、B" carry none."""
-    texts = []
-    for letter, option in zip(LETTERS, options):
-        own = re.match(rf"\s*[(\[（【]?(?i:[{letter}{chr(ord(letter) + 0xFEE0)}])[.)\]:、．）：】]"
-                       r"(?:\s+|(?![A-Z](?![A-Za-z])))(?=\S)", option)
-        texts.append(option[own.end():].strip() if own else None)
-    return texts if all(texts) and len(set(texts)) == len(options) else list(options)
+    own = r"\s*[(\[（【]?(?i:[{}{}])[.)\]:、．）：】](?:\s+|(?![A-Z](?![A-Za-z])))(?=\S)"
+    owns = [re.match(own.format(letter, chr(ord(letter) + 0xFEE0)), option)  # as wide as Ａ, too
+            for letter, option in zip(LETTERS, options)]
+    texts = [option[own.end():].strip() for own, option in zip(owns, options) if own]
+    return texts if len(set(texts)) == len(options) else list(options)
 
 
+# A letter that stands for an option comes first, or after a sign or one of these words ...
 LETTER = r"([A-Za-z])(?![A-Za-z0-9'_+#])"
 any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
-SEPARATOR = re.compile(r"^(?:[\s)\].,:;、。=→|(\[]|[-=]+>|-+(?=\s))+")  # between a letter and its option's text
-# A letter stands for an option where it comes first, or after a sign or one of these words ...
-LEADS_TO = any_of("""is are be was it's that's like as that for to on of from go_with going_with or and nor else but then wait
-    also vs versus either both neither between first answers? ans options? choices? letters? correct final so thus
-    therefore hence yes no sure okay choose choosing pick select guess say think believe conclude vote makes? making
-    maybe perhaps likely indeed *ly""")
-BEFORE = rf"""(?:^ | [,:;(\[/&|>=→、。\n]\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\)) | {LEADS_TO}\.?\s+
+BEFORE = any_of("""is are be was it's that's like as that for to on of from go_with going_with or and nor else
+    but then wait also vs versus either both neither between first answers? ans options? choices? letters? correct
+    final so thus therefore hence yes no sure okay choose choosing pick select guess say think believe conclude
+    vote makes? making maybe perhaps likely indeed *ly""")
+BEFORE = rf"""(?:^ | [,:;(\[/&|>=→、。\n]\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\)) | {BEFORE}\.?\s+
     | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
-# ... and before a sign. After a capital also one of these words may stand, or that it is right.
+# ... and before a sign; if a capital ("a because" is none), also before these words, or that it is right.
 SIGN = r"(?=\s*(?:$ | [,:;!?)\]/&|>=→+。、…] | \.(?!\w\b) | -+[\s>])) | (?=\n)"
-GOES_ON = any_of("not but rather instead because since as it_is I_think for_sure")
-BE, ADVERBS = any_of("is seems looks appears would_be must_be should_be"), any_of("the my most final *ly")
-RIGHT = rf"""[)\]]?(?:\s?(?:选项)?[是为]?[正对] | \s(?:best\s)?{any_of("matches fits describes")} | \sthe\scorrect\b
-    | \s{BE}(?:\sto\sbe)?(?:\s{ADVERBS})*\s{any_of("correct right true best answer accurate appropriate")})"""
-# It is named by the way, and maybe only so, where the text goes on like this.
+WORD = any_of("not but rather instead because since as it_is I_think for_sure")
+IS = any_of("is seems looks appears would_be must_be should_be") + r"(?:\sto\sbe)?"
+CORRECT = any_of("correct right true best answer accurate appropriate")
+RIGHT = rf"""[)\]]?(?:\s?(?:选项)?[是为]?[正对] | \s(?:best\s)?{any_of("matches fits describes the_correct")}
+    | \s{IS}(?:\s{any_of("the my most final *ly")})*\s{CORRECT})"""
+# A weak mention names none, but hinders another letter: A or ..., A is blue.
 WEAK = rf"""\W{{0,3}}\bor\b | \s(?:and|nor)\b | \s?[和或与还及都]
-    | (?<=[^I])\s{any_of("is are was to then with vs versus no wait maybe perhaps")}"""
-MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?!\W{{0,3}}\bor\b)(?:{SIGN} | (?<=[A-Z])(?:(?=\s*[(\[] | \s?[选项因] | \s{GOES_ON})
-    | {RIGHT})) | (?P<weak>(?i:{WEAK})))""", re.VERBOSE)
-# It is denied after these words and what may stand between, other letters included, or before those.
-DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclude eliminate
-    rules?_out anything_but everything_but all_but doubt""")
-BETWEEN = any_of("""the an? option choice letter answer correct right choose pick select go going with be is to it that
-    think believe say *ly""")
-DENIED = re.compile(rf"""(?:{DENIES} | ^(?i:no)\b | n't\b | [不非别除])(?:[\s(\[:] | [是选项应该答案能会可择了] | {BETWEEN})*
+    | (?<=[^I])(?!{RIGHT})\s{any_of("is are was to then with vs versus no wait maybe perhaps")}"""
+MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?P<weak>(?i:{WEAK})) | {SIGN}
+    | (?<=[A-Z])(?:(?=\s*[(\[] | \s?[选项因] | \s{WORD}) | {RIGHT}))""", re.VERBOSE)
+# It is denied where these come before it, with nothing between but such words and other letters, or after it.
+DENIED = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclude
+    eliminate rules?_out anything_but everything_but all_but doubt""")
+BETWEEN = any_of("""the an? option choice letter answer correct right choose pick select go going with be is to
+    it that think believe say *ly""")
+DENIED = re.compile(rf"""(?:{DENIED} | ^(?i:no)\b | n't\b | [不非别除])
+    (?:[\s(\[:] | [是选项应该答案能会可择了] | {BETWEEN})*
     (?:[A-Z][)\]]?\s*(?:[,/] | (?:or|nor|and)\b | 就是)\s*[(\[]?)*$""", re.VERBOSE)
 WRONG = any_of("wrong incorrect false unlikely impossible ruled_out eliminated excluded")
-DENIED_AFTER = re.compile(rf"""[)\]]?\s?(?:{any_of("is are was were would can could does must")}\s?(?:not|n't)\b | cannot\b
+DENIED_AFTER = re.compile(rf"""[)\]]?\s?(?:
+    {any_of("is are was were would can could does must")}\s?(?:not|n't)\b | cannot\b
     | {any_of("is are was were seems looks must_be can_be has_been")}\s(?:\w+\s)?{WRONG}
     | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$ | (?:选项)?是?[不错])""", re.VERBOSE)
+SEPARATOR = re.compile(r"^(?:[\s)\].,:;、。=→|(\[]|[-=]+>|-+(?=\s))+")  # between a letter and its option's text
 
 
 def read_letter(text, options):
-    """The letter of the option that an answer text names, or None; the module's docstring says how.
-
-        A or B   A, B   The answer is A. No, B.   not B   B is wrong   A. red   A car   E         -> None"""
+    """The letter of the option that an answer text names, or None; above is how."""
     options, said = option_texts(options), plain(text)
     letters = LETTERS[:len(options)]
     bare = lambda text: text.strip(" \n.,:;)]").casefold()  # first: C++ is not C
     known = [(form, [form(option) for option in options]) for form in (bare, normalise)]
 
-    def owner(text):
-        """The letter of the only option with this text, or None."""
+    def owner(text):  # the letter of the only option with this text
         for form, forms in known:
             if (same := form(text)) and forms.count(same) == 1:
                 return letters[forms.index(same)]
 
-    def whole(text):
-        """The letter, where a letter, an option's text or a letter with its text is all that is said."""
+    def whole(text):  # the letter, where a letter, an option's text or both are all that is said
         first = re.match(rf"[^\w+#=~!¬≠]*{LETTER}(.*)", text, re.DOTALL)
         if first and first[1].upper() in letters and not re.search(r"[\w+#=]", first[2]):
             return first[1].upper()  # before the texts: the prompt asks for it
@@ -177,11 +176,12 @@ def read_letter(text, options):
     for letter, option in zip(letters, options):
         if len(option) > 1 and re.search(rf"\b{LETTER}", option):  # D. Both A and B
             said = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", letter, said, flags=re.IGNORECASE)
-    mentions = [m for m in MENTION.finditer(said)
-                if not DENIED.search(said[max(0, m.start(1) - 60):m.start(1)]) and not DENIED_AFTER.match(said, m.end(1))]
+    denied = lambda start, end: DENIED.search(said[max(0, start - 60):start]) or DENIED_AFTER.match(said, end)
+    mentions = [match for match in MENTION.finditer(said) if not denied(*match.span(1))]
     named = [m for m in mentions if m["weak"] is None]
-    if len({m[1].upper() for m in mentions}) != 1 or not named or (letter := named[0][1].upper()) not in letters:
+    if len({m[1].upper() for m in mentions}) != 1 or not named or named[0][1].upper() not in letters:
         return None
+    letter = named[0][1].upper()
     rest = SEPARATOR.sub("", said[named[0].end(1):])
     parts = rest, rest.partition("\n")[0], re.split(r"[.;。](?:\s|$)", rest)[0]
     return letter if next(filter(None, map(owner, parts)), letter) == letter else None  # A. red

@@ -192,21 +192,29 @@ def capture_graph(step, generator, pool):
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
+def read_text(path):
+    """A file's text: UTF-8 whatever the locale, without a byte order mark. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    if "\0" in text:
+        raise UserError(f"cannot read {path}: it is not UTF-8, but UTF-16 or no text")
+    return text
+
+
 def read_rows(path, max_bad, check):
     """Rows of a .jsonl file, and [(line number or id, reason)] of those that are left out: not JSON, or `check(row)`
     names a reason. Raises UserError if the file cannot be read or more than the share `max_bad` is bad."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     rows, bad = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # only there: a text may hold other line ends
+        line = line.strip().removeprefix("\ufeff")  # of files that were joined
+        if not line:
             continue
         try:
             row = json.loads(line)
             reason = check(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
             bad.append((f"line {number}", reason))
@@ -228,5 +236,5 @@ def check_bad(bad, total, max_bad, path):
 def write_jsonl(path, rows):
     """One JSON row a line, renamed into place when it is whole."""
     temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)

@@ -29,60 +29,87 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from common import UserError, check_bad, fail, read_rows, run_main
-from zoom_env import LETTERS
+from answers import LETTERS, normalise, option_texts
+from common import UserError, check_bad, fail, read_rows, read_text, run_main
 
 
 # ------------------------------------------------------------------------------------------------ questions, trajectories
 def question_error(question):
-    """Why a question row cannot be used, or None."""
+    """Why a question row cannot be used, or None: one line. What passes can be shown, graded and written."""
     if not isinstance(question, dict):
         return "not a JSON object"
+    if reason := unwritable(question):
+        return reason
     for key in ("id", "video", "question", "answer", "answer_type"):
         if question.get(key) in (None, ""):
             return f'no "{key}"'
-    if not isinstance(question["question"], str) or not question["question"].strip():
-        return "empty question"
-    if not isinstance(question["video"], str):
+        if key != "answer" and not (isinstance(question[key], str) and question[key].strip()):
+            return f'"{key}" is not a text'
+    is_number = lambda x: type(x) in (int, float) and abs(x) < 1e300  # no nan, no integer beyond floats
+    is_segment = lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_number, x)) and 0 <= x[0] < x[1]
+    kind, answer = question["answer_type"], question["answer"]
+    options, evidence, chosen, meta = map(question.get, ("options", "evidence", "overview_frames", "meta"))
+    if "\0" in question["video"]:
         return "video is not a path"
-    kind, options, answer = question["answer_type"], question.get("options"), question["answer"]
-    if kind not in ("multiple_choice", "open_ended", "number", "segment"):
-        return f"unknown answer_type {kind!r}"
-    if kind == "multiple_choice":
-        if not isinstance(options, list) or not 2 <= len(options) <= 26:
-            return "multiple_choice needs 2 to 26 options"
-        if not all(isinstance(option, str) for option in options):
-            return "an option is not a text"
-        if str(answer).strip().upper() not in LETTERS[: len(options)]:
-            return f"answer {answer!r} is not the letter of an option"
+    options = [] if options is None else options
+    if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
+        return "options are not a list of texts"
+    if len({o.strip() for o in option_texts(options)}) < len(options):
+        return "two options are the same"
+    if not 2 * (kind == "multiple_choice") <= len(options) <= len(LETTERS):
+        return f"multiple_choice needs 2 to {len(LETTERS)} options"
     try:
-        if kind == "number":
-            float(answer)
-        if kind == "segment" and not (len(answer) == 2 and answer[0] < answer[1] - 0.0):
-            return f"answer {answer!r} is not [start_s, end_s]"
-    except (TypeError, ValueError, IndexError):
-        return f"answer {answer!r} is not a {kind}"
-    try:
-        if not all(start < end - 0.0 for start, end in question.get("evidence") or []):
-            return "evidence has an interval that ends before it starts"
-    except (TypeError, ValueError):
+        fits = {
+            "multiple_choice": lambda: answer.strip().upper() in list(LETTERS[:len(options)]),
+            "number": lambda: is_number(float(answer) if isinstance(answer, str) else answer),
+            "segment": lambda: is_segment(answer),
+            "open_ended": lambda: (isinstance(answer, str) or is_number(answer)) and normalise(answer),
+        }[kind]()
+    except KeyError:
+        return f"unknown answer_type {kind[:60]!r}"
+    except (ValueError, AttributeError):
+        fits = False
+    if not fits:
+        return f"answer {str(answer)[:60]!r} cannot be right: its type is {kind}"
+    if evidence is not None and not (isinstance(evidence, list) and all(map(is_segment, evidence))):
         return "evidence is not a list of [start_s, end_s]"
-    chosen = question.get("overview_frames") or []
-    if not isinstance(chosen, list) or not all(type(n) in (int, float) for n in chosen):
+    if chosen is not None and not (isinstance(chosen, list) and all(is_number(n) and n >= 0 for n in chosen)):
         return "overview_frames is not a list of frame numbers"
-    if not isinstance(question.get("meta") or {}, dict):
+    if not isinstance(meta, dict | None):
         return "meta is not an object"
+    if not all(isinstance(name, str | None) for name in (question.get("source"), (meta or {}).get("kind"))):
+        return "source or meta's kind is not a text"
+    if "uniform_accuracy" in (meta or {}) and not (meta.get("kind") and is_number(meta.get("duration_s"))):
+        return "meta has uniform_accuracy, but no kind or duration_s"
+    return None
+
+
+def unwritable(row):
+    """Which field of a row cannot be written: half of a cut emoji is no UTF-8, nan is no JSON. Or None."""
+    for key, value in row.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError) as error:
+            return f"{key!r} cannot be written: {error}"
     return None
 
 
 def trajectory_error(row):
-    """Why a trajectory row cannot be used, or None."""
-    if reason := question_error(row["question"]):
+    """Why a trajectory row cannot be used, or None: one line."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    if reason := question_error(row.get("question")) or unwritable(row):
         return reason
-    if not row["turns"] or not all(isinstance(turn, str) for turn in row["turns"]):
+    turns, learn, provenance = row.get("turns"), row.get("learn"), row.get("provenance")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         return "turns must be texts"
-    if len(row["turns"]) != len(row["learn"]):
-        return "turns and learn differ in length"
+    if not isinstance(learn, list) or not all(isinstance(x, bool) for x in learn) or len(learn) != len(turns):
+        return "learn must be true or false for each turn"
+    if not isinstance(provenance, dict | None):
+        return "provenance is not an object"
+    max_zooms = (provenance or {}).get("max_zooms", 0)
+    if type(max_zooms) is not int or max_zooms < 0:
+        return "provenance's max_zooms is not a number of zooms"
     return None
 
 
@@ -111,8 +138,8 @@ def use_overview(env_config, questions, overview, max_bad):
     first_line = lambda text: text.strip().splitlines()[0].strip()
     try:
         chosen = {(Path(row["video_name"]).name, first_line(row["question"])): [float(n) for n in row["frame_idx"]]
-                  for row in json.loads(Path(overview).read_text()) if row.get("frame_idx")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                  for row in json.loads(read_text(overview)) if row.get("frame_idx")}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(f"cannot read --overview {overview}: {type(error).__name__}: {error}") from None
     known, bad = [], []
     for question in questions:

@@ -33,7 +33,7 @@ from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditi
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from common import UserError, sync_gradients
+from common import UserError, read_text, sync_gradients
 from video import Frame
 from zoom_env import EnvConfig, Message, ZoomEnv
 
@@ -184,16 +184,13 @@ def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_f
             raise PolicyError(f"{name_or_path} lacks weights: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         image_processor = Qwen2VLImageProcessor.from_pretrained(name_or_path)
-        settings = json.loads((path / "zoom_config.json").read_text()) if (path / "zoom_config.json").is_file() else {}
+        settings = json.loads(read_text(path / "zoom_config.json")) if (path / "zoom_config.json").is_file() else {}
         env_config = EnvConfig(**settings)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PolicyError(f"cannot load {name_or_path}: {reason}") from None
     if system_prompt_file:
-        try:
-            env_config = replace(env_config, system_prompt=Path(system_prompt_file).read_text().strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise PolicyError(f"cannot read the system prompt {system_prompt_file}: {error}") from None
+        env_config = replace(env_config, system_prompt=read_text(system_prompt_file).strip())
     return Policy(hf.to(device).eval(), tokenizer, image_processor, env_config)
 
 

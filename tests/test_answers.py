@@ -10,66 +10,101 @@ COLOURS = ["blue", "red", "a yellow car", "Both A and B"]
 
 # ------------------------------------------------------------------------------- one letter: B, of COLOURS
 LETTER_ALONE = [
-    "B", "b", "B.", "b.", "B)", "(B)", "(b)", "[B]", "{B}", "<B>", "**B**", "**B.**", "*B*", "__B__", "_B_", "`B`",
-    "'B'", '"B"', "“B”", "‘B’", "「B」", " B\n", "\tB ", "B\u00a0", "B!", "B。", "- B", "* B", "> B", "# B", "- **B**",
+    "B", "b", "B.", "b.", "B)", "(B)", "(b)", "[B]", "{B}", "<B>", "**B**", "**B.**", "*B*", "__B__", "_B_",
+    "`B`",
+    "'B'", '"B"', "“B”", "‘B’", "「B」", " B\n", "\tB ", "B\u00a0", "B!", "B。", "- B", "* B", "> B", "# B",
+    "- **B**",
     "（B）", "Ｂ", "（Ｂ）", "【B】", "Ｂ．", "𝐁", "Ⓑ", "\u200bB", "\ufeffB", "✅ B", "<b>B</b>", "<strong>B.</strong>",
     "<answer>B</answer>", "B<br>", "B<|im_end|>", "```\nB\n```", "(B).", "((B))", "B:", "B,", "**(B)**",
 ]
 IN_LATEX = [
     "$B$", "$$B$$", "\\(B\\)", "\\[B\\]", "\\boxed{B}", "$\\boxed{B}$", "\\boxed{(B)}", "\\boxed{\\text{B}}",
-    "\\boxed{\\mathbf{B}}", "\\boxed{\\textbf{B}}", "\\boxed{\\mathrm{B}}", "\\boxed{\\mathbf{(B)}}", "\\text{B}",
+    "\\boxed{\\mathbf{B}}", "\\boxed{\\textbf{B}}", "\\boxed{\\mathrm{B}}", "\\boxed{\\mathbf{(B)}}",
+    "\\text{B}",
     "\\mathbf{B}", "\\textbf{B}", "\\boxed{B. red}", "\\boxed{\\text{B. red}}", "\\boxed{\\text{B}. red}",
-    "\\boxed{ B }", "\\boxed{B.}", "\\\\boxed{B}", "\\boxed{{B}}", "\\\\boxed{{B}}", "\\fbox{B}", "\\boxed{b}",
+    "\\boxed{ B }", "\\boxed{B.}", "\\\\boxed{B}", "\\boxed{{B}}", "\\\\boxed{{B}}", "\\fbox{B}",
+    "\\boxed{b}",
     "The answer is \\boxed{B}.", "The answer is $\\boxed{\\text{B}}$.", "A car can be seen. \\boxed{B}",
     "Option A is blue, so I answer\n\n\\boxed{B}", "\\boxed{\\text{red}}", "\\boxed{red}",
-    "\\boxed{B} and once more \\boxed{B}", "**Answer:** $\\boxed{B}$", "$\\textbf{(B)}$", "\\boxed{\\text{Option B}}",
+    "\\boxed{B} and once more \\boxed{B}", "**Answer:** $\\boxed{B}$", "$\\textbf{(B)}$",
+    "\\boxed{\\text{Option B}}",
     "\\boxed{\\text{The answer is B}}", "\\[\n\\boxed{B}\n\\]",
 ]
 LETTER_FIRST = [
-    "B. red", "B: red", "B:red", "(B) red", "B) red", "B)red", "B.red", "B red", "B, red", "B - red", "B – red",
-    "B — red", "B—red", "B-red", "B -> red", "B → red", "B = red", "B (red)", "B(red)", "B; red", "B | red", "[B] red",
-    "**B**: red", "**B. red**", "**B.** red", "**B** - red", "`B`: red", "B. \"red\"", "B: 'red'", "B. the red", "B. Red.",
-    "(b) red", "b) red", "b. red", "b: red", "B. The red", "B.\nred", "B\nred", "B\n\nred", "（B）red", "B．red", "B：red",
+    "B. red", "B: red", "B:red", "(B) red", "B) red", "B)red", "B.red", "B red", "B, red", "B - red",
+    "B – red",
+    "B — red", "B—red", "B-red", "B -> red", "B → red", "B = red", "B (red)", "B(red)", "B; red", "B | red",
+    "[B] red",
+    "**B**: red", "**B. red**", "**B.** red", "**B** - red", "`B`: red", "B. \"red\"", "B: 'red'",
+    "B. the red", "B. Red.",
+    "(b) red", "b) red", "b. red", "b: red", "B. The red", "B.\nred", "B\nred", "B\n\nred", "（B）red", "B．red",
+    "B：red",
     "B、红色", "B、 红色", "B。红色", "B，红色", "B. 红色", "B（红色）", "【B】红色",
-    "B. text", "B\nIt is red.", "B\n\nExplanation: a red car is seen.", "B\n\nA red car drives past.", "B.\n\nIt is red",
-    "B, because it is red", "B because it is red", "B since it is red", "B. It is red, not blue.", "B, not A", "B not A",
-    "B, rather than A", "B (not A)", "B. A red car drives past.", "B. I think that it is red.", "B; not C, not D.",
-    "B\nReason: the car of team A is red", "B. It has vitamin C.", "B. Option A is wrong.", "B: person C drives it",
+    "B. text", "B\nIt is red.", "B\n\nExplanation: a red car is seen.", "B\n\nA red car drives past.",
+    "B.\n\nIt is red",
+    "B, because it is red", "B because it is red", "B since it is red", "B. It is red, not blue.", "B, not A",
+    "B not A",
+    "B, rather than A", "B (not A)", "B. A red car drives past.", "B. I think that it is red.",
+    "B; not C, not D.",
+    "B\nReason: the car of team A is red", "B. It has vitamin C.", "B. Option A is wrong.",
+    "B: person C drives it",
     "B. Options like A are incorrect, e.g. blue.", "B, i.e. red.", "B, as the car is red", "B is correct.",
-    "B is the correct answer", "B is the answer.", "(B) is right", "B is correct because the car is red", "B seems best",
+    "B is the correct answer", "B is the answer.", "(B) is right", "B is correct because the car is red",
+    "B seems best",
     "B is the best option", "B is most likely correct", "B... it is red", "B [red]", "B, the red one",
 ]
 PHRASES = [
-    "Option B", "option b", "Option (B)", "Option B.", "Option B: red", "option B is correct", "Option B is right.",
-    "Choice B", "Answer B", "Answer (B)", "Answer: B", "answer: b", "ANSWER: B", "Answer:B", "Answer : B", "Answer - B",
-    "Answer = B", "Answer→B", "Ans: B", "Ans. B", "**Answer**: B", "**Answer:** B", "**Answer: B**", "### Answer: B",
-    "Answer: (B)", "Answer: [B]", "Answer: **B**", "Answer: B. red", "Answer: B red", "Answer: red", "Answer: option B",
+    "Option B", "option b", "Option (B)", "Option B.", "Option B: red", "option B is correct",
+    "Option B is right.",
+    "Choice B", "Answer B", "Answer (B)", "Answer: B", "answer: b", "ANSWER: B", "Answer:B", "Answer : B",
+    "Answer - B",
+    "Answer = B", "Answer→B", "Ans: B", "Ans. B", "**Answer**: B", "**Answer:** B", "**Answer: B**",
+    "### Answer: B",
+    "Answer: (B)", "Answer: [B]", "Answer: **B**", "Answer: B. red", "Answer: B red", "Answer: red",
+    "Answer: option B",
     "Answer:\nB", "Answer:\n\n**B**", "Answer is B", "Answer is option B", "Answer is: B", "The answer is B",
     "The answer is B.", "The answer is: B", "The answer is (B)", "The answer is **B**.", "The answer is 'B'",
     "The answer is \"B\".", "The answer is b.", "The answer is option B.", "The answer is the option B.",
     "The answer is letter B", "The answer is B: red", "The answer is B, red.", "The answer is B red",
-    "The answer is B because it is red", "The answer is B, not A.", "The answer is red", "The answer is the red.",
-    "The correct answer is (B)", "The correct answer is B) red", "The correct option is (B)", "The correct option is B.",
+    "The answer is B because it is red", "The answer is B, not A.", "The answer is red",
+    "The answer is the red.",
+    "The correct answer is (B)", "The correct answer is B) red", "The correct option is (B)",
+    "The correct option is B.",
     "The correct choice is B", "The best answer is: B", "The best option is B", "The right answer is B.",
     "The most likely answer is B", "The answer would be B", "The answer should be B.", "The answer must be B",
-    "The answer is likely B", "The answer is most likely (B).", "The answer is probably B.", "The answer is clearly B!",
-    "The final answer is B", "Final answer: B", "Final Answer: **B**", "**Final Answer**\nB", "My answer is B",
-    "My final answer is B.", "My guess is B", "My choice: B", "Correct answer: B", "Correct option: B", "Best option: (B)",
+    "The answer is likely B", "The answer is most likely (B).", "The answer is probably B.",
+    "The answer is clearly B!",
+    "The final answer is B", "Final answer: B", "Final Answer: **B**", "**Final Answer**\nB",
+    "My answer is B",
+    "My final answer is B.", "My guess is B", "My choice: B", "Correct answer: B", "Correct option: B",
+    "Best option: (B)",
     "Best Option: B", "Selected option: B", "Correct: B", "The letter is B", "Prediction: B", "Response: B",
-    "So the answer is B.", "So, the answer is B", "Therefore, the answer is B.", "Thus the correct option is (B) red.",
-    "Hence the answer is B", "So B.", "So, B.", "Thus, B.", "Therefore (B).", "Therefore, B is correct.", "Hence B",
-    "Therefore, the correct answer is option B.", "I choose B", "I choose (B).", "I choose option B", "I pick B",
-    "I select B", "I would choose B.", "I'd say B", "I would go with B", "I'm going with option B.", "I'll go with B.",
-    "I opt for B", "I think B", "I think it is B", "I think it's B.", "I think the answer is B.", "I believe B is correct",
-    "I guess B", "I believe the answer is (B)", "It is B.", "It's B", "It must be B", "It should be (B).", "That is B",
-    "It is option B.", "Based on the frames, the answer is (B).", "Based on the video, the correct answer is B. red",
+    "So the answer is B.", "So, the answer is B", "Therefore, the answer is B.",
+    "Thus the correct option is (B) red.",
+    "Hence the answer is B", "So B.", "So, B.", "Thus, B.", "Therefore (B).", "Therefore, B is correct.",
+    "Hence B",
+    "Therefore, the correct answer is option B.", "I choose B", "I choose (B).", "I choose option B",
+    "I pick B",
+    "I select B", "I would choose B.", "I'd say B", "I would go with B", "I'm going with option B.",
+    "I'll go with B.",
+    "I opt for B", "I think B", "I think it is B", "I think it's B.", "I think the answer is B.",
+    "I believe B is correct",
+    "I guess B", "I believe the answer is (B)", "It is B.", "It's B", "It must be B", "It should be (B).",
+    "That is B",
+    "It is option B.", "Based on the frames, the answer is (B).",
+    "Based on the video, the correct answer is B. red",
     "Based on the frames, option B is correct.", "The answer to the question is B.", "Sure! The answer is B.",
-    "The option that best describes the car is (B).", "The answer that fits best is option B.", "The car is red (B).",
-    "The car is red. (B)", "The car is red.\nB", "The car is red.\n\n**B**", "The car is red. B", "The car is red. B.",
-    "A red car is seen, so the answer is B.", "A red car is seen. Answer: B", "I see a car. I think it is red. Answer: B",
+    "The option that best describes the car is (B).", "The answer that fits best is option B.",
+    "The car is red (B).",
+    "The car is red. (B)", "The car is red.\nB", "The car is red.\n\n**B**", "The car is red. B",
+    "The car is red. B.",
+    "A red car is seen, so the answer is B.", "A red car is seen. Answer: B",
+    "I see a car. I think it is red. Answer: B",
     "It is not A, so the answer is B.", "A is wrong, so the answer is B.", "The answer is not A, it is B.",
-    "Option A is incorrect. Option C is incorrect. The answer is B.", "Answer: B\nExplanation: A red car is seen.",
-    "The answer is B\n\nThe car of person A is red.", "Looking closer, option (B) matches.", "Yes. B", "red", "Red.", "RED",
+    "Option A is incorrect. Option C is incorrect. The answer is B.",
+    "Answer: B\nExplanation: A red car is seen.",
+    "The answer is B\n\nThe car of person A is red.", "Looking closer, option (B) matches.", "Yes. B", "red",
+    "Red.", "RED",
     "the red", "\"red\"", "**red**", "red!", " red \n", "The answer is: red.", "Answer: **red**",
 ]
 CHINESE = [
@@ -83,41 +118,65 @@ B_OF_COLOURS = LETTER_ALONE + IN_LATEX + LETTER_FIRST + PHRASES + CHINESE
 
 # ------------------------------------------------------------------------- no letter, or more than one
 AMBIGUOUS = [
-    "A or B", "B or C", "A and B", "A and C", "A, B", "A,B", "A, B, C", "A/B", "A & B", "(A) (B)", "(A)(B)", "(A) or (B)",
-    "(A), (B)", "[A, B]", "AB", "ABC", "A B", "A;B", "A|B", "A + B", "a or b", "a, b", "a and b", "A or maybe B", "A (or B)",
-    "A. blue or B. red", "A. blue\nB. red", "A: blue, B: red", "Either A or B", "either (A) or (B)", "both B and C", "A? B?",
-    "between A and B", "A, perhaps B", "A, maybe B", "A or b", "B, C", "B\nC", "B. C", "B.\n\nC.", "A, B and C are correct",
-    "The answer is A or B", "The answer is A and C.", "The answer is A. No, B.", "The answer is A. Wait, it is B.",
-    "Answer: A\nAnswer: B", "Answer: A, B", "Answer: A/B", "A. Actually, B.", "A. No wait, B is correct.", "A is correct, or B",
-    "I choose A or B", "I think A, or C", "The answer is A, but it could be B", "B. So the answer is A.", "A and B are correct",
-    "B is correct. A is correct.", "A -> B", "A → B → C", "A > B", "Option A or option B", "Options A and B", "B or E", "E or B",
-    "\\boxed{A or B}", "\\boxed{A} or \\boxed{B}", "\\boxed{A, B}", "\\boxed{A}\\boxed{B}", "$A$ or $B$", "blue or red", "blue, red",
+    "A or B", "B or C", "A and B", "A and C", "A, B", "A,B", "A, B, C", "A/B", "A & B", "(A) (B)", "(A)(B)",
+    "(A) or (B)",
+    "(A), (B)", "[A, B]", "AB", "ABC", "A B", "A;B", "A|B", "A + B", "a or b", "a, b", "a and b",
+    "A or maybe B", "A (or B)",
+    "A. blue or B. red", "A. blue\nB. red", "A: blue, B: red", "Either A or B", "either (A) or (B)",
+    "both B and C", "A? B?",
+    "between A and B", "A, perhaps B", "A, maybe B", "A or b", "B, C", "B\nC", "B. C", "B.\n\nC.",
+    "A, B and C are correct",
+    "The answer is A or B", "The answer is A and C.", "The answer is A. No, B.",
+    "The answer is A. Wait, it is B.",
+    "Answer: A\nAnswer: B", "Answer: A, B", "Answer: A/B", "A. Actually, B.", "A. No wait, B is correct.",
+    "A is correct, or B",
+    "I choose A or B", "I think A, or C", "The answer is A, but it could be B", "B. So the answer is A.",
+    "A and B are correct",
+    "B is correct. A is correct.", "A -> B", "A → B → C", "A > B", "Option A or option B", "Options A and B",
+    "B or E", "E or B",
+    "\\boxed{A or B}", "\\boxed{A} or \\boxed{B}", "\\boxed{A, B}", "\\boxed{A}\\boxed{B}", "$A$ or $B$",
+    "blue or red", "blue, red",
     "A或B", "A和B", "A、B", "A，B", "选A或B", "选A和C", "答案是A、B", "答案是A。不，是B。", "答案：A，B", "选A还是选B", "A与B",
     "not A, but B or C", "A/B/C/D", "A. B. C. D.", "A) B)", "first A, then B",
 ]
 NEGATED = [
-    "not B", "Not B.", "not (B)", "not option B", "It is not B", "It is not B.", "It isn't B", "It's not B", "It cannot be B.",
-    "The answer is not B", "The answer isn't B.", "The answer is not option B", "The correct answer is not (B).", "Answer: not B",
-    "B is wrong", "B is not correct", "B isn't correct.", "B is incorrect.", "Option B is wrong.", "Option B is not correct",
-    "I would not choose B", "I don't think it is B", "I do not pick B.", "I don't believe B is correct", "neither A nor B",
-    "Neither B nor C.", "anything but B", "any option except B", "never B", "B is false", "(B) is ruled out", "The answer can't be B",
-    "The wrong answer is B", "不是B", "不选B", "答案不是B", "不是B。", "B不对", "B错误", "B是错的", "B不正确", "排除B", "非B", "B选项错误",
+    "not B", "Not B.", "not (B)", "not option B", "It is not B", "It is not B.", "It isn't B", "It's not B",
+    "It cannot be B.",
+    "The answer is not B", "The answer isn't B.", "The answer is not option B",
+    "The correct answer is not (B).", "Answer: not B",
+    "B is wrong", "B is not correct", "B isn't correct.", "B is incorrect.", "Option B is wrong.",
+    "Option B is not correct",
+    "I would not choose B", "I don't think it is B", "I do not pick B.", "I don't believe B is correct",
+    "neither A nor B",
+    "Neither B nor C.", "anything but B", "any option except B", "never B", "B is false", "(B) is ruled out",
+    "The answer can't be B",
+    "The wrong answer is B", "不是B", "不选B", "答案不是B", "不是B。", "B不对", "B错误", "B是错的", "B不正确", "排除B", "非B",
+    "B选项错误",
 ]
 NO_LETTER = [
-    "", "  ", "\n", ".", "()", "$$", "\\boxed{}", "\\boxed{ }", "\\boxed{\\text{}}", "**", "```", "?", "Because", "bad", "a dog",
+    "", "  ", "\n", ".", "()", "$$", "\\boxed{}", "\\boxed{ }", "\\boxed{\\text{}}", "**", "```", "?",
+    "Because", "bad", "a dog",
     "I see a car", "I see a car.", "A red car is seen", "A car is seen", "A car.", "A man walks", "A bus",
-    "The answer is a car", "The answer is a red bus", "It is a car", "So a car drives past", "Answer: a bus", "I think so", "I am not sure.",
-    "I cannot tell.", "I don't know", "Both are seen", "Team B wins", "He takes vitamin C", "person B is red", "U.S. flag", "B.C. 300",
-    "A.M. radio", "a.m.", "e.g. red", "i.e. red", "C++", "B+", "B2", "4B", "B-roll footage", "A-frame", "D-day", "C section",
-    "C major chord", "B the boat", "E", "E.", "F.", "(E)", "The answer is E", "\\boxed{E}", "Z", "I", "选E", "X marks the spot",
+    "The answer is a car", "The answer is a red bus", "It is a car", "So a car drives past", "Answer: a bus",
+    "I think so", "I am not sure.",
+    "I cannot tell.", "I don't know", "Both are seen", "Team B wins", "He takes vitamin C", "person B is red",
+    "U.S. flag", "B.C. 300",
+    "A.M. radio", "a.m.", "e.g. red", "i.e. red", "C++", "B+", "B2", "4B", "B-roll footage", "A-frame",
+    "D-day", "C section",
+    "C major chord", "B the boat", "E", "E.", "F.", "(E)", "The answer is E", "\\boxed{E}", "Z", "I", "选E",
+    "X marks the spot",
     "Cannot be determined", "none", "None of the above", "all of them", "blue red",
-    "the", "an", "yellow", "car", "Both", "0", "2", "B's car", "Plan B", "I would need to look closer.", "As a result, it stops.",
+    "the", "an", "yellow", "car", "Both", "0", "2", "B's car", "Plan B", "I would need to look closer.",
+    "As a result, it stops.",
     "It is as long as a bus.", "红色", "我不知道", "视频里有一辆车", "T恤", "B超检查",
 ]
 CONTRADICTED = [
-    "A. red", "A: red", "(A) red", "A) red", "A - red", "A\nred", "A (red)", "A.red", "a. red", "a) red", "C red", "C. blue", "D: red",
-    "\\boxed{A. red}", "The answer is A. red", "The answer is A: red.", "Answer: (A) red", "So the answer is C, blue.", "A. Red.",
-    "**A. red**", "A, red", "A = red", "A. both A and B", "A. red. The car is red.", "A\nred\nThe car is red.",
+    "A. red", "A: red", "(A) red", "A) red", "A - red", "A\nred", "A (red)", "A.red", "a. red", "a) red",
+    "C red", "C. blue", "D: red",
+    "\\boxed{A. red}", "The answer is A. red", "The answer is A: red.", "Answer: (A) red",
+    "So the answer is C, blue.", "A. Red.",
+    "**A. red**", "A, red", "A = red", "A. both A and B", "A. red. The car is red.",
+    "A\nred\nThe car is red.",
 ]
 
 
@@ -132,7 +191,8 @@ def test_one_letter_is_named(text):
 @pytest.mark.parametrize("text", AMBIGUOUS + NEGATED + NO_LETTER + CONTRADICTED)
 def test_no_letter_is_named(text):
     assert read_letter(text, COLOURS) is None
-    assert not any(grade(text, {"answer_type": "multiple_choice", "options": COLOURS, "answer": a}) for a in "ABCD")
+    assert not any(grade(text, {"answer_type": "multiple_choice", "options": COLOURS,
+    "answer": a}) for a in "ABCD")
 
 
 def test_the_graded_set_is_large_and_says_each_thing_once():
@@ -141,16 +201,19 @@ def test_the_graded_set_is_large_and_says_each_thing_once():
 
 
 def test_every_letter_is_read_like_b():
-    """All forms of B, as any other letter of 26: pronouns and articles are letters where they stand like one."""
+    """All forms of B, as any of 26 letters: pronouns and articles are letters where they stand like one."""
     options = [f"thing {number}" for number in range(26)]
-    forms = ["{}", "({})", "{}.", "**{}**", "\\boxed{{{}}}", "The answer is {}.", "Answer: {}", "Answer: ({})", "I choose {}.",
-             "{} because it fits", "{}\nIt fits.", "{}. It fits.", "答案是{}。", "选{}", "Option {} is correct.", "{} is correct.",
+    forms = ["{}", "({})", "{}.", "**{}**", "\\boxed{{{}}}", "The answer is {}.", "Answer: {}",
+    "Answer: ({})", "I choose {}.",
+             "{} because it fits", "{}\nIt fits.", "{}. It fits.", "答案是{}。", "选{}", "Option {} is correct.",
+             "{} is correct.",
              "It is seen ({})", "{} - it fits", "I think it is {}."]
     for index, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
         for form in forms:
             assert read_letter(form.format(letter), options) == letter, form.format(letter)
             assert read_letter(form.format(letter), options[:index]) is None
-    for text in ("I think", "I think so.", "I am sure", "I see a thing", "I do not know", "A thing", "A man and I walk"):
+    for text in ("I think", "I think so.", "I am sure", "I see a thing", "I do not know", "A thing",
+    "A man and I walk"):
         assert read_letter(text, options) is None, text
     assert read_letter("I think it is B, as far as I see", options) == "B"
 
@@ -158,49 +221,80 @@ def test_every_letter_is_read_like_b():
 # ------------------------------------------------------------------------------ options of all kinds
 @pytest.mark.parametrize("text, options, letter", [
     # other options in an option's text
-    ("D", COLOURS, "D"), ("D. Both A and B", COLOURS, "D"), ("(D) both A and B", COLOURS, "D"), ("Both A and B", COLOURS, "D"),
-    ("\\boxed{D. Both A and B}", COLOURS, "D"), ("The answer is both A and B", COLOURS, "D"), ("D, both A and B.", COLOURS, "D"),
-    ("D - Both A and B", COLOURS, "D"), ("The answer is D. Both A and B.", COLOURS, "D"), ("D: Both A and B are seen", COLOURS, "D"),
-    ("C", COLOURS, "C"), ("A yellow car", COLOURS, "C"), ("a yellow car.", COLOURS, "C"), ("C. A yellow car", COLOURS, "C"),
+    ("D", COLOURS, "D"), ("D. Both A and B", COLOURS, "D"), ("(D) both A and B", COLOURS, "D"),
+    ("Both A and B", COLOURS, "D"),
+    ("\\boxed{D. Both A and B}", COLOURS, "D"), ("The answer is both A and B", COLOURS, "D"),
+    ("D, both A and B.", COLOURS, "D"),
+    ("D - Both A and B", COLOURS, "D"), ("The answer is D. Both A and B.", COLOURS, "D"),
+    ("D: Both A and B are seen", COLOURS, "D"),
+    ("C", COLOURS, "C"), ("A yellow car", COLOURS, "C"), ("a yellow car.", COLOURS, "C"), ("C. A yellow car",
+    COLOURS, "C"),
     ("yellow car", COLOURS, "C"), ("The yellow car.", COLOURS, "C"), ("C a yellow car", COLOURS, "C"),
     # letters: the prompt asks for the letter of the option
-    ("B", ["B", "A", "C"], "B"), ("A", ["B", "A", "C"], "A"), ("(C)", ["B", "C", "A"], "C"), ("A. B", ["B", "A", "C"], "A"),
+    ("B", ["B", "A", "C"], "B"), ("A", ["B", "A", "C"], "A"), ("(C)", ["B", "C", "A"], "C"), ("A. B", ["B",
+    "A", "C"], "A"),
     ("B. A", ["B", "A", "C"], "B"), ("A: B", ["B", "A", "C"], "A"), ("A. A", ["B", "A", "C"], None),
     ("The answer is A. B", ["B", "A", "C"], "A"), ("The answer is B.", ["B", "A", "C"], "B"),
     # numbers
-    ("2", ["2", "0", "5", "1"], "A"), ("5", ["2", "0", "5", "1"], "C"), ("5.", ["2", "0", "5", "1"], "C"), ("D", ["2", "0", "5", "1"], "D"),
-    ("The answer is 0.", ["2", "0", "5", "1"], "B"), ("B. 0", ["2", "0", "5", "1"], "B"), ("B. 5", ["2", "0", "5", "1"], None),
-    ("Answer: 1", ["2", "0", "5", "1"], "D"), ("7", ["2", "0", "5", "1"], None), ("２", ["2", "0", "5", "1"], "A"), ("B 0", ["2", "0"], "B"),
-    ("-3", ["3", "-3"], "B"), ("−3", ["3", "-3"], "B"), ("3", ["-3", "3"], "B"), ("3", ["−3", "3"], "B"), ("1.5", ["15", "1.5"], "B"),
-    ("50%", ["50", "50%"], "B"), ("$5", ["4", "$5"], "B"), ("A. 3", ["3", "-3"], "A"), ("A. -3", ["3", "-3"], None),
+    ("2", ["2", "0", "5", "1"], "A"), ("5", ["2", "0", "5", "1"], "C"), ("5.", ["2", "0", "5", "1"], "C"),
+    ("D", ["2", "0", "5", "1"], "D"),
+    ("The answer is 0.", ["2", "0", "5", "1"], "B"), ("B. 0", ["2", "0", "5", "1"], "B"), ("B. 5", ["2", "0",
+    "5", "1"], None),
+    ("Answer: 1", ["2", "0", "5", "1"], "D"), ("7", ["2", "0", "5", "1"], None), ("２", ["2", "0", "5", "1"],
+    "A"), ("B 0", ["2", "0"], "B"),
+    ("-3", ["3", "-3"], "B"), ("−3", ["3", "-3"], "B"), ("3", ["-3", "3"], "B"), ("3", ["−3", "3"], "B"),
+    ("1.5", ["15", "1.5"], "B"),
+    ("50%", ["50", "50%"], "B"), ("$5", ["4", "$5"], "B"), ("A. 3", ["3", "-3"], "A"), ("A. -3", ["3", "-3"],
+    None),
     # Chinese
     ("红色", ["蓝色", "红色", "绿色"], "B"), ("红色。", ["蓝色", "红色", "绿色"], "B"), ("B、红色", ["蓝色", "红色", "绿色"], "B"),
     ("A、红色", ["蓝色", "红色", "绿色"], None), ("答案是红色", ["蓝色", "红色", "绿色"], "B"), ("答案：B。红色", ["蓝色", "红色"], "B"),
-    ("B 红色", ["蓝色", "红色"], "B"), ("B红色", ["蓝色", "红色"], "B"), ("A。红色", ["蓝色", "红色"], None), ("T恤", ["裙子", "T恤"], "B"),
+    ("B 红色", ["蓝色", "红色"], "B"), ("B红色", ["蓝色", "红色"], "B"), ("A。红色", ["蓝色", "红色"], None), ("T恤", ["裙子",
+    "T恤"], "B"),
     # sentences that begin with A or I
-    ("A man walks.", ["A man walks.", "A man runs."], "A"), ("A man runs.", ["A man walks.", "A man runs."], "B"),
-    ("A man runs", ["A man walks.", "A man runs."], "B"), ("A. A man walks.", ["A man walks.", "A man runs."], "A"),
-    ("A. A man runs.", ["A man walks.", "A man runs."], None), ("B. A man runs.", ["A man walks.", "A man runs."], "B"),
-    ("A man sits", ["A man walks.", "A man runs."], None), ("I don't know", ["Yes", "No", "I don't know", "Maybe"], "C"),
-    ("C. I don't know", ["Yes", "No", "I don't know", "Maybe"], "C"), ("A red car", ["blue", "a red car"], "B"),
+    ("A man walks.", ["A man walks.", "A man runs."], "A"), ("A man runs.", ["A man walks.", "A man runs."],
+    "B"),
+    ("A man runs", ["A man walks.", "A man runs."], "B"), ("A. A man walks.", ["A man walks.", "A man runs."],
+    "A"),
+    ("A. A man runs.", ["A man walks.", "A man runs."], None), ("B. A man runs.", ["A man walks.",
+    "A man runs."], "B"),
+    ("A man sits", ["A man walks.", "A man runs."], None), ("I don't know", ["Yes", "No", "I don't know",
+    "Maybe"], "C"),
+    ("C. I don't know", ["Yes", "No", "I don't know", "Maybe"], "C"), ("A red car", ["blue", "a red car"],
+    "B"),
     ("A red car", ["red car", "blue"], "A"), ("A is walking", ["A is walking", "B is walking"], "A"),
-    ("B is walking", ["A is walking", "B is walking"], "B"), ("B is walking", ["B is walking", "A is walking"], "A"),
+    ("B is walking", ["A is walking", "B is walking"], "B"), ("B is walking", ["B is walking",
+    "A is walking"], "A"),
     # letters with a dot or a sign
-    ("A. M. radio", ["FM radio", "A. M. radio"], "B"), ("A.M. radio", ["FM radio", "A.M. radio"], "B"), ("A.M.", ["P.M.", "A.M."], "B"),
-    ("B. A. M. radio", ["FM radio", "A. M. radio"], "B"), ("U.S. flag", ["UK flag", "U.S. flag"], "B"), ("C++", ["C", "C++", "C#"], "B"),
-    ("C", ["C", "C++", "C#"], "C"), ("B. C++", ["C", "C++", "C#"], "B"), ("T-shirt", ["dress", "T-shirt"], "B"), ("<", [">", "<"], "B"),
-    ("B. <", [">", "<"], "B"), ("<i>", ["<b>", "<i>"], "B"), ("x < y", ["x > y", "x < y"], "B"), ("Team B", ["Team A", "Team B"], "B"),
-    ("Team A", ["Team B", "Team A"], "B"), ("A. Team B", ["Team B", "Team A"], "A"), ("Plan A, then plan B", ["none", "Plan A, then plan B"], "B"),
+    ("A. M. radio", ["FM radio", "A. M. radio"], "B"), ("A.M. radio", ["FM radio", "A.M. radio"], "B"),
+    ("A.M.", ["P.M.", "A.M."], "B"),
+    ("B. A. M. radio", ["FM radio", "A. M. radio"], "B"), ("U.S. flag", ["UK flag", "U.S. flag"], "B"),
+    ("C++", ["C", "C++", "C#"], "B"),
+    ("C", ["C", "C++", "C#"], "C"), ("B. C++", ["C", "C++", "C#"], "B"), ("T-shirt", ["dress", "T-shirt"],
+    "B"), ("<", [">", "<"], "B"),
+    ("B. <", [">", "<"], "B"), ("<i>", ["<b>", "<i>"], "B"), ("x < y", ["x > y", "x < y"], "B"), ("Team B",
+    ["Team A", "Team B"], "B"),
+    ("Team A", ["Team B", "Team A"], "B"), ("A. Team B", ["Team B", "Team A"], "A"), ("Plan A, then plan B",
+    ["none", "Plan A, then plan B"], "B"),
     # options with letters of their own
-    ("B", ["A. blue", "B. red"], "B"), ("red", ["A. blue", "B. red"], "B"), ("B. red", ["(A) blue", "(B) red"], "B"),
-    ("(B) red", ["A、blue", "B、red"], "B"), ("B、red", ["A.blue", "B.red"], "B"), ("blue", ["a) blue", "b) red"], "A"),
-    ("A. red", ["A.blue", "B.red"], None), ("A", ["A. blue", "B. red"], "A"), ("B: red", ["A：blue", "B：red"], "B"),
-    ("A -> B", ["A -> B", "B -> A"], "A"), ("B -> A", ["A -> B", "B -> A"], "B"), ("B. B -> A", ["A -> B", "B -> A"], "B"),
-    ("AB", ["BA", "AB"], "B"), ("Yes", ["Yes", "No"], "A"), ("No", ["Yes", "No"], "B"), ("No.", ["Yes", "No"], "B"), ("No, B.", ["Yes", "No"], "B"),
-    ("Candles.", ["A. Apples.", "B. Candles.", "C. Berries.", "D. The three kinds are of the same number."], "B"),
-    ("The three kinds are of the same number", ["A. Apples.", "B. Candles.", "C. Berries.", "D. The three kinds are of the same number."], "D"),
-    ("C", ["(A) 1636", "(B) 1366", "(C) 1363", "(D) 1633"], "C"), ("1633", ["(A) 1636", "(B) 1366", "(C) 1363", "(D) 1633"], "D"),
-    ("a leaf", ["(A) A paper", "(B) A leaf", "(C) A photo"], "B"), ("A leaf", ["A paper", "A leaf", "A photo"], "B"),
+    ("B", ["A. blue", "B. red"], "B"), ("red", ["A. blue", "B. red"], "B"), ("B. red", ["(A) blue",
+    "(B) red"], "B"),
+    ("(B) red", ["A、blue", "B、red"], "B"), ("B、red", ["A.blue", "B.red"], "B"), ("blue", ["a) blue",
+    "b) red"], "A"),
+    ("A. red", ["A.blue", "B.red"], None), ("A", ["A. blue", "B. red"], "A"), ("B: red", ["A：blue", "B：red"],
+    "B"),
+    ("A -> B", ["A -> B", "B -> A"], "A"), ("B -> A", ["A -> B", "B -> A"], "B"), ("B. B -> A", ["A -> B",
+    "B -> A"], "B"),
+    ("AB", ["BA", "AB"], "B"), ("Yes", ["Yes", "No"], "A"), ("No", ["Yes", "No"], "B"), ("No.", ["Yes", "No"],
+    "B"), ("No, B.", ["Yes", "No"], "B"),
+    ("Candles.", ["A. Apples.", "B. Candles.", "C. Berries.", "D. The three kinds are of the same number."],
+    "B"),
+    ("The three kinds are of the same number", ["A. Apples.", "B. Candles.", "C. Berries.",
+    "D. The three kinds are of the same number."], "D"),
+    ("C", ["(A) 1636", "(B) 1366", "(C) 1363", "(D) 1633"], "C"), ("1633", ["(A) 1636", "(B) 1366",
+    "(C) 1363", "(D) 1633"], "D"),
+    ("a leaf", ["(A) A paper", "(B) A leaf", "(C) A photo"], "B"), ("A leaf", ["A paper", "A leaf",
+    "A photo"], "B"),
     # two options with the same words name none; nor does nothing
     ("red", ["red", "red"], None), ("", ["red", "."], None), ("B", [], None),
 ])
@@ -230,10 +324,14 @@ def test_options_of_all_kinds(text, options, letter):
     (["A. 1.5", "B. 2"], ["1.5", "2"]),
     (["A.1", "B.2"], ["1", "2"]),
 ] + [(same, same) for same in (
-    ["A. M. radio", "FM radio"], ["A. M. radio", "B. M. radio"], ["A.M. radio", "B.C. 300"], ["a cat", "b cat"], ["a cat", "a dog"],
-    ["A", "B"], ["A.", "B."], ["(A)", "(B)"], ["A man", "B man"], ["B. x", "A. y"], ["A. x", "y"], ["x", "B. y"], ["A. x", "B"],
-    ["A, B", "B, C"], ["A、B", "B、C"], ["A.B", "B.C"], ["A-B", "B-C"], ["A - B", "B - C"], ["Apple: red", "Banana: green"], ["A. x", "A. y"],
-    [f"{letter}. x{letter}" for letter in "ABCDEFGH"] + ["I.V. line"], ["A/B", "B/C"], ["", ""], ["1. x", "2. y"], ["I.V. line", "drip"],
+    ["A. M. radio", "FM radio"], ["A. M. radio", "B. M. radio"], ["A.M. radio", "B.C. 300"], ["a cat",
+    "b cat"], ["a cat", "a dog"],
+    ["A", "B"], ["A.", "B."], ["(A)", "(B)"], ["A man", "B man"], ["B. x", "A. y"], ["A. x", "y"], ["x",
+    "B. y"], ["A. x", "B"],
+    ["A, B", "B, C"], ["A、B", "B、C"], ["A.B", "B.C"], ["A-B", "B-C"], ["A - B", "B - C"], ["Apple: red",
+    "Banana: green"], ["A. x", "A. y"],
+    [f"{letter}. x{letter}" for letter in "ABCDEFGH"] + ["I.V. line"], ["A/B", "B/C"], ["", ""], ["1. x",
+    "2. y"], ["I.V. line", "drip"],
     ["AA. x", "BB. y"],
 )])
 def test_letters_that_options_carry_are_taken_off_where_all_carry_theirs(options, texts):
@@ -243,44 +341,74 @@ def test_letters_that_options_carry_are_taken_off_where_all_carry_theirs(options
 
 # ------------------------------------------------------------------------------- numbers and segments
 @pytest.mark.parametrize("text, truth, score", [
-    ("-3", -3, 1), ("−3", -3, 1), ("–3", -3, 1), ("－3", -3, 1), ("‑3", -3, 1), ("﹣3", -3, 1), ("—3", -3, 1), ("−3", 3, 0), ("–3", 3, 0),
-    ("－３", 3, 0), ("－３", -3, 1), ("−3.5", -3.5, 1), ("−1,234", -1234, 1), ("minus 3", -3, 1), ("minus 3", 3, 0), ("negative 3", 3, 0),
-    ("负3", -3, 1), ("负3", 3, 0), ("The answer is −3.", -3, 1), ("$-3$", -3, 1), ("**−3**", -3, 1), ("1e−3", 0.001, 1), ("+3", 3, 1),
-    ("３", 3, 1), ("１，２３４", 1234, 1), ("１２．５", 12.5, 1), ("3", 3, 1), ("3.", 3, 1), ("3.0", 3, 1), ("1,234", 1234, 1), ("1,234", 1, 0),
-    ("3 to 5", 3, 0), ("3 to 5", 5, 0), ("3-5", 3, 0), ("3–5", 5, 0), ("3-5", -5, 0), ("3 or 4", 3, 0), ("65-80", 65, 0), ("50%", 50, 1),
-    ("50 %", 50, 1), ("50％", 50, 1), ("about 3", 3, 1), ("approximately 3 cars", 3, 1), ("~3", 3, 1), ("≈ 3", 3, 1), ("3 s", 3, 1),
-    ("3 times", 3, 1), ("3次", 3, 1), ("共3次。", 3, 1), ("\\boxed{3}", 3, 1), ("Frames 2 and 5 show it: \\boxed{3}", 3, 1),
-    ("\\boxed{\\text{3}}", 3, 1), ("`3`", 3, 1), ("<b>3</b>", 3, 1), ("F-16", 16, 1), ("F-16", -16, 0), ("x = -3", -3, 1), ("(-3)", -3, 1),
-    ("Answer: 3", 3, 1), ("Answer - 3", 3, 1), ("answer—3", 3, 1), ("10²", 10, 0), ("10²", 102, 0), ("2½", 2, 0), ("5 m²", 5, 1), ("three", 3, 0),
-    ("5 m²", 52, 0), ("3/4", 3, 0), ("1{,}234", 1234, 1), ("12,34", 12, 0), ("1e400", 7, 0), ("٣", 3, 1), ("3*4", 34, 0), ("3 4", 34, 0), ("", 0, 0),
-    ("\\boxed{3} or \\boxed{4}", 3, 0), ("\u200b3", 3, 1), ("3\u00a0", 3, 1), ("-", 0, 0), ("3:05", 3, 0), ("1 234", 1234, 0),
+    ("-3", -3, 1), ("−3", -3, 1), ("–3", -3, 1), ("－3", -3, 1), ("‑3", -3, 1), ("﹣3", -3, 1), ("—3", -3, 1),
+    ("−3", 3, 0), ("–3", 3, 0),
+    ("－３", 3, 0), ("－３", -3, 1), ("−3.5", -3.5, 1), ("−1,234", -1234, 1), ("minus 3", -3, 1), ("minus 3", 3,
+    0), ("negative 3", 3, 0),
+    ("负3", -3, 1), ("负3", 3, 0), ("The answer is −3.", -3, 1), ("$-3$", -3, 1), ("**−3**", -3, 1), ("1e−3",
+    0.001, 1), ("+3", 3, 1),
+    ("３", 3, 1), ("１，２３４", 1234, 1), ("１２．５", 12.5, 1), ("3", 3, 1), ("3.", 3, 1), ("3.0", 3, 1), ("1,234",
+    1234, 1), ("1,234", 1, 0),
+    ("3 to 5", 3, 0), ("3 to 5", 5, 0), ("3-5", 3, 0), ("3–5", 5, 0), ("3-5", -5, 0), ("3 or 4", 3, 0),
+    ("65-80", 65, 0), ("50%", 50, 1),
+    ("50 %", 50, 1), ("50％", 50, 1), ("about 3", 3, 1), ("approximately 3 cars", 3, 1), ("~3", 3, 1), ("≈ 3",
+    3, 1), ("3 s", 3, 1),
+    ("3 times", 3, 1), ("3次", 3, 1), ("共3次。", 3, 1), ("\\boxed{3}", 3, 1),
+    ("Frames 2 and 5 show it: \\boxed{3}", 3, 1),
+    ("\\boxed{\\text{3}}", 3, 1), ("`3`", 3, 1), ("<b>3</b>", 3, 1), ("F-16", 16, 1), ("F-16", -16, 0),
+    ("x = -3", -3, 1), ("(-3)", -3, 1),
+    ("Answer: 3", 3, 1), ("Answer - 3", 3, 1), ("answer—3", 3, 1), ("10²", 10, 0), ("10²", 102, 0), ("2½", 2,
+    0), ("5 m²", 5, 1), ("three", 3, 0),
+    ("5 m²", 52, 0), ("3/4", 3, 0), ("1{,}234", 1234, 1), ("12,34", 12, 0), ("1e400", 7, 0), ("٣", 3, 1),
+    ("3*4", 34, 0), ("3 4", 34, 0), ("", 0, 0),
+    ("\\boxed{3} or \\boxed{4}", 3, 0), ("\u200b3", 3, 1), ("3\u00a0", 3, 1), ("-", 0, 0), ("3:05", 3, 0),
+    ("1 234", 1234, 0),
 ])
 def test_numbers(text, truth, score):
     assert grade(text, {"answer_type": "number", "answer": truth}) == score
 
 
 SEGMENT = [  # all mean 65 s to 80 s
-    "01:05 - 01:20", "1:05 - 1:20", "1:05-1:20", "1:05–1:20", "1:05—1:20", "1:05 − 1:20", "1:05‑1:20", "1:05~1:20", "1:05～1:20",
-    "01:05 to 01:20", "00:01:05 to 00:01:20", "00:01:05 - 00:01:20", "0:01:05-0:01:20", "00:01:05.000 --> 00:01:20.000",
-    "00:01:05,000 --> 00:01:20,000", "from 1:05 to 1:20", "from 1:05.0 to 1:20.0", "between 1:05 and 1:20", "[01:05, 01:20]",
-    "[1:05,1:20]", "(1:05, 1:20)", "１：０５－１：２０", "1 min 5 s to 1 min 20 s", "1 min 5 s - 1 min 20 s", "1min5s-1min20s", "1m5s-1m20s",
-    "1m 05s to 1m 20s", "1 minute 5 seconds to 1 minute 20 seconds", "1 minute and 5 seconds to 1 minute and 20 seconds",
-    "between 1 minute and 5 seconds and 1 minute and 20 seconds", "1 minute, 5 seconds to 1 minute, 20 seconds", "1 min 5 to 1 min 20",
-    "1分5秒到1分20秒", "1分05秒－1分20秒", "1分钟5秒至1分钟20秒", "65s-80s", "65 s - 80 s", "65s to 80s", "65-80s", "65 to 80", "65-80", "65–80",
-    "65 − 80", "65—80", "65 - 80", "65 -80", "65~80", "65～80秒", "[65, 80]", "[65,80]", "[65.0, 80.0]", "(65, 80)", "[65s, 80s]", "65, 80",
-    "65.0 to 80.0 seconds", "65 to 80 secs", "65 seconds to 80 seconds", "between 65 and 80 seconds", "from 65 s until 80 s", "６５－８０", "从65秒到80秒", "第65秒至第80秒", "**65** to **80**", "\\boxed{[65, 80]}", "$[65, 80]$", "`[65, 80]`",
-    "The event lasts from 65 to 80 seconds.", "It happens between 01:05 and 01:20 in the video.", "Answer: 1:05-1:20", "65.00s → 80.00s",
-    "65s–1:20", "1:05 to 80 s", "65 to 1 min 20 s", "start: 65, end: 80", "1:05s to 1:20s", "65 sec. to 80 sec.",
+    "01:05 - 01:20", "1:05 - 1:20", "1:05-1:20", "1:05–1:20", "1:05—1:20", "1:05 − 1:20", "1:05‑1:20",
+    "1:05~1:20", "1:05～1:20",
+    "01:05 to 01:20", "00:01:05 to 00:01:20", "00:01:05 - 00:01:20", "0:01:05-0:01:20",
+    "00:01:05.000 --> 00:01:20.000",
+    "00:01:05,000 --> 00:01:20,000", "from 1:05 to 1:20", "from 1:05.0 to 1:20.0", "between 1:05 and 1:20",
+    "[01:05, 01:20]",
+    "[1:05,1:20]", "(1:05, 1:20)", "１：０５－１：２０", "1 min 5 s to 1 min 20 s", "1 min 5 s - 1 min 20 s",
+    "1min5s-1min20s", "1m5s-1m20s",
+    "1m 05s to 1m 20s", "1 minute 5 seconds to 1 minute 20 seconds",
+    "1 minute and 5 seconds to 1 minute and 20 seconds",
+    "between 1 minute and 5 seconds and 1 minute and 20 seconds",
+    "1 minute, 5 seconds to 1 minute, 20 seconds", "1 min 5 to 1 min 20",
+    "1分5秒到1分20秒", "1分05秒－1分20秒", "1分钟5秒至1分钟20秒", "65s-80s", "65 s - 80 s", "65s to 80s", "65-80s", "65 to 80",
+    "65-80", "65–80",
+    "65 − 80", "65—80", "65 - 80", "65 -80", "65~80", "65～80秒", "[65, 80]", "[65,80]", "[65.0, 80.0]",
+    "(65, 80)", "[65s, 80s]", "65, 80",
+    "65.0 to 80.0 seconds", "65 to 80 secs", "65 seconds to 80 seconds", "between 65 and 80 seconds",
+    "from 65 s until 80 s", "６５－８０", "从65秒到80秒", "第65秒至第80秒", "**65** to **80**", "\\boxed{[65, 80]}",
+    "$[65, 80]$", "`[65, 80]`",
+    "The event lasts from 65 to 80 seconds.", "It happens between 01:05 and 01:20 in the video.",
+    "Answer: 1:05-1:20", "65.00s → 80.00s",
+    "65s–1:20", "1:05 to 80 s", "65 to 1 min 20 s", "start: 65, end: 80", "1:05s to 1:20s",
+    "65 sec. to 80 sec.",
     "0 h 1 min 5 s to 0 h 1 min 20 s", "from 1 min 5 s (inclusive) to 1 min 20 s",
 ]
 SEGMENT_OTHER = [
-    ("from 1:05.5 to 1:20", [65.5, 80], 1), ("1:05:00 - 1:20:00", [3900, 4800], 1), ("1 h to 1 h 5 min", [3600, 3900], 1),
-    ("1.5 min to 2 min", [90, 120], 1), ("1 min to 2 min", [60, 120], 1), ("1 to 2 minutes", [60, 120], 1), ("1-2 min", [60, 120], 1),
-    ("1h2m3s-1h2m4s", [3723, 3724], 1), ("30 s to 1 min", [30, 60], 1), ("75:10-75:20", [4510, 4520], 1), ("0:05-0:10", [5, 10], 1),
-    ("1:05 - 1:35", [65, 80], 0.5), ("[-5, 10]", [5, 10], 0), ("-5 to 10", [5, 10], 0), ("−5 to 10", [5, 10], 0), ("from -5 to 10", [5, 10], 0),
-    ("1:20 - 1:05", [65, 80], 0), ("1:75 - 1:80", [135, 140], 0), ("1:60:00 - 2:00:00", [7200, 7200.5], 0), ("1:05", [1, 5], 0), ("65", [65, 80], 0),
-    ("1:05:10", [65, 80], 0), ("0:0:1:05 - 0:0:1:20", [65, 80], 0), ("1:2:3:4", [1, 7384], 0), ("at 3 frames, 65 to 80", [65, 80], 0), ("", [65, 80], 0),
-    ("1:05 to 1:20 to 1:30", [65, 80], 0), ("0 to " + "9" * 400, [65, 80], 0), ("9" * 400 + ":05 to 1", [65, 80], 0), ("nan to inf", [65, 80], 0),
+    ("from 1:05.5 to 1:20", [65.5, 80], 1), ("1:05:00 - 1:20:00", [3900, 4800], 1), ("1 h to 1 h 5 min",
+    [3600, 3900], 1),
+    ("1.5 min to 2 min", [90, 120], 1), ("1 min to 2 min", [60, 120], 1), ("1 to 2 minutes", [60, 120], 1),
+    ("1-2 min", [60, 120], 1),
+    ("1h2m3s-1h2m4s", [3723, 3724], 1), ("30 s to 1 min", [30, 60], 1), ("75:10-75:20", [4510, 4520], 1),
+    ("0:05-0:10", [5, 10], 1),
+    ("1:05 - 1:35", [65, 80], 0.5), ("[-5, 10]", [5, 10], 0), ("-5 to 10", [5, 10], 0), ("−5 to 10", [5, 10],
+    0), ("from -5 to 10", [5, 10], 0),
+    ("1:20 - 1:05", [65, 80], 0), ("1:75 - 1:80", [135, 140], 0), ("1:60:00 - 2:00:00", [7200, 7200.5], 0),
+    ("1:05", [1, 5], 0), ("65", [65, 80], 0),
+    ("1:05:10", [65, 80], 0), ("0:0:1:05 - 0:0:1:20", [65, 80], 0), ("1:2:3:4", [1, 7384], 0),
+    ("at 3 frames, 65 to 80", [65, 80], 0), ("", [65, 80], 0),
+    ("1:05 to 1:20 to 1:30", [65, 80], 0), ("0 to " + "9" * 400, [65, 80], 0), ("9" * 400 + ":05 to 1", [65,
+    80], 0), ("nan to inf", [65, 80], 0),
     ("1 min 5 s", [60, 65], 0), ("1 min and 5 s", [5, 60], 0), ("[.5, 3]", [0.5, 3], 1), ("1:05.", [1, 5], 0),
 ]
 
@@ -296,50 +424,130 @@ def test_times_in_a_text():
 
 
 @pytest.mark.parametrize("text, truth, score", [
-    ("Ｐａｒｉｓ", "Paris", 1), ("**Paris**", "Paris", 1), ("cafe\u0301", "café", 1), ("J. Smith", "K. Smith", 0), ("A. Smith", "B. Smith", 0),
-    ("$\\text{Paris}$", "Paris", 1), ("\\boxed{Paris}", "Paris", 1), ("−3 degrees", "-3 degrees", 1), ("3 degrees", "-3 degrees", 0),
+    ("Ｐａｒｉｓ", "Paris", 1), ("**Paris**", "Paris", 1), ("cafe\u0301", "café", 1), ("J. Smith", "K. Smith", 0),
+    ("A. Smith", "B. Smith", 0),
+    ("$\\text{Paris}$", "Paris", 1), ("\\boxed{Paris}", "Paris", 1), ("−3 degrees", "-3 degrees", 1),
+    ("3 degrees", "-3 degrees", 0),
     ("巴黎。", "巴黎", 1), ("“Paris”", "Paris", 1), ("A", "A", 1), ("a_b", "a_b", 1), ("Paris\n", "paris", 1),
 ])
 def test_open_answers(text, truth, score):
     assert grade(text, {"answer_type": "open_ended", "answer": truth}) == score
 
 
+@pytest.mark.parametrize("answer, kind, truth, score", [
+    ("7", "number", 7, 1),
+    ("7.0", "number", "7", 1),
+    ("There are 7 cars.", "number", 7, 1),
+    ("1,234.5", "number", 1234.5, 1),
+    ("-3", "number", -3, 1),
+    (".5", "number", 0.5, 1),
+    ("1e3", "number", 1000, 1),
+    ("3", "number", -3, 0),
+    ("7 or 8", "number", 7, 0),
+    ("7.1", "number", 7, 0),
+    ("seven", "number", 7, 0),
+    ("", "number", 0, 0),
+    ("9" * 400, "number", 7, 0),
+    ("nan", "number", 7, 0),
+    (None, "number", 0, 0),
+    ("[10, 20]", "segment", [10, 20], 1),
+    ("10.0 s to 20.0 s", "segment", [10, 20], 1),
+    ("10-20", "segment", [10, 20], 1),
+    ("[15, 25]", "segment", [10, 20], 1 / 3),
+    ("[12, 17]", "segment", [10, 20], 0.5),
+    ("[0, 40]", "segment", [10, 20], 0.25),
+    ("[20, 30]", "segment", [10, 20], 0),
+    ("[30, 40]", "segment", [10, 20], 0),
+    ("[20, 10]", "segment", [10, 20], 0),
+    ("[10, 10]", "segment", [10, 20], 0),
+    ("10", "segment", [10, 20], 0),
+    ("10 12 20", "segment", [10, 20], 0),
+    ("0 to " + "9" * 400, "segment", [10, 20], 0),
+    ("", "segment", [10, 20], 0),
+    (None, "segment", [10, 20], 0),
+    ("Paris", "open_ended", "Paris", 1),
+    ("the  paris.", "open_ended", "Paris", 1),
+    ("A red car!", "open_ended", "red car", 1),
+    ("12", "open_ended", 12, 1),
+    ("A", "open_ended", "A", 1),
+    ("B", "open_ended", "A", 0),
+    ("London", "open_ended", "Paris", 0),
+    ("Paris or London", "open_ended", "Paris", 0),
+    ("", "open_ended", "Paris", 0),
+    (None, "open_ended", "Paris", 0),
+    (None, "multiple_choice", "B", 0),
+])
+def test_grade(answer, kind, truth, score):
+    question = {"answer": truth, "answer_type": kind, "options": COLOURS}
+    assert grade(answer, question) == pytest.approx(score)
+
+
 # ------------------------------------------------------------------------------------- turns without tags
 @pytest.mark.parametrize("text, said, letter", [
-    ("B", "B", "B"), ("The answer is B.", "The answer is B.", "B"), ("I see a car.\nIt is red.\nAnswer: B", "Answer: B", "B"),
-    ("<think>A or C?</think>B", "B", "B"), ("<think>A or C?\n</think>\n\nThe answer is (B).\n\n", "The answer is (B).", "B"),
-    ("It is red.\n\n**B**\n", "**B**", "B"), ("It is red.\n```\nB\n```", "B", "B"), ("hm</think>B", "B", "B"), ("A\n---\nB\n---\n", "B", "B"),
-    ("<think>a</think>A<think>b</think>B", "B", "B"), ("", None, None), (" \n", None, None), ("<think>B</think>", None, None),
-    ("<think>B</think>\n\n", None, None), ("A\nIt is blue.", "It is blue.", None), ("A or\r\nB", "B", "B"), ("Answer:\nB.\n\n", "B.", "B"),
-    ("x" * 1_000_000 + "\nB", "B", "B"), ("答案是A。\n不，答案是B。", "不，答案是B。", "B"), ("...\n", None, None), ("A\n\\boxed{B}", "\\boxed{B}", "B"),
+    ("B", "B", "B"), ("The answer is B.", "The answer is B.", "B"), ("I see a car.\nIt is red.\nAnswer: B",
+    "Answer: B", "B"),
+    ("<think>A or C?</think>B", "B", "B"), ("<think>A or C?\n</think>\n\nThe answer is (B).\n\n",
+    "The answer is (B).", "B"),
+    ("It is red.\n\n**B**\n", "**B**", "B"), ("It is red.\n```\nB\n```", "B", "B"), ("hm</think>B", "B", "B"),
+    ("A\n---\nB\n---\n", "B", "B"),
+    ("<think>a</think>A<think>b</think>B", "B", "B"), ("", None, None), (" \n", None, None),
+    ("<think>B</think>", None, None),
+    ("<think>B</think>\n\n", None, None), ("A\nIt is blue.", "It is blue.", None), ("A or\r\nB", "B", "B"),
+    ("Answer:\nB.\n\n", "B.", "B"),
+    ("x" * 1_000_000 + "\nB", "B", "B"), ("答案是A。\n不，答案是B。", "不，答案是B。", "B"), ("...\n", None, None),
+    ("A\n\\boxed{B}", "\\boxed{B}", "B"),
 ])
 def test_a_turn_without_tags_answers_with_its_last_line(text, said, letter):
     assert read_untagged(text) == said
-    assert grade(read_untagged(text), {"answer_type": "multiple_choice", "options": COLOURS, "answer": "B"}) == (letter == "B")
+    assert grade(read_untagged(text), {"answer_type": "multiple_choice", "options": COLOURS,
+    "answer": "B"}) == (letter == "B")
 
 
 # ---------------------------------------------------------------------------------------- any text, fast
-PIECES = ["A", "B", " ", "\n", ".", ",", "(", ")", "[", "]", "{", "}", "$", "*", "_", "`", "'", '"', "<", ">", "/", "|", "-", "—", "=", ":",
-          "1", "9", "1:", "1,", "a", "b", "is ", "not ", "or ", "the ", "answer ", "answer is ", "the answer is the option ", "option ", "I ",
-          "I think ", "it is ", "so ", "A is ", "B or ", "not B ", "\\boxed{", "\\boxed", "\\text{", "\\text", "\\", "\\(", "<b", "<|", "答案", "答案是",
-          "选", "不", "是", "。", "、", "min ", "1 min ", "1 s ", "1:1:", "and ", "ﷺ", "\u200b", "½", "²", "\u0301", "\x00", "\ud83d", "＄", "𝐁", "Answer: A\n"]
+PIECES = ["A", "B", " ", "\n", ".", ",", "(", ")", "[", "]", "{", "}", "$", "*", "_", "`", "'", '"', "<", ">",
+"/", "|", "-", "—", "=", ":",
+          "1", "9", "1:", "1,", "a", "b", "is ", "not ", "or ", "the ", "answer ", "answer is ",
+          "the answer is the option ", "option ", "I ",
+          "I think ", "it is ", "so ", "A is ", "B or ", "not B ", "\\boxed{", "\\boxed", "\\text{", "\\text",
+          "\\", "\\(", "<b", "<|", "答案", "答案是",
+          "选", "不", "是", "。", "、", "min ", "1 min ", "1 s ", "1:1:", "and ", "ﷺ", "\u200b", "½", "²",
+          "\u0301", "\x00", "\ud83d", "＄", "𝐁", "Answer: A\n"]
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_ten_thousand_characters_of_anything_take_no_time(piece):
     rng = random.Random(0)
-    for text in (piece * 10_000, "B" + piece * 10_000, piece * 10_000 + "B", "the answer is " + piece * 10_000 + "B",
+    for text in (piece * 10_000, "B" + piece * 10_000, piece * 10_000 + "B",
+    "the answer is " + piece * 10_000 + "B",
                  "".join(rng.choice([piece, rng.choice(PIECES)]) for _ in range(10_000))):
-        for kind, truth in (("multiple_choice", "B"), ("number", 7), ("segment", [1, 2]), ("open_ended", "red")):
+        for kind, truth in (("multiple_choice", "B"), ("number", 7), ("segment", [1, 2]), ("open_ended",
+        "red")):
             start = time.process_time()
             score = grade(text, {"answer": truth, "answer_type": kind, "options": COLOURS})
             assert 0 <= score <= 1 and time.process_time() - start < 0.5, (kind, text[:40])
 
 
+@pytest.mark.parametrize("text", [
+    "\\boxed{x" + " " * 800 + "y",
+    "\\boxed{x" + "}" * 9000 + "y",
+    "\\boxed{" * 100_000,
+    "A" + ")" * 1_000_000 + "x",
+    "answer is option " * 50_000,
+    "1," * 500_000,
+    "9" * 1_000_000,
+], ids=lambda text: text[:12])
+def test_grading_a_long_answer_takes_no_time(text):
+    start = time.process_time()
+    for kind, truth in (("multiple_choice", "B"), ("number", 7), ("segment", [1, 2]), ("open_ended", "red")):
+        grade(text, {"answer": truth, "answer_type": kind, "options": COLOURS})
+    assert time.process_time() - start < 0.5
+
+
 def test_long_options_take_no_time():
     options = ["a " * 5000, "a " * 4999 + "b", "A or " * 2000, "x" * 10_000]
     start = time.process_time()
-    for text in ("B. " + "a " * 4999 + "c", "x" * 10_000, "The answer is " + "a " * 4990, "A. " + "A or " * 1990, *options):
+    for text in ("B. " + "a " * 4999 + "c", "x" * 10_000, "The answer is " + "a " * 4990,
+    "A. " + "A or " * 1990, *options):
         read_letter(text, options)
     assert time.process_time() - start < 1
 
@@ -348,6 +556,7 @@ def test_no_text_can_raise():
     rng = random.Random(0)
     for _ in range(20_000):
         text = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 12)))
-        assert read_letter(text, COLOURS) in (None, *"ABCD") and isinstance(plain(text), str) and isinstance(normalise(text), str)
+        assert read_letter(text, COLOURS) in (None, *"ABCD") and isinstance(plain(text),
+        str) and isinstance(normalise(text), str)
         for kind, truth in (("number", 7), ("segment", [1, 2]), ("open_ended", "red")):
             assert 0 <= grade(text, {"answer": truth, "answer_type": kind}) <= 1
