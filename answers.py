@@ -52,8 +52,8 @@ SMALL = "²³¹¼-¾⁰-₉⅐-⅟①-⒛⓪-⓿"  # no digits of a number: 10²
 
 
 def plain(text):
-    """A text without what it is wrapped in: wide letters, kinds of dashes, LaTeX (what is boxed, if anything, is
-    all that was said), HTML, markdown, quotes. Lines stay lines."""
+    """A text without what it is wrapped in: wide letters, kinds of dashes, LaTeX (what is boxed, if anything,
+    is all that was said), HTML, markdown, quotes. Lines stay lines."""
     fold = lambda match: unicodedata.normalize("NFKC", match[0])
     text = re.sub(rf"(?<=\d)[{SMALL}]+", lambda match: " ^ " + fold(match), text)
     text = re.sub(rf"[^{SMALL}]+", fold, text)[:20_000].translate(str.maketrans("‘’【】", "''[]"))
@@ -107,15 +107,15 @@ def option_texts(options):
     owns = [re.match(own.format(letter, chr(ord(letter) + 0xFEE0)), option)  # as wide as Ａ, too
             for letter, option in zip(LETTERS, options)]
     texts = [option[own.end():].strip() for own, option in zip(owns, options) if own]
-    return texts if len(set(texts)) == len(options) else list(options)
+    return texts if len(texts) == len(options) else list(options)
 
 
 # A letter that stands for an option comes first, or after a sign or one of these words ...
 LETTER = r"([A-Za-z])(?![A-Za-z0-9'_+#])"
 any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
 BEFORE = any_of("""is are be was it's that's like as that for to on of from go_with going_with or and nor else
-    but then wait also vs versus either both neither between first answers? ans options? choices? letters? correct
-    final so thus therefore hence yes no sure okay choose choosing pick select guess say think believe conclude
+    but then wait also vs versus either both neither between first answers? ans options? choices? letters? final
+    correct so thus therefore hence yes no sure okay choose choosing pick select guess say think believe conclude
     vote makes? making maybe perhaps likely indeed *ly""")
 BEFORE = rf"""(?:^ | [,:;(\[/&|>=→、。\n]\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\)) | {BEFORE}\.?\s+
     | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
@@ -134,8 +134,8 @@ MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?P<weak>(?i:{WEAK})) | {SIGN}
 # It is denied where these come before it, with nothing between but such words and other letters, or after it.
 DENIED = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclude
     eliminate rules?_out anything_but everything_but all_but doubt""")
-BETWEEN = any_of("""the an? option choice letter answer correct right choose pick select go going with be is to
-    it that think believe say *ly""")
+BETWEEN = any_of("""the an? option choice letter answer correct right choose pick select go going with be is
+    to it that think believe say *ly""")
 DENIED = re.compile(rf"""(?:{DENIED} | ^(?i:no)\b | n't\b | [不非别除])
     (?:[\s(\[:] | [是选项应该答案能会可择了] | {BETWEEN})*
     (?:[A-Z][)\]]?\s*(?:[,/] | (?:or|nor|and)\b | 就是)\s*[(\[]?)*$""", re.VERBOSE)

@@ -1,10 +1,18 @@
-"""Reading answers: what models write, graded by hand before the reader was written."""
+"""Answers, graded by hand before the reader was written; and the rows of files that they are graded against."""
 
+import json
+import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from answers import grade, normalise, option_texts, plain, read_letter, read_times, read_untagged
+from common import UserError, read_text
+from data_prep import question_error, read_questions, read_trajectories, trajectory_error, use_overview
+from model import load_policy, save_policy
 
 COLOURS = ["blue", "red", "a yellow car", "Both A and B"]
 
@@ -322,9 +330,10 @@ def test_options_of_all_kinds(text, options, letter):
     (["A. B", "B. A"], ["B", "A"]),
     (["A. A. M. radio", "B. FM radio"], ["A. M. radio", "FM radio"]),
     (["A. 1.5", "B. 2"], ["1.5", "2"]),
+    (["A. x", "B. x"], ["x", "x"]),
     (["A.1", "B.2"], ["1", "2"]),
 ] + [(same, same) for same in (
-    ["A. M. radio", "FM radio"], ["A. M. radio", "B. M. radio"], ["A.M. radio", "B.C. 300"], ["a cat",
+    ["A. M. radio", "FM radio"], ["A.M. radio", "B.C. 300"], ["a cat",
     "b cat"], ["a cat", "a dog"],
     ["A", "B"], ["A.", "B."], ["(A)", "(B)"], ["A man", "B man"], ["B. x", "A. y"], ["A. x", "y"], ["x",
     "B. y"], ["A. x", "B"],
@@ -560,3 +569,231 @@ def test_no_text_can_raise():
         str) and isinstance(normalise(text), str)
         for kind, truth in (("number", 7), ("segment", [1, 2]), ("open_ended", "red")):
             assert 0 <= grade(text, {"answer": truth, "answer_type": kind}) <= 1
+
+
+# ------------------------------------------------------------------------------ rows of files, before they are played
+ROW = {"id": "1", "video": "a.mp4", "question": "Which?", "options": ["blue", "red"], "answer": "B",
+       "answer_type": "multiple_choice", "source": "x", "evidence": [[1, 2.5]], "meta": {"kind": "detail"}}
+NUMBER, SEGMENT_ROW = ROW | {"answer_type": "number", "answer": 7}, ROW | {"answer_type": "segment",
+"answer": [1, 2]}
+OPEN = ROW | {"answer_type": "open_ended", "answer": "Paris", "options": None}
+CUT, HUGE, NAN, INF = "a\ud83d", 10**400, float("nan"), float("inf")
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+def without(row, key):
+    return {k: v for k, v in row.items() if k != key}
+
+
+@pytest.mark.parametrize("row", [
+    ROW, NUMBER, SEGMENT_ROW, OPEN, ROW | {"answer": "b"}, ROW | {"answer": " B "}, ROW | {"evidence": None},
+    ROW | {"evidence": []}, ROW | {"meta": None}, ROW | {"meta": {}}, ROW | {"source": None}, without(ROW,
+    "source"),
+    without(without(ROW, "meta"), "evidence"), NUMBER | {"answer": "7"}, NUMBER | {"answer": 0},
+    NUMBER | {"answer": -1.5},
+    NUMBER | {"answer": "-1e3"}, NUMBER | {"options": None}, SEGMENT_ROW | {"answer": [0, 0.5]},
+    OPEN | {"answer": 12},
+    OPEN | {"options": []}, OPEN | {"answer": "巴黎"}, ROW | {"overview_frames": [0, 3.0]},
+    ROW | {"overview_frames": None},
+    ROW | {"question": "Which 🎬?\u2028é\u0000"}, ROW | {"options": ["A. x", "B. y"]}, ROW | {"options": ["A",
+    "B"]},
+    ROW | {"options": ["C", "C++", "C#"]}, ROW | {"options": [str(n) for n in range(26)], "answer": "Z"},
+    ROW | {"meta": {"n": [1, {"a": None}], "kind": None}}, ROW | {"more": [1, "x"]}, ROW | {"options": ["red",
+    "Red"]},
+    ROW | {"meta": {"uniform_accuracy": {"8": 0.5}, "kind": "detail", "duration_s": 120.0}},
+])
+def test_rows_that_can_be_used(row):
+    assert question_error(row) is None
+    assert question_error(json.loads(json.dumps(row))) is None
+
+
+BAD_ROWS = [
+    None, [], "x", 3, True, *(without(ROW, key) for key in ("id", "video", "question", "answer",
+    "answer_type")),
+    *(ROW | {key: value} for key in ("id", "video", "question", "answer_type")
+      for value in (None, "", " ", 3, 1.5, True, False, ["a"], {"a": 1}, [], {}, CUT, NAN, HUGE)),
+    # the letter
+    *(ROW | {"answer": value} for value in ("AB", "", " ", "C", "BA", "ABC", "B.", "(B)", "red", 1, 1.0, True,
+    None, ["B"],
+                                            {"B": 1}, CUT, NAN, "B\ud83d", "ß", "Ｂ", "\n", "B B")),
+    # options
+    *(ROW | {"options": value} for value in (
+        None, [], ["red"], ["red", ""], ["red", " "], ["red", 3], ["red", None], ["red", True], ["red",
+        ["x"]], "AB", {}, 0, "",
+        {"A": "x", "B": "y"}, ["red", "red"], ["red", " red "], ["A. red", "B. red "], ["red", CUT], ["red",
+        NAN], True,
+        ["x"] * 3, [str(n) for n in range(27)], ["a", "b", "a"])),
+    OPEN | {"options": ["x", ""]}, OPEN | {"options": "x"}, OPEN | {"options": {}},
+    OPEN | {"options": [str(n) for n in range(27)]},
+    # numbers and segments
+    *(NUMBER | {"answer": value} for value in (NAN, INF, -INF, HUGE, -HUGE, 10**5000, "nan", "inf",
+    "-Infinity", "1e999",
+                                               "seven", "1,234", " ", True, False, [7], {"n": 7}, CUT,
+                                               "7" + CUT)),
+    *(SEGMENT_ROW | {"answer": value} for value in (
+        [1], [1, 2, 3], [], [2, 1], [1, 1], [-1, 2], ["1", "2"], "12", "[1, 2]", [NAN, 2], [1, NAN], [1, INF],
+        [-INF, 1],
+        [1, HUGE], [True, 2], [0, True], [None, 1], [[1], [2]], {"0": 1, "1": 2}, 3, True, [1, "2"], [1,
+        CUT])),
+    *(OPEN | {"answer": value} for value in (" ", ".", "?!", "a\ud83d", True, ["x"], {"x": 1}, NAN, INF, HUGE,
+    "**")),
+    # evidence, frames, the rest
+    *(ROW | {"evidence": value} for value in (
+        "", "x", 0, 3, True, False, {}, {"a": 1}, [1, 2], [[1]], [[1, 2, 3]], [[2, 1]], [[1, 1]], [[-1, 2]],
+        [[1, NAN]], [[1, INF]],
+        [[NAN, NAN]], [[1, HUGE]], [["1", "2"]], ["12"], [None], [[None, 2]], [[0, True]], [[1, 2], [4, 3]],
+        [[1, 2], []], [{}],
+        [[[1], [2]]], [[1, 2], "34"])),
+    *(ROW | {"overview_frames": value} for value in (
+        "all", "", 0, 3, True, False, {}, [NAN], [INF], [-INF], [-1], [HUGE], ["1"], [True], [None], [[1]],
+        [1, "2"], [CUT])),
+    *(ROW | {"meta": value} for value in (
+        "", "x", 0, 1, True, False, [], [1], {"a": NAN}, {"a": [1, {"b": INF}]}, {"a": CUT}, {CUT: 1},
+        {"a": ["x", {"b": CUT}]},
+        {"kind": ["x"]}, {"kind": 3}, {"kind": {}}, {"kind": CUT}, {"a": 10**5000},
+        {"uniform_accuracy": {"8": 0.5}},
+        {"uniform_accuracy": {}, "kind": "detail", "duration_s": "120"})),
+    *(ROW | {"source": value} for value in (3, True, ["x"], {}, CUT)), ROW | {CUT: 1}, ROW | {"more": NAN},
+    ROW | {"more": CUT},
+    ROW | {"video": "a\0.mp4"}, ROW | {"answer_type": "letter"}, ROW | {"answer_type": "x\ny" * 5000},
+    NUMBER | {"answer": "seven\n" * 5000},
+]
+
+
+@pytest.mark.parametrize("index", range(len(BAD_ROWS)))
+def test_rows_that_can_not(index):
+    reason = question_error(BAD_ROWS[index])
+    assert reason and isinstance(reason, str) and len(reason.splitlines()) == 1 and len(reason) < 300
+    assert reason.encode()  # can be printed
+    assert trajectory_error({"question": BAD_ROWS[index], "turns": ["x"], "learn": [True]})
+
+
+@pytest.mark.parametrize("change, is_good", [
+    ({}, True), ({"learn": [False, True]}, True), ({"provenance": None}, True),
+    ({"provenance": {"max_zooms": 1}}, True),
+    ({"turns": ["x", ""]}, True), ({"kind": "exemplar"}, True),
+    *(({"turns": value}, False) for value in (None, [], "xy", ["x"], ["x", 3], ["x", None], ["x", CUT],
+    [["x"], "y"], {"x": 1, "y": 2},
+                                              3, True, ["x", NAN])),
+    *(({"learn": value}, False) for value in (None, [], [True], [True] * 3, [1, 1], [0, 1], ["true", "true"],
+    [None, True], "tt", {}, True,
+                                              [True, NAN], {"a": True, "b": True}, [[True], True])),
+    *(({"provenance": value}, False) for value in ("x", 3, [], [1], {"max_zooms": None}, {"max_zooms": "4"},
+    {"max_zooms": -1},
+                                                   {"max_zooms": True}, {"max_zooms": 1.5}, {"seed": NAN},
+                                                   {"teacher": CUT})),
+    *(({"question": value}, False) for value in (None, [], "x", {}, ROW | {"answer": "AB"})),
+])
+def test_trajectory_rows(change, is_good):
+    reason = trajectory_error({"question": ROW, "turns": ["x", "y"], "learn": [True, True]} | change)
+    assert (reason is None) == is_good and len((reason or "x").splitlines()) == 1
+    for row in (None, [], "x", 3, {}):
+        assert trajectory_error(row)
+
+
+def lines_of(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\x1d", "\x1e", "\t",
+"é🎬", "\ufeff", "\xa0"])
+def test_a_row_ends_at_the_end_of_its_line_alone(tmp_path, inside):
+    text = f"What{inside}now{inside}"
+    raw = lines_of(ROW | {"question": "QQ"}, ROW | {"id": "2"}).replace("QQ", text)  # not escaped either
+    for ending in ("\n", "\r\n", "\n\n \n"):
+        (tmp_path / "q.jsonl").write_bytes(raw.replace("\n", ending).encode())
+        rows, bad = read_questions(tmp_path / "q.jsonl", 0)
+        assert not bad and [row["id"] for row in rows] == ["1", "2"] and rows[0]["question"] == text
+    (tmp_path / "q.jsonl").write_bytes((raw + "{").encode())
+    rows, bad = read_questions(tmp_path / "q.jsonl", 0.5)
+    assert len(rows) == 2 and [where for where, _ in bad] == ["line 3"]  # as an editor counts
+
+
+def test_a_byte_order_mark_costs_nothing(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(lines_of(ROW,
+    ROW | {"id": "2"}).encode("utf-8-sig") + lines_of(ROW | {"id": "3"}).encode("utf-8-sig"))
+    rows, bad = read_questions(path, 0)
+    assert not bad and [row["id"] for row in rows] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("data", [
+    lines_of(ROW).encode("utf-16"), lines_of(ROW).encode("utf-16-le"), lines_of(ROW).encode("utf-16-be"),
+    lines_of(ROW).encode("utf-32"), lines_of(ROW | {"question": "Wo ist Käse?"}).encode("latin-1"),
+    b"\xff\xfe", b"\x00\x01\xfe",
+    None,
+])
+def test_files_in_another_encoding_are_one_line(tmp_path, data):
+    path = tmp_path / "q.json"
+    path.write_bytes(data) if data is not None else path.mkdir()
+    for read in (lambda: read_questions(path, 1), lambda: read_text(path), lambda: use_overview(None, [],
+    str(path), 1)):
+        with pytest.raises(UserError, match="cannot read .*q.json") as raised:
+            read()
+        assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(UserError, match="cannot read"):
+        read_text("a\0b")
+
+
+def test_rows_that_break_a_reader_are_bad_rows(tmp_path):
+    path, good = tmp_path / "q.jsonl", lines_of(*(ROW | {"id": str(n)} for n in range(20)))
+    bad_lines = ["[" * 100_000, '{"a":' * 100_000, '{"meta": ' + "[" * 990 + "]" * 990 + "}", "9" * 5000,
+    '{"id": ' + "9" * 5000 + "}",
+                 json.dumps(ROW | {"meta": {"x": DEEP}}), json.dumps(NUMBER | {"answer": HUGE}),
+                 json.dumps(NUMBER | {"answer": NAN}),
+                 json.dumps(ROW | {"question": CUT}), "null", "[]", '"x"', "{}", "{", '{"id": "1"',
+                 lines_of(ROW).strip() + ",",
+                 json.dumps(ROW | {"evidence": [[0, HUGE]]})]
+    path.write_text(good + "\n".join(bad_lines))
+    rows, bad = read_questions(path, 1)
+    depth = bad_lines.index(json.dumps(ROW | {"meta": {"x": DEEP}}))  # as deep as that may do
+    assert len(rows) in (20,
+    21) and {f"line {21 + n}" for n in range(len(bad_lines)) if n != depth} <= {where for where, _ in bad}
+    assert all(len(reason.splitlines()) == 1 and len(reason) < 400 for _, reason in bad)
+    with pytest.raises(UserError, match="line 21"):
+        read_questions(path, 0.1)
+    path.write_text("\n".join(json.dumps({"question": ROW, "turns": ["x", text], "learn": [True,
+    True]}) for text in ("y", CUT)))
+    rows, bad = read_trajectories(path, 0.5)
+    assert len(rows) == 1 and bad[0][0] == "line 2" and "turns" in bad[0][1]
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    """What was read is written and read again, with a locale that knows ASCII alone."""
+    row = ROW | {"question": "Où est le café ☕\u2028？", "options": ["蓝色", "红色"]}
+    (tmp_path / "q.jsonl").write_bytes(lines_of(row).encode())
+    (tmp_path / "f.json").write_bytes(json.dumps([{"video_name": "x/a.mp4", "question": row["question"],
+    "frame_idx": [3]}],
+                                                 ensure_ascii=False).encode("utf-8-sig"))
+    script = ("import locale, sys; sys.path.insert(0, sys.argv[1]); from common import *; from data_prep import *\n"
+              "rows, bad = read_questions('q.jsonl', 0); write_jsonl('w.jsonl', rows); assert read_questions('w.jsonl', 0)[0] == rows\n"
+              "_, rows, _ = use_overview(None, rows, 'f.json', 0); assert rows[0]['overview_frames'] == [3.0]\n"
+              "assert read_text('f.json')[0] == '['; print(ascii(rows[0]['question']), locale.getpreferredencoding(False))")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LC_")} | {"LC_ALL": "C",
+    "PYTHONUTF8": "0", "LANG": "C"}
+    done = subprocess.run([sys.executable, "-c", script, str(Path(read_text.__code__.co_filename).parent)],
+    cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, encoding = done.stdout.rsplit(maxsplit=1)
+    assert said == ascii(row["question"]) and "utf" not in encoding.lower()
+    assert json.loads((tmp_path / "w.jsonl").read_bytes()) == row
+
+
+def test_prompts_and_chosen_frames_may_have_a_byte_order_mark(tmp_path, policy):
+    (tmp_path / "prompt").write_bytes("Regarde bien, é.\n".encode("utf-8-sig"))
+    save_policy(policy, tmp_path / "policy")
+    loaded = load_policy(tmp_path / "policy", system_prompt_file=tmp_path / "prompt")
+    assert loaded.env_config.system_prompt == "Regarde bien, é."
+    (tmp_path / "prompt").write_bytes("Look.".encode("utf-16"))
+    for name in ("prompt", "nothing"):
+        with pytest.raises(UserError, match=f"cannot read .*{name}"):
+            load_policy(tmp_path / "policy", system_prompt_file=tmp_path / name)
+    chosen = [{"video_name": "a.mp4", "question": "Which?", "frame_idx": [3]}]
+    (tmp_path / "f.json").write_bytes(json.dumps(chosen).encode("utf-8-sig"))
+    _, rows, bad = use_overview(None, [dict(ROW)], str(tmp_path / "f.json"), 0)
+    assert rows[0]["overview_frames"] == [3.0] and not bad
+    for text in ("[" * 100_000, json.dumps([chosen[0] | {"frame_idx": [HUGE]}]), "9" * 5000, "{", "3"):
+        (tmp_path / "f.json").write_text(text)
+        with pytest.raises(UserError, match="cannot read --overview"):
+            use_overview(None, [dict(ROW)], str(tmp_path / "f.json"), 0)
