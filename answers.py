@@ -1,4 +1,4 @@
-"""Grading: what an answer text says, however it is wrapped. Nothing can raise; all is linear.
+"""Grading: what an answer text says, however it is wrapped. Nothing raises, all is linear.
 
     number     about −3 s -> -3; two numbers are wrong
     segment    01:05 – 1 min 20 s -> 65 s to 80 s
@@ -90,7 +90,7 @@ TIME = re.compile(rf"""(?<![\d:])(?<!\d\.)(?:
 
 def read_times(text):
     """All times in a plain text, in seconds; none if one of them is negative."""
-    if re.search(r"(?:^|[\[(,:]|\b(?:to|and|from)\b)\s*-\s*[\d.]", text):
+    if re.search(r"(?:^|[\[(,:]|\b(?:to|and|from)\b)\s*-[\d.]", text):
         return []
     one_unit = rf"(?<![\d:.]){N}(\s*(?:-|~|to|and|到|至)\s*)(?={N}({MINUTE}|{HOUR})\W*$)"  # 1 to 2 min
     text = re.sub(one_unit, r"\1\4\2", text)
@@ -113,11 +113,12 @@ def option_texts(options):
 # A letter that stands for an option comes first, or after a sign or one of these words ...
 LETTER = r"([A-Za-z])(?![A-Za-z0-9'_+#])"
 any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
-BEFORE = any_of("""is are be was it's that's like as that for to on of from go_with going_with or and nor else
-    but then wait also vs versus either both neither between first answers? ans options? choices? letters? final
-    correct so thus therefore hence yes no sure okay choose choosing pick select guess say think believe conclude
-    vote makes? making maybe perhaps likely indeed *ly""")
-BEFORE = rf"""(?:^ | [,:;(\[/&|>=→、。\n]\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\)) | {BEFORE}\.?\s+
+LEADS = any_of("""
+    is are be was it's that's like as that for to on of from go_with going_with or and nor else but then
+    wait also vs versus either both neither between first answers? ans options? choices? letters? final
+    correct so thus therefore hence yes no sure okay choose choosing pick select guess say think believe
+    conclude vote makes? making maybe perhaps likely indeed *ly""")
+BEFORE = rf"""(?:^ | [,:;(\[/&|>=→、。\n]\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\)) | {LEADS}\.?\s+
     | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
 # ... and before a sign; if a capital ("a because" is none), also before these words, or that it is right.
 SIGN = r"(?=\s*(?:$ | [,:;!?)\]/&|>=→+。、…] | \.(?!\w\b) | -+[\s>])) | (?=\n)"
@@ -132,18 +133,17 @@ WEAK = rf"""\W{{0,3}}\bor\b | \s(?:and|nor)\b | \s?[和或与还及都]
 MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?P<weak>(?i:{WEAK})) | {SIGN}
     | (?<=[A-Z])(?:(?=\s*[(\[] | \s?[选项因] | \s{WORD}) | {RIGHT}))""", re.VERBOSE)
 # It is denied where these come before it, with nothing between but such words and other letters, or after it.
-DENIED = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclude
+DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclude
     eliminate rules?_out anything_but everything_but all_but doubt""")
 BETWEEN = any_of("""the an? option choice letter answer correct right choose pick select go going with be is
     to it that think believe say *ly""")
-DENIED = re.compile(rf"""(?:{DENIED} | ^(?i:no)\b | n't\b | [不非别除])
+DENIED = re.compile(rf"""(?:{DENIES} | ^(?i:no)\b | n't\b | [不非别除])
     (?:[\s(\[:] | [是选项应该答案能会可择了] | {BETWEEN})*
     (?:[A-Z][)\]]?\s*(?:[,/] | (?:or|nor|and)\b | 就是)\s*[(\[]?)*$""", re.VERBOSE)
 WRONG = any_of("wrong incorrect false unlikely impossible ruled_out eliminated excluded")
-DENIED_AFTER = re.compile(rf"""[)\]]?\s?(?:
-    {any_of("is are was were would can could does must")}\s?(?:not|n't)\b | cannot\b
-    | {any_of("is are was were seems looks must_be can_be has_been")}\s(?:\w+\s)?{WRONG}
-    | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$ | (?:选项)?是?[不错])""", re.VERBOSE)
+DENIED_AFTER = re.compile(rf"""[)\]]?\s?(?:(?:is|are|was|were|would|can|could|do|does|must)\s?(?:not|n't)\b
+    | cannot\b | \w{{2,12}}\s(?:\w{{2,12}}\s)?{WRONG} | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$
+    | (?:选项)?是?[不错])""", re.VERBOSE)
 SEPARATOR = re.compile(r"^(?:[\s)\].,:;、。=→|(\[]|[-=]+>|-+(?=\s))+")  # between a letter and its option's text
 
 

@@ -1,4 +1,4 @@
-"""Answers, graded by hand before the reader was written; and the rows of files that they are graded against."""
+"""Answers, graded by hand before the reader was written; and the rows that they are graded against."""
 
 import json
 import os
@@ -103,7 +103,7 @@ PHRASES = [
     "Based on the video, the correct answer is B. red",
     "Based on the frames, option B is correct.", "The answer to the question is B.", "Sure! The answer is B.",
     "The option that best describes the car is (B).", "The answer that fits best is option B.",
-    "The car is red (B).",
+    "The car is red (B).", "B. Option A does not match, and C was not shown.",
     "The car is red. (B)", "The car is red.\nB", "The car is red.\n\n**B**", "The car is red. B",
     "The car is red. B.",
     "A red car is seen, so the answer is B.", "A red car is seen. Answer: B",
@@ -418,7 +418,8 @@ SEGMENT_OTHER = [
     ("at 3 frames, 65 to 80", [65, 80], 0), ("", [65, 80], 0),
     ("1:05 to 1:20 to 1:30", [65, 80], 0), ("0 to " + "9" * 400, [65, 80], 0), ("9" * 400 + ":05 to 1", [65,
     80], 0), ("nan to inf", [65, 80], 0),
-    ("1 min 5 s", [60, 65], 0), ("1 min and 5 s", [5, 60], 0), ("[.5, 3]", [0.5, 3], 1), ("1:05.", [1, 5], 0),
+    ("1 min 5 s", [60, 65], 0), ("1 min and 5 s", [5, 60], 0), ("[.5, 3]", [0.5, 3], 1), ("- 65 to 80", [65,
+    80], 1), ("1:05.", [1, 5], 0),
 ]
 
 
@@ -765,10 +766,14 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     (tmp_path / "f.json").write_bytes(json.dumps([{"video_name": "x/a.mp4", "question": row["question"],
     "frame_idx": [3]}],
                                                  ensure_ascii=False).encode("utf-8-sig"))
-    script = ("import locale, sys; sys.path.insert(0, sys.argv[1]); from common import *; from data_prep import *\n"
-              "rows, bad = read_questions('q.jsonl', 0); write_jsonl('w.jsonl', rows); assert read_questions('w.jsonl', 0)[0] == rows\n"
-              "_, rows, _ = use_overview(None, rows, 'f.json', 0); assert rows[0]['overview_frames'] == [3.0]\n"
-              "assert read_text('f.json')[0] == '['; print(ascii(rows[0]['question']), locale.getpreferredencoding(False))")
+    script = """import locale, sys; sys.path.insert(0, sys.argv[1])
+from common import *; from data_prep import *
+rows, bad = read_questions("q.jsonl", 0)
+write_jsonl("w.jsonl", rows)
+assert read_questions("w.jsonl", 0)[0] == rows and read_text("f.json")[0] == "["
+_, rows, _ = use_overview(None, rows, "f.json", 0)
+assert rows[0]["overview_frames"] == [3.0]
+print(ascii(rows[0]["question"]), locale.getpreferredencoding(False))"""
     env = {k: v for k, v in os.environ.items() if not k.startswith("LC_")} | {"LC_ALL": "C",
     "PYTHONUTF8": "0", "LANG": "C"}
     done = subprocess.run([sys.executable, "-c", script, str(Path(read_text.__code__.co_filename).parent)],
