@@ -5,13 +5,16 @@ stands in RunConfig, which theirs inherit.
 """
 
 import argparse
+import errno
 import inspect
 import json
 import os
 import re
 import sys
+import time
 import types
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,12 +27,21 @@ class UserError(Exception):
 
 
 def fail(message):
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    """One line, exit status 2. Of several processes one speaks: another than the first only if that one goes on.
+    torchrun ends the others, and shows the line once more at the end of its own report."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": report}))
     sys.exit(2)
 
 
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """One line; of several processes the first one's."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def run_main(main):
@@ -37,7 +49,11 @@ def run_main(main):
     try:
         main()
     except UserError as error:
-        fail(error)
+        fail(str(error))
+    except OSError as error:  # a full disk, a folder that was taken away: reading has its own errors
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
     if dist.is_initialized():
@@ -54,6 +70,7 @@ class RunConfig:
     max_bad: float = 0.01  # share of unusable rows above which the run ends
     seed: int = 0  # of the order of the data, and of sampling
     device: str | None = None  # cpu, cuda; by default cuda where there is one
+    timeout_min: float = 120.0  # minutes that a process waits for another one, whose rollout may be longer
     dtype: str | None = None  # of all compute weights: float32, bfloat16; by default bfloat16 on cuda, else float32
 
 
@@ -98,18 +115,32 @@ def field_comments(config_class):
 
 
 # ------------------------------------------------------------------------------------------------------- processes
-def start_processes(device=None):
-    """Joins torchrun's process group where there is one. Returns (rank, world size, torch.device).
+def start_processes(device=None, timeout_min=120.0):
+    """Joins torchrun's process group where there is one. Returns (rank, world size, torch.device). A process that waits
+    for another one longer than `timeout_min` ends.
 
     Everything distributed here is: each process computes the gradient of its own share of a sum whose denominator is
     counted over all processes, and `sync_gradients` adds the shares up. Raises UserError for a device that is not
-    there."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    there, and where only some of torchrun's variables are."""
+    needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    given = [name for name in needed if os.environ.get(name)]
+    if ("RANK" in given or os.environ.get("WORLD_SIZE", "1") != "1") and len(given) < len(needed):
+        raise UserError(f"{given[0]} is set, but not {', '.join(set(needed) - {*given})}; start several processes by torchrun")
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < world:
+            raise ValueError
+    except ValueError:
+        raise UserError("RANK must be a number from 0 to below that in WORLD_SIZE; start several processes by torchrun") from None
     device, backend = choose_device(device)
     if device.type == "cpu" and world > 1:  # torchrun starts each process with one thread; share the cores instead
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend)
+    if "RANK" in given and not dist.is_initialized():
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
+        except (RuntimeError, ValueError, OSError) as error:  # no such address, a port in use
+            raise UserError(f"cannot join the other processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+                            f"{str(error).strip().splitlines()[0]}") from None
     return rank, world, device
 
 
@@ -130,16 +161,22 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
-def sync_gradients(parameters):
-    """Adds the gradients of all processes up, in place. A process without tokens takes part with zeros."""
-    if dist.is_initialized():
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(grad.view_as(p))
+def sync_gradients(parameters, bucket_bytes=64e6):
+    """Adds the gradients of all processes up, in place, in buckets: many small ones at once, and never a copy of all. A
+    process without tokens takes part with zeros."""
+    if not dist.is_initialized():
+        return
+    bucket = []
+    for i, p in enumerate(parameters):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        bucket.append(p.grad)
+        if i + 1 == len(parameters) or sum(grad.nbytes for grad in bucket) >= bucket_bytes:
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            dist.all_reduce(flat)
+            for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket])):
+                grad.copy_(total.view_as(grad))
+            bucket = []
 
 
 # --------------------------------------------------------------------------------------------------------- devices
@@ -238,3 +275,12 @@ def write_jsonl(path, rows):
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def move_aside(path):
+    """Renames a file of an earlier run, if it is there: metrics.jsonl becomes metrics.1.jsonl, or the next free number."""
+    path, number = Path(path), 1
+    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    if path.exists():
+        os.replace(path, kept)

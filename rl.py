@@ -7,7 +7,7 @@ For each question the policy plays a group of n episodes with rewards r_1 .. r_n
     d     = log pi_ref(token) - log pi(token)
     loss  = 1/N * sum over sampled tokens of
             - min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
-            + kl_weight * (exp(d) - d - 1) - entropy_weight * H(pi)
+            + kl_weight * min(exp(d) - d - 1, 10) - entropy_weight * H(pi)
 
 N counts the sampled tokens of a mini-batch over all processes: prompt, tool text and frames are not in it. A group
 whose rewards are all equal teaches nothing and is dropped; new questions are drawn until the batch is full.
@@ -18,7 +18,8 @@ whose rewards are all equal teaches nothing and is dropped; new questions are dr
 Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
 
 From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27, KL 0.001 to the SFT model (k3), entropy
-0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: pi_old is the
+0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. k3 is clamped at 10: above
+d = 2.61 its gradient is 0, where one token's would be thousands. Departures: pi_old is the
 log-probability noted while sampling, not one from a second pass (they are the same to 1e-4, tested; the metric `gap`
 shows it in each run); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen.
 """
@@ -34,12 +35,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (RunConfig, UserError, check_bad, choose_dtype, gather, parse_flags, run_main, start_processes,
-                    sum_over_processes, write_jsonl)
+from common import (RunConfig, UserError, check_bad, choose_dtype, gather, move_aside, parse_flags, run_main,
+                    start_processes, sum_over_processes, write_jsonl)
 from data_prep import read_questions, use_overview
 from model import MasterWeights, load_policy, save_policy, split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from zoom_env import REWARD_PARTS, RewardWeights
+
+MAX_KL = 10.0  # k3 of a token counts up to this
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Config(RolloutConfig, RewardWeights, RunConfig):
     lr_warmup_steps: int = 0  # steps in which the learning rate rises
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_bad_steps: int = 5  # the run ends after so many optimizer steps in a row whose gradient is not finite
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.27  # ... and up to 1 + clip_high
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
@@ -84,7 +88,12 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
     while missing > 0 and drawn < config.max_draws * config.batch_size:
         draw = [next(questions) for _ in range(min(missing, config.max_draws * config.batch_size - drawn))]
         drawn += len(draw)  # the same on all processes
-        groups, bad = engine.play(draw[rank::world], root, on_end=lambda e: bar.update())
+
+        def ended(e):
+            e.dialogue.frames, e.env.watched = [], e.env.when_watched()  # their features are there: the frames are not needed
+            bar.update()
+
+        groups, bad = engine.play(draw[rank::world], root, on_end=ended)
         skipped += bad
         for group in groups:
             episodes += group
@@ -92,7 +101,7 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
                 kept.append(group)
             else:
                 for e in group:
-                    e.dialogue.features, e.dialogue.frames = [], []  # no longer needed
+                    e.dialogue.features = []  # no longer needed
         missing = config.batch_size - round(sum_over_processes({"kept": len(kept)}, device)["kept"])
     return kept, episodes, skipped, drawn
 
@@ -123,11 +132,11 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     stats = {"clipped_low": ((ratio < 1 - config.clip_low) & (advantages < 0)).sum(),
              "clipped_high": ((ratio > 1 + config.clip_high) & (advantages > 0)).sum(),
-             "kl": torch.zeros(()), "entropy": torch.zeros(())}
+             "kl": torch.zeros(()), "kl_clamped": torch.zeros(()), "entropy": torch.zeros(())}
     if ref_log_probs is not None:
-        d = ref_log_probs - log_probs
-        kl = d.exp() - d - 1
-        loss, stats["kl"] = loss + config.kl_weight * kl, kl.sum()
+        d = (ref_log_probs - log_probs).clamp(max=20)  # beyond, exp and its gradient could be infinite
+        kl = (d.exp() - d - 1).clamp(max=MAX_KL)
+        loss, stats["kl"], stats["kl_clamped"] = loss + config.kl_weight * kl, kl.sum(), (kl == MAX_KL).sum()
     if entropies is not None:
         loss, stats["entropy"] = loss - config.entropy_weight * entropies, entropies.sum()
     return loss, {k: v.item() for k, v in stats.items()}
@@ -144,7 +153,7 @@ def update(policy, reference, groups, masters, optimizer, config, rank, device):
         tokens = sum_over_processes({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
         if not tokens:
             continue
-        sums = dict.fromkeys(("loss", "clipped_low", "clipped_high", "kl", "entropy", "gap", "gap_tokens"), 0.0)
+        sums = dict.fromkeys(("loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy", "gap", "gap_tokens"), 0.0)
         for batch in split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass):
             dialogues = [d for group in batch for d in group]
             old = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], device=device)
@@ -163,13 +172,15 @@ def update(policy, reference, groups, masters, optimizer, config, rank, device):
                 stats["gap"], stats["gap_tokens"] = (log_probs.detach() - old).abs().sum().item(), len(old)
             for key, value in stats.items():
                 sums[key] += value
-        metrics["grad_norm"] += masters.step(optimizer, config.max_grad_norm)
+        norm = masters.step(optimizer, config.max_grad_norm, config.max_bad_steps, [g[0].env.question["id"] for g in mini])
+        metrics["grad_norm" if math.isfinite(norm) else "bad_steps"] += norm if math.isfinite(norm) else 1
         updates += 1
         metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
     gap = metrics["gap"] / max(1, metrics["gap_tokens"])
-    per_token = {k: metrics[k] / max(1, metrics["tokens"]) for k in ("loss", "clipped_low", "clipped_high", "kl", "entropy")}
-    return per_token | {"updates": updates, "grad_norm": metrics["grad_norm"] / max(1, updates), "gap": gap,
-                        "trained_tokens": metrics["tokens"]}
+    per_token = {k: metrics[k] / max(1, metrics["tokens"])
+                 for k in ("loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy")}
+    return per_token | {"updates": updates, "bad_steps": metrics["bad_steps"], "gap": gap, "trained_tokens": metrics["tokens"],
+                        "grad_norm": metrics["grad_norm"] / max(1, updates - metrics["bad_steps"])}
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -258,8 +269,8 @@ def log(metrics, episodes, config, out):
 def main():
     config = parse_flags(Config, __doc__, DEMO, (
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens", "max_rows",
-        "max_tokens_per_pass", "save_every", "show_every"))
-    rank, world, device = start_processes(config.device)
+        "max_tokens_per_pass", "max_bad_steps", "save_every", "show_every"))
+    rank, world, device = start_processes(config.device, config.timeout_min)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
     if not config.temperature > 0:
@@ -276,7 +287,7 @@ def main():
     reference = policy.frozen_copy() if config.kl_weight else None
     if rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
+        move_aside(Path(config.out) / "metrics.jsonl")
         print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on {device}; a step is "
               f"{config.batch_size} questions x {config.group_size} episodes, learning rate {config.lr}")
     skipped = bad + train(policy, reference, rows, config, rank, world, device)

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (RunConfig, check_bad, choose_dtype, gather, parse_flags, run_main, start_processes,
-                    sum_over_processes, write_jsonl)
+from common import (RunConfig, check_bad, choose_dtype, gather, move_aside, parse_flags, run_main,
+                    start_processes, sum_over_processes, write_jsonl)
 from data_prep import read_trajectories, use_overview
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
@@ -48,6 +48,7 @@ class Config(RunConfig):
     warmup: float = 0.1  # share of the steps in which the learning rate rises; then cosine to 0
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_bad_steps: int = 5  # the run ends after so many steps in a row whose gradient is not finite
     max_length: int = 32_768  # longer trajectories are skipped
     max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
@@ -80,8 +81,8 @@ def load_dialogues(policy, rows, root, max_length):
     return [d for d in loaded if not isinstance(d, tuple)], [d for d in loaded if isinstance(d, tuple)]
 
 
-def train_step(policy, dialogues, masters, optimizer, config, device):
-    """One optimizer step on this process's share of a batch. Returns metrics over all processes."""
+def train_step(policy, dialogues, ids, masters, optimizer, config, device):
+    """One optimizer step on this process's share of a batch, of questions `ids`. Returns metrics over all processes."""
     num_trained = sum(sum(d.trained) for d in dialogues)
     total = sum_over_processes({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
     fill_features(policy, dialogues)
@@ -91,8 +92,10 @@ def train_step(policy, dialogues, masters, optimizer, config, device):
         loss = -log_probs.sum() / max(1, total["tokens"])
         loss.backward()
         loss_sum += loss.item()
-    grad_norm = masters.step(optimizer, config.max_grad_norm)
-    return sum_over_processes({"loss": loss_sum}, device) | total | {"grad_norm": grad_norm}
+    norm = masters.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
+    finite = math.isfinite(norm)
+    return sum_over_processes({"loss": loss_sum}, device) | total | {"grad_norm": norm if finite else 0.0,
+                                                                     "bad_steps": int(not finite)}
 
 
 def train(policy, rows, config, rank, world, device):
@@ -113,7 +116,8 @@ def train(policy, rows, config, rank, world, device):
             skipped += gather(bad)
             check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
-            metrics = train_step(policy, dialogues, masters, optimizer, config, device)
+            ids = [rows[i]["question"]["id"] for i in mine]
+            metrics = train_step(policy, dialogues, ids, masters, optimizer, config, device)
             step += 1
             if rank == 0:
                 metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
@@ -131,8 +135,9 @@ def train(policy, rows, config, rank, world, device):
 
 
 def main():
-    config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", "max_tokens_per_pass"))
-    rank, world, device = start_processes(config.device)
+    config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", "max_tokens_per_pass",
+                                             "max_bad_steps"))
+    rank, world, device = start_processes(config.device, config.timeout_min)
     if config.model is None and config.data == Config.data and rank == 0:
         ensure_demo(Path(config.data).parent, config.seed)
     if torch.distributed.is_initialized():
@@ -150,7 +155,7 @@ def main():
         policy.checkpoint_layers()
     if rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
+        move_aside(Path(config.out) / "metrics.jsonl")
         print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or TINY_BASE}, "
               f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained parameters in {policy.dtype}, "
               f"{world} process(es) on {device}")

@@ -161,6 +161,10 @@ class ZoomEnv:
         c = self.config
         return read_frames(self.path, times_s, c.min_pixels, c.max_pixels, c.frame_unit, keyframes_within_s)
 
+    def when_watched(self):
+        """What was watched without the images, whose memory is free then."""
+        return [tuple(replace(frame, image=None) for frame in frames) for frames in self.watched]
+
     def answer(self):
         """The final answer's text, or None."""
         return self.turns[-1].answer if self.turns else None

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from tiny import random_policy as make_policy
 
 import rl
+from common import UserError
 from demo import synthetic
 from model import MasterWeights, Sampled, encode, fill_features, load_policy, save_policy, token_log_probs
 from rollout import Episode
@@ -29,17 +31,18 @@ def numpy_grpo(log_p, old, ref, advantage, clip_low, clip_high, kl_weight):
     unclipped = ratio * advantage <= inside * advantage
     gradient = np.where(unclipped, -ratio * advantage, 0.0)
     d = ref - log_p
-    return loss + kl_weight * (np.exp(d) - d - 1), gradient + kl_weight * (1 - np.exp(d))
+    kl = np.exp(d) - d - 1
+    return loss + kl_weight * np.minimum(kl, 10), gradient + kl_weight * np.where(kl < 10, 1 - np.exp(d), 0.0)
 
 
 def test_objective_and_gradient_equal_numpy():
-    """Positive and negative advantages, inside and outside of the clip range on both sides."""
+    """Positive and negative advantages, inside and outside of the clip range on both sides, k3 clamped and not."""
     config = rl.Config(kl_weight=0.1)
     ratios = np.array([0.5, 0.79, 0.81, 1.0, 1.26, 1.28, 2.0])
     log_p = np.log(np.full(14, 0.3))
     old = log_p - np.log(np.concatenate([ratios, ratios]))
     advantage = np.repeat([1.7, -0.6], 7)
-    ref = log_p + np.linspace(-1, 1, 14)
+    ref = log_p + np.array([*np.linspace(-1, 1, 9), -30, 2.60, 2.62, 15, 200])
     expected, expected_gradient = numpy_grpo(log_p, old, ref, advantage, 0.2, 0.27, 0.1)
     x = torch.tensor(log_p, dtype=torch.float32, requires_grad=True)
     f32 = lambda a: torch.tensor(a, dtype=torch.float32)
@@ -49,7 +52,7 @@ def test_objective_and_gradient_equal_numpy():
     np.testing.assert_allclose(loss.detach(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(x.grad, expected_gradient, rtol=1e-5, atol=1e-6)
     assert (expected_gradient[[5, 6]] == 0.1 * (1 - np.exp(ref - log_p))[[5, 6]]).all()  # clipped: only the KL pulls
-    assert stats["clipped_high"] == 2 and stats["clipped_low"] == 2
+    assert stats["clipped_high"] == 2 and stats["clipped_low"] == 2 and stats["kl_clamped"] == 4
 
 
 def test_entropy_bonus_raises_the_entropy():
@@ -163,6 +166,39 @@ def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
         assert_same(whole, torch.load(tmp_path / f"{rank}.pt"))
 
 
+def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(capsys):
+    """A warning names the questions; so many in a row end the run, a good one in between begins anew."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    masters, optimizer = MasterWeights([weight]), torch.optim.SGD([weight], lr=1.0)
+
+    def step(gradient):
+        weight.grad = torch.tensor(gradient)
+        return masters.step(optimizer, 1e9, max_bad_steps=3, questions=["q1", "q2"])
+
+    for _ in range(2):
+        step([0.0, float("nan"), 0.0])
+        step([0.0, float("inf"), 1.0])
+        assert torch.equal(weight.grad if weight.grad is not None else torch.zeros(3), torch.zeros(3))
+        before = weight.detach().clone()
+        assert step([1.0, 0.0, 0.0]) == 1.0 and weight[0] == before[0] - 1
+    assert (weight[1:] == 1).all() and capsys.readouterr().err.count("q1, q2") == 4
+    step([float("nan")] * 3), step([float("nan")] * 3)
+    with pytest.raises(UserError, match="q1, q2; 3 such steps in a row"):
+        step([float("nan")] * 3)
+
+
+def test_the_frames_of_episodes_that_are_over_are_let_go(folder):
+    """At the paper's batch they would be 20 GB; the episodes can still be described."""
+    policy = make_policy()
+    rows = [json.loads(line) for line in open(folder / "train.jsonl")]
+    config = rl.Config(batch_size=2, group_size=3, max_draws=1, max_turn_tokens=6)
+    engine = rl.Engine(policy, config.group_size, config, torch.Generator().manual_seed(0))
+    _, episodes, *_ = rl.play_batch(engine, iter(rows), config, folder, 0, 1, torch.device("cpu"), tqdm(disable=True))
+    assert len(episodes) == 6 and not any(e.dialogue.frames for e in episodes)
+    assert all(frame.image is None for e in episodes for frames in e.env.watched for frame in frames)
+    assert "9 frames" in episodes[0].env.describe()
+
+
 # ------------------------------------------------------------------------------------------------------- the script
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_steps_on_two_processes(folder, tmp_path, dtype):
@@ -181,7 +217,7 @@ def test_two_steps_on_two_processes(folder, tmp_path, dtype):
     for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "no_spread", "truncated", "response_tokens",
                 "seconds_rollout", "seconds_update"):
         assert key in metrics[0]
-    assert metrics[0]["episodes"] == 6
+    assert metrics[0]["episodes"] == 6 and metrics[0]["bad_steps"] == 0 and metrics[0]["kl_clamped"] == 0
     assert load_policy(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
 
 

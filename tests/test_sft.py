@@ -37,7 +37,7 @@ def one_step(folder, rank=0, world=1, max_tokens_per_pass=100_000, rows=None):
     masters = MasterWeights(policy.parameters())
     before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
     optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
-    metrics = sft.train_step(policy, dialogues, masters, optimizer, config, torch.device("cpu"))
+    metrics = sft.train_step(policy, dialogues, [row["question"]["id"] for row in rows], masters, optimizer, config, torch.device("cpu"))
     return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
 
 

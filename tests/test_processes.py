@@ -1,0 +1,95 @@
+"""What the scripts do as one of several processes: torchrun's variables, one voice, gradients in buckets, old metrics."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+
+
+@pytest.mark.parametrize("variables", [
+    {"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
+    VARIABLES | {"RANK": "2"}, VARIABLES | {"RANK": "one"}, VARIABLES | {"WORLD_SIZE": ""},
+    VARIABLES | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no.such.host.invalid"}])
+def test_half_a_process_group_is_one_line(variables, monkeypatch):
+    """WORLD_SIZE without RANK would train on half of the data, in silence."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(common.UserError) as error:
+        common.start_processes("cpu", timeout_min=0.05)
+    assert "\n" not in str(error.value) and not torch.distributed.is_initialized()
+
+
+def torchrun(script, *flags):
+    """Two processes. Returns (exit status, what they wrote to stderr, seconds)."""
+    began = time.time()
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
+                          *map(str, flags)], capture_output=True, text=True, timeout=120)
+    return run.returncode, run.stderr, time.time() - began
+
+
+def test_one_process_speaks_and_the_line_stands_last():
+    status, said, _ = torchrun(ROOT / "rl.py", "--model", "runs/no_such_folder", "--group_size", "1")
+    lines = [line for line in said.splitlines() if "--group_size must be at least 2" in line]
+    assert status != 0 and said.count("rl.py: error:") == 1 and "Traceback (most recent call last)" not in said
+    assert len(lines) == 2 and "--group_size" in [line for line in said.splitlines() if line.strip("= ")][-1]
+
+
+def test_a_process_that_dies_ends_the_others_with_its_name(tmp_path):
+    (tmp_path / "run.py").write_text(
+        f"import sys, os, signal; sys.path.insert(0, {str(ROOT)!r}); import common\n"
+        "rank, world, device = common.start_processes('cpu')\n"
+        "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "common.gather([rank])\n")
+    status, said, seconds = torchrun(tmp_path / "run.py")
+    assert status != 0 and "rank      : 1" in said and "SIGKILL" in said and seconds < 60
+
+
+def test_a_process_waits_no_longer_than_it_was_told(tmp_path):
+    (tmp_path / "run.py").write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import common\n"
+        "rank, world, device = common.start_processes('cpu', timeout_min=0.1)\n"
+        "if rank == 1: time.sleep(60)\n"
+        "common.gather([rank])\n")
+    status, _, seconds = torchrun(tmp_path / "run.py")
+    assert status != 0 and seconds < 50
+
+
+@pytest.mark.parametrize("bucket_bytes, buckets", [(1, [12, 60, 24, 360, 12]), (100, [72, 384, 12]), (1e9, [468])])
+def test_gradients_add_up_in_buckets(tmp_path, bucket_bytes, buckets):
+    """Of two processes, each of which lacks some; a bucket is full with the gradient that reaches its size."""
+    (tmp_path / "run.py").write_text(
+        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); import common\n"
+        "rank, world, device = common.start_processes('cpu')\n"
+        "ps = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 5, 2, 30, 1)]\n"
+        "for i, p in enumerate(ps):\n"
+        "    if rank == 1 and i != 2: p.grad = torch.full_like(p, i + 1.0)\n"
+        "    if rank == 0 and i > 2: p.grad = torch.full_like(p, 10.0)\n"
+        "sizes, reduce = [], torch.distributed.all_reduce\n"
+        "torch.distributed.all_reduce = lambda x: (sizes.append(x.nbytes), reduce(x))\n"
+        f"common.sync_gradients(ps, {bucket_bytes})\n"
+        "got = [p.grad.unique().tolist() for p in ps]\n"
+        "assert got == [[1.0], [2.0], [0.0], [14.0], [15.0]], got\n"
+        f"assert sizes == {buckets}, sizes\n"
+        "print('same')\n")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                          str(tmp_path / "run.py")], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout.count("same") == 2, run.stderr[-2000:]
+
+
+def test_metrics_of_an_earlier_run_are_kept(tmp_path):
+    for text in ("first", "second", "third"):
+        common.move_aside(tmp_path / "metrics.jsonl")
+        (tmp_path / "metrics.jsonl").write_text(text)
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {
+        "metrics.jsonl": "third", "metrics.1.jsonl": "first", "metrics.2.jsonl": "second"}
