@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from common import capture_graph, has_graphs, warn
 from model import Dialogue, attend_pieces, fill_features, pack
