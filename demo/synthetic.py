@@ -1,11 +1,42 @@
-"""Synthetic videos, their questions, and a scripted teacher."""
+"""The demo's data: synthetic videos, questions about them, and a scripted teacher that plays them.
 
+    python data_prep.py synthetic --out runs/data --train 1200 --test 300 --seed 0
+
+writes videos/*.mp4 (H.264), train.jsonl and test.jsonl (questions) and sft.jsonl (trajectories). The same
+numbers and seed give the same bytes.
+
+A video is a row of nine scenes in 2 to 2.3 minutes: eight background colours in random order, then grey.
+In each coloured scene a figure, which is a shape in some colour, flashes for 1.25 seconds: once in most
+scenes, up to four times in some. The overview has one frame of each scene and shows no flash, so a question
+about a flash needs a zoom:
+
+    detail     which colour or shape flashes in the blue scene?            one zoom
+    count      how many shapes flash in the blue scene?                    one zoom, close enough
+    order      which colours flash in the blue and in the red scene?       two zooms
+    holistic   which scene comes first, last, or right after another?      none
+
+A question's meta says how well N uniform frames could do: `uniform_accuracy[N]` is 1 where they show all the
+evidence, and elsewhere a guess among the options that what they show leaves open, averaged over the phase of
+the sampling.
+
+The teacher plays through the environment like any policy, and a trajectory is kept only if the environment
+grades it right and well formed. It surveys the overview, zooms from the frame of the scene asked about to the
+next one, writes down what each frame of the clip shows, and answers. It knows where to look but not how
+closely: often it takes half a frame a second, and a flash can fall between two of those. Then it looks again
+or guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there
+are plays whose first zoom goes to a wrong scene (reflection trajectories), and plays without any zoom, which
+show how to answer when none is left.
+"""
+
+import itertools
+import math
 import os
 import random
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -15,27 +46,88 @@ from common import write_jsonl
 from video import Frame
 from zoom_env import LAST_TURN, EnvConfig, ZoomEnv
 
-# ------------------------------------------------------------------------------------------------ synthetic videos
+NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
+KINDS = ("detail", "detail", "count", "order", "holistic")  # of the questions about each video
+UNIFORM_FRAMES = (8, 16, 32, 64, 128, 256)  # for which meta has a uniform_accuracy
+HASTE = 0.75  # how often the teacher zooms at 0.5 frames a second instead of 1
+
 PALETTE = {"red": (215, 40, 40), "green": (30, 160, 60), "blue": (45, 75, 225), "yellow": (235, 220, 60),
-           "purple": (140, 40, 180), "orange": (240, 130, 20), "cyan": (70, 210, 220), "white": (245, 245, 245)}
+           "purple": (140, 40, 180), "orange": (240, 130, 20), "cyan": (70, 210, 220),
+           "white": (245, 245, 245)}
 GREY = (105, 105, 105)
 COLOURS, SHAPES = list(PALETTE), ["circle", "square", "triangle", "cross"]
-SIDE, VIDEO_FPS = 28, 8  # a frame of 28x28 pixels is one visual token
-NUM_SLOTS = len(COLOURS) + 1  # a scene of each colour and a grey end; the overview shows one frame of each
-SLOT_S, FLASH_S = (13.5, 15.5), 1.25
+SIDE = 28  # pixels; a frame of 28x28 is one visual token
+VIDEO_FPS = 8
+NUM_SLOTS = len(COLOURS) + 1  # equal slices of a video; the overview has one frame of each
+SLOT_S = (13.5, 15.5)  # a slot's least and greatest length
+FLASH_S = 1.25  # a flash's length: above 1, so that 1 frame a second shows each
+NUM_FLASHES = (1, 1, 1, 1, 1, 2, 3, 4)  # of the coloured scenes, in some order
+PAUSE_S = 0.2  # least time between two flashes
+MARGIN_S = 0.15  # least time between a flash and the overview's frame before it, or the next scene
 
-TINY_PROMPT = """Answer the question about the video. In each turn first write <think>your thoughts</think>, then \
-<video_zoom>{"segment": [start_sec, end_sec], "fps": n}</video_zoom> to look closer, at most ZOOM_MAX_FRAMES frames, \
-or <answer>letter</answer> to end."""
-TINY_ENV = EnvConfig(overview_fps=1.0, overview_max_frames=NUM_SLOTS, min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE,
-                     system_prompt=TINY_PROMPT)
+TINY_PROMPT = """Answer the question about the video. In each turn first write <think>your thoughts</think>, \
+then <video_zoom>{"segment": [start_sec, end_sec], "fps": n}</video_zoom> to look closer, at most \
+ZOOM_MAX_FRAMES frames, or <answer>letter</answer> to end."""
+TINY_ENV = EnvConfig(overview_fps=1.0, overview_max_frames=NUM_SLOTS, min_pixels=SIDE * SIDE,
+                     max_pixels=SIDE * SIDE, system_prompt=TINY_PROMPT)
 
 
-def draw(background, flash=None, offset=(0, 0)):
-    """One frame, (28, 28, 3) uint8. flash: (colour, shape) or None; offset: of the shape, pixels right and down."""
+# ----------------------------------------------------------------------------------------------------- videos
+class Flash(NamedTuple):
+    start_s: float
+    end_s: float
+    figure: tuple  # (colour, shape), by name
+    offset: tuple  # of the figure from the frame's middle, pixels right and down
+
+
+@dataclass
+class Scene:
+    colour: str  # of the background, by name; "grey" at the end
+    start_s: float
+    flashes: list  # of Flash, in order of time
+
+
+def make_scenes(rng):
+    """A random video: (duration in seconds, its NUM_SLOTS scenes in order of time).
+
+    A scene begins a little before the middle of its slot, where the overview looks. Its flashes come after
+    that frame and before the next scene. So the overview shows every scene and no flash, and where to zoom is
+    from a scene's frame to the next one."""
+    duration_s = round(rng.uniform(*SLOT_S) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
+    slot_s = duration_s / NUM_SLOTS
+    starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
+    colours = [*rng.sample(COLOURS, len(COLOURS)), "grey"]
+    num_flashes = [*rng.sample(NUM_FLASHES, len(COLOURS)), 0]
+    scenes = []
+    for i in range(NUM_SLOTS):
+        first_s, last_s = (i + 0.5) * slot_s + MARGIN_S, starts[i + 1] - MARGIN_S
+        flashes = make_flashes(rng, colours[i], num_flashes[i], first_s, last_s)
+        scenes.append(Scene(colours[i], 0.0 if i == 0 else starts[i], flashes))
+    return duration_s, scenes
+
+
+def make_flashes(rng, background, n, first_s, last_s):
+    """n random flashes between two times, none in the colour of the background or of the flash before it."""
+    if n == 0:
+        return []
+    # n sorted points in the time that is left over part the flashes at random
+    left_over_s = last_s - first_s - n * FLASH_S - (n - 1) * PAUSE_S
+    gaps = sorted(rng.uniform(0, left_over_s) for _ in range(n))
+    flashes, colour = [], background
+    for k, gap in enumerate(gaps):
+        start_s = first_s + gap + k * (FLASH_S + PAUSE_S)
+        colour = rng.choice([c for c in COLOURS if c not in (background, colour)])
+        figure, offset = (colour, rng.choice(SHAPES)), (rng.randint(-2, 2), rng.randint(-2, 2))
+        flashes.append(Flash(start_s, start_s + FLASH_S, figure, offset))
+    return flashes
+
+
+def draw(background, figure=None, offset=(0, 0)):
+    """One frame, (28, 28, 3) uint8 RGB. background: a colour's name; figure and offset: as in Flash."""
     image = np.empty((SIDE, SIDE, 3), np.uint8)
     image[:] = PALETTE.get(background, GREY)
-    if flash:
+    if figure:
+        colour, shape = figure
         y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
         x, y = x - offset[0], y - offset[1]
         inside = {
@@ -43,82 +135,140 @@ def draw(background, flash=None, offset=(0, 0)):
             "square": (abs(x) <= 8) & (abs(y) <= 8),
             "triangle": (y <= 8) & (abs(x) <= (y + 8) / 1.8),
             "cross": ((abs(x) <= 2.5) | (abs(y) <= 2.5)) & (abs(x) <= 9) & (abs(y) <= 9),
-        }[flash[1]]
-        image[(abs(x) <= 11) & (abs(y) <= 11)] = 0  # on a black card, which makes shapes easy to tell on any scene
-        image[inside] = PALETTE[flash[0]]
+        }[shape]
+        image[(abs(x) <= 11) & (abs(y) <= 11)] = 0  # a black card, on which shapes are easy to tell apart
+        image[inside] = PALETTE[colour]
     return image
 
 
-@dataclass
-class Scene:
-    colour: str  # a colour's name, or "grey" at the end
-    start_s: float
-    flashes: list  # (start_s, end_s, (colour, shape), offset)
-
-
-def make_scenes(rng):
-    """A random video: (duration_s, 9 scenes), 2 to 2.3 minutes. Each scene begins a little before one slot's middle,
-    where a 9-frame overview looks, and its flashes follow before the next scene begins."""
-    duration_s = round(rng.uniform(*SLOT_S) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
-    slot_s = duration_s / NUM_SLOTS
-    starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
-    colours = [*rng.sample(COLOURS, len(COLOURS)), "grey"]
-    num_flashes = [*rng.sample([1, 1, 1, 1, 1, 2, 3, 4], len(COLOURS)), 0]
-    scenes = []
-    for i in range(NUM_SLOTS):
-        colour, flashes = colours[i], []
-        if n := num_flashes[i]:
-            first_s, last_s = (i + 0.5) * slot_s + 0.15, starts[i + 1] - 0.15
-            gaps = sorted(rng.uniform(0, last_s - first_s - n * FLASH_S - (n - 1) * 0.2) for _ in range(n))
-            seen = colour
-            for k, gap in enumerate(gaps):
-                start_s = first_s + gap + k * (FLASH_S + 0.2)
-                seen = rng.choice([c for c in COLOURS if c not in (colour, seen)])
-                flashes.append((start_s, start_s + FLASH_S, (seen, rng.choice(SHAPES)),
-                                (rng.randint(-2, 2), rng.randint(-2, 2))))
-        scenes.append(Scene(colour, 0.0 if i == 0 else starts[i], flashes))
-    return duration_s, scenes
-
-
-def write_video(path, frames, fps=VIDEO_FPS):
-    """H.264 in MP4 from (H, W, 3) uint8 frames, a key frame every 16."""
-    temporary = Path(path).with_suffix(".tmp.mp4")
-    with av.open(str(temporary), "w") as container:
-        frames = iter(frames)
-        first = next(frames)
-        stream = container.add_stream("libx264", rate=fps, options={
-            "crf": "16", "preset": "ultrafast", "g": "16", "threads": "1"})
-        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
-        for image in [first]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    os.replace(temporary, path)
+def on_screen(scenes, time_s):
+    """What a video shows at a time, as arguments of `draw`: (background, figure or None, offset)."""
+    scene = [s for s in scenes if s.start_s <= time_s][-1]
+    for flash in scene.flashes:
+        if flash.start_s <= time_s < flash.end_s:
+            return scene.colour, flash.figure, flash.offset
+    return scene.colour, None, (0, 0)
 
 
 def render(duration_s, scenes):
-    """The frames of a video."""
-    drawn = {}
+    """Yields a video's frames, (28, 28, 3) uint8, VIDEO_FPS a second."""
+    drawn = {}  # most frames are the same as the one before
     for k in range(round(duration_s * VIDEO_FPS)):
-        time_s = k / VIDEO_FPS
-        scene = [s for s in scenes if s.start_s <= time_s][-1]
-        key = (scene.colour, *next(((f[2], f[3]) for f in scene.flashes if f[0] <= time_s < f[1]), (None, (0, 0))))
-        if key not in drawn:
-            drawn[key] = draw(*key)
-        yield drawn[key]
+        shown = on_screen(scenes, k / VIDEO_FPS)
+        if shown not in drawn:
+            drawn[shown] = draw(*shown)
+        yield drawn[shown]
+
+
+def write_video(path, frames, fps=VIDEO_FPS):
+    """Writes H.264 in MP4 from (H, W, 3) uint8 RGB frames, with a key frame every 16; renamed into place when
+    it is whole. frames: any iterable with at least one."""
+    frames = iter(frames)
+    first = next(frames)
+    height, width = first.shape[:2]
+    # one thread, so that the bytes are always the same
+    options = {"crf": "16", "preset": "ultrafast", "g": "16", "threads": "1"}
+    temporary = Path(path).with_suffix(".tmp.mp4")
+    with av.open(str(temporary), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for image in itertools.chain([first], frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())  # what the encoder still holds
+    os.replace(temporary, path)
+
+
+# -------------------------------------------------------------------------------------------------- questions
+# Each gives (text, right option, wrong options). scene: the name of its background colour. The lessons of the
+# tiny base ask in the same words.
+def ask_colour(scene, colour):
+    return (f"What colour is the shape that flashes in the {scene} scene?", colour,
+            [c for c in COLOURS if c not in (colour, scene)])
+
+
+def ask_shape(scene, shape):
+    return f"Which shape flashes in the {scene} scene?", shape, [s for s in SHAPES if s != shape]
+
+
+def ask_count(scene, n):
+    return f"How many shapes flash in the {scene} scene?", str(n), [str(k) for k in range(1, 5) if k != n]
+
+
+def ask_order(rng, named, first, second):
+    """named: the two scenes as the question names them; first, second: the colours of their flashes in order
+    of time. Either flash alone leaves two options open."""
+    text = (f"One shape flashes in the {named[0]} scene and one in the {named[1]} scene. "
+            "Which colours, in order of time?")
+    c, d = rng.sample([x for x in COLOURS if x not in (first, second)], 2)
+    swapped = f"{second} then {first}" if first != second else f"{c} then {first}"
+    return text, f"{first} then {second}", [swapped, f"{first} then {c}", f"{d} then {second}"]
+
+
+def ask_place(scenes, k):
+    """The holistic questions, as (text, right option): the first scene, the last, the one after number k.
+    scenes: names of the coloured ones in order of time."""
+    return [("Which scene comes first?", scenes[0]), ("Which scene comes last?", scenes[-1]),
+            (f"Which scene comes right after the {scenes[k]} scene?", scenes[k + 1])]
+
+
+def make_questions(rng, video, duration_s, scenes):
+    """Question rows about one video, one of each of KINDS. video: its path relative to the question file."""
+    coloured = [s for s in scenes if s.colour != "grey"]
+    single = [s for s in coloured if len(s.flashes) == 1]
+    for_details = rng.sample(single, 2)
+    rows = []
+    for number, kind in enumerate(KINDS):
+        # what is asked: the text, its options, and the scenes that it is about
+        if kind == "detail":
+            about = [for_details.pop(0)]
+            scene, (colour, shape) = about[0].colour, about[0].flashes[0].figure
+            text, right, wrong = ask_colour(scene, colour) if for_details else ask_shape(scene, shape)
+        elif kind == "count":
+            n = rng.randint(1, 4)
+            about = [rng.choice([s for s in coloured if len(s.flashes) == n])]
+            text, right, wrong = ask_count(about[0].colour, n)
+        elif kind == "order":
+            about, colours = draw_pair(rng, single)
+            named = [s.colour for s in rng.sample(about, 2)]
+            text, right, wrong = ask_order(rng, named, *colours)
+        else:
+            about, names = [], [s.colour for s in coloured]
+            text, right = rng.choice(ask_place(names, rng.randrange(len(names) - 1)))
+            wrong = [name for name in names if name != right and name not in text]
+        # the row
+        options = rng.sample([right, *rng.sample(wrong, 3)], 4)
+        question = {
+            "id": f"{Path(video).stem}-{number}", "video": video, "question": text, "options": options,
+            "answer": "ABCD"[options.index(right)], "answer_type": "multiple_choice", "source": "synthetic",
+            "evidence": [[round(f.start_s, 3), round(f.end_s, 3)] for s in about for f in s.flashes] or None,
+            "meta": {"kind": kind, "duration_s": duration_s},
+        }
+        question["meta"]["uniform_accuracy"] = {n: round(uniform_accuracy(question, n), 4)
+                                                for n in UNIFORM_FRAMES}
+        rows.append(question)
+    return rows
+
+
+def draw_pair(rng, single):
+    """Two of the scenes with one flash, in order of time, and the colours of their flashes, which differ."""
+    while True:
+        pair = sorted(rng.sample(single, 2), key=lambda s: s.start_s)
+        first, second = (s.flashes[0].figure[0] for s in pair)
+        if first != second:
+            return pair, (first, second)
 
 
 def uniform_accuracy(question, num_frames):
-    """The best accuracy on a synthetic question that `num_frames` uniform frames allow, over 64 phases: 1 where they
-    show every flash that it is about, else a guess among the options that are still open."""
-    flashes, kind, duration_s = question["evidence"] or [], question["meta"]["kind"], question["meta"]["duration_s"]
+    """The best accuracy on a synthetic question that `num_frames` uniform frames allow, mean of 64 phases: 1
+    where they show every flash that it is about, else a guess among the options that are still open."""
+    flashes, kind = question["evidence"] or [], question["meta"]["kind"]
     if kind == "holistic":
-        return 1.0
-    step, total = duration_s / num_frames, 0.0
+        return 1.0  # an upper bound: fewer than nine frames can miss a scene
+    step_s, total = question["meta"]["duration_s"] / num_frames, 0.0
     for phase in range(64):
-        first = (phase + 0.5) / 64 * step
-        shown = [np.ceil((start - first) / step) * step + first < end for start, end in flashes]
+        first_s = (phase + 0.5) / 64 * step_s
+        # a flash is shown if the first frame at or after its start comes before its end
+        shown = [math.ceil((start - first_s) / step_s) * step_s + first_s < end for start, end in flashes]
         if all(shown):
             total += 1
         elif kind == "count":  # at least as many as were seen, and at least one
@@ -128,74 +278,24 @@ def uniform_accuracy(question, num_frames):
     return total / 64
 
 
-UNIFORM_FRAMES = (8, 16, 32, 64, 128, 256)
-
-
-def make_questions(rng, video, duration_s, scenes, kinds=("detail", "detail", "count", "order", "holistic")):
-    """Question rows about one video."""
-    coloured = [s for s in scenes if s.colour != "grey"]
-    single = [s for s in coloured if len(s.flashes) == 1]
-    details = iter(rng.sample(single, 2))
-    rows = []
-    for number, kind in enumerate(kinds):
-        about = []
-        if kind == "detail":
-            about = [next(details)]
-            colour, shape = about[0].flashes[0][2]
-            if number % 2 == 0:
-                text = f"What colour is the shape that flashes in the {about[0].colour} scene?"
-                right, wrong = colour, [c for c in COLOURS if c not in (colour, about[0].colour)]
-            else:
-                text = f"Which shape flashes in the {about[0].colour} scene?"
-                right, wrong = shape, [s for s in SHAPES if s != shape]
-        elif kind == "count":
-            n = rng.randint(1, 4)
-            about = [rng.choice([s for s in coloured if len(s.flashes) == n])]
-            text = f"How many shapes flash in the {about[0].colour} scene?"
-            right, wrong = str(n), [str(k) for k in range(1, 5) if k != n]
-        elif kind == "order":
-            while True:
-                about = sorted(rng.sample(single, 2), key=lambda s: s.start_s)
-                a, b = (s.flashes[0][2][0] for s in about)
-                if a != b:
-                    break
-            named = rng.sample(about, 2)
-            text = (f"One shape flashes in the {named[0].colour} scene and one in the {named[1].colour} scene. "
-                    "Which colours, in order of time?")
-            c, d = rng.sample([x for x in COLOURS if x not in (a, b)], 2)
-            right = f"{a} then {b}"
-            wrong = [f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
-        else:
-            k = rng.randrange(len(coloured) - 1)
-            text, right = rng.choice([
-                ("Which scene comes first?", coloured[0].colour), ("Which scene comes last?", coloured[-1].colour),
-                (f"Which scene comes right after the {coloured[k].colour} scene?", coloured[k + 1].colour)])
-            wrong = [s.colour for s in coloured if s.colour != right and s.colour not in text]
-        options = rng.sample([right, *rng.sample(wrong, 3)], 4)
-        question = {
-            "id": f"{Path(video).stem}-{number}", "video": video, "question": text, "options": options,
-            "answer": "ABCD"[options.index(right)], "answer_type": "multiple_choice", "source": "synthetic",
-            "evidence": [[round(f[0], 3), round(f[1], 3)] for s in about for f in s.flashes] or None,
-            "meta": {"kind": kind, "duration_s": duration_s},
-        }
-        question["meta"]["uniform_accuracy"] = {n: round(uniform_accuracy(question, n), 4) for n in UNIFORM_FRAMES}
-        rows.append(question)
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------ scripted teacher
+# ------------------------------------------------------------------------------------- the teacher's thoughts
+# Its wording, which the lessons of the tiny base share. So small a model finds things by induction, by what
+# stood after the same words before: so what is seen is written before its number ("blue3" for frame 3 of the
+# overview), and an option before its letter. In all of them, colours: the scenes' names in order of time.
 def survey(colours):
-    """The overview: what is seen before its number, so that a number can be found by what is seen there."""
+    """All of the overview."""
     return "scenes " + " ".join(f"{colour}{i}" for i, colour in enumerate(colours))
 
 
-def plan(colours, named):
-    """(clauses, scenes in order of time, an ordinal for each) for the one or two scenes that a question names."""
+def order_visits(colours, named):
+    """Which scenes to look at, in order of time, for the one or two that a question names: (clauses that find
+    this order, [(scene, "first" or "second"), ...])."""
     if len(named) == 1:
-        return [], list(named), ["first"]
+        return [], [(named[0], "first")]
     first, second = sorted(named, key=colours.index)
-    at = {c: f"{c}{colours.index(c)}" for c in named}
-    return [" and ".join(at[c] for c in named), f"second {at[second]}"], [first, second], ["first", "second"]
+    both = " and ".join(f"{colour}{colours.index(colour)}" for colour in named)
+    clauses = [both, f"second {second}{colours.index(second)}"]
+    return clauses, [(first, "first"), (second, "second")]
 
 
 def neighbours(colours, right, question):
@@ -206,75 +306,75 @@ def neighbours(colours, right, question):
 
 
 def place(colours, scene, tags, ordinal=""):
-    """Where a scene is, as tags and in seconds. tags: of the overview's frames, one a slot."""
+    """Where a scene's flashes are, in two clauses: as tags, in seconds. tags: of the overview's frames."""
     i = colours.index(scene)
     start, end = (tag.partition("_time")[2].rstrip("s>") for tag in tags[i:i + 2])
     return [f"{ordinal} {scene}{i}: {tags[i]} to {tags[i + 1]}".strip(), f"from [{start}, {end}]"]
 
 
-def transcript(scene, flashes):
-    """(clause, different flashes): what each frame of a clip shows, given as (colour, shape) or None, again before its
-    number. A flash is counted where it begins ("red circle4=1"); the next frame that shows it says "same"."""
-    said, runs = [], []
-    for i, flash in enumerate(flashes):
-        if flash and i and flash == flashes[i - 1]:
+def transcript(scene, figures):
+    """What each frame of a clip shows: (clause, the different flashes' figures).
+
+    figures: for each frame (colour, shape), or None. A flash is counted where it begins, as in
+    "red circle4=1", the first flash in frame 4; the next frame that shows it says "same5"."""
+    said, flashes = [], []
+    for i, figure in enumerate(figures):
+        if figure and i and figure == figures[i - 1]:
             said.append(f"same{i}")
-        elif flash:
-            runs.append(flash)
-            said.append(f"{' '.join(flash)}{i}={len(runs)}")
+        elif figure:
+            flashes.append(figure)
+            said.append(f"{' '.join(figure)}{i}={len(flashes)}")
         else:
             said.append(f"-{i}")
-    return f"{scene}: " + " ".join(said), runs
+    return f"{scene}: " + " ".join(said), flashes
 
 
 def choose(options, right):
-    """The options as the question lists them, each with its letter once more at the end, and the right one: a letter is
-    found by the text before it."""
+    """The options as the question lists them, each with its letter once more at the end, and the right one: a
+    letter is found by the text before it."""
     said = [f"{letter}. {text} {letter}" for text, letter in zip(options, "ABCD")]
     return "\n" + "\n".join(said) + "\nso " + said[options.index(right)][3:]
 
 
-HASTE = 0.75
-
-
 class Teacher:
-    """Plays a synthetic question through the environment. It finds the scene and reads every frame right, but it is
-    careless about how closely to look: with probability HASTE it takes 0.5 frames a second, which can miss a flash, else
-    1, which cannot. If it saw none it looks again or guesses. What is left for RL to find out is how closely to look.
+    """Plays a synthetic question through the environment; the module's docstring says how. It knows the video
+    (`scenes`), so it finds the scene and reads every frame right. With probability HASTE it zooms at 0.5
+    frames a second, which can miss a flash, else at 1, which cannot.
 
     wrong_zooms: zooms into wrong scenes before the right one (a reflection trajectory has 1)."""
 
     def __init__(self, question, scenes, rng, wrong_zooms=0):
         self.question, self.scenes, self.rng, self.wrong_zooms = question, scenes, rng, wrong_zooms
-        named = [w for w in question["question"].replace("?", "").split() if w in COLOURS]
         self.colours = [scene.colour for scene in scenes]
-        self.plan, self.targets = [], []
+        self.order_clauses = []
+        self.to_visit = []  # (Scene, ordinal) that are not yet seen
         if question["evidence"]:
-            self.plan, in_order, ordinals = plan(self.colours, named)
-            self.targets = [(scenes[self.colours.index(c)], ordinal) for c, ordinal in zip(in_order, ordinals)]
-        self.found, self.thoughts = [], []
+            named = [w for w in question["question"].replace("?", "").split() if w in COLOURS]
+            self.order_clauses, visits = order_visits(self.colours, named)
+            self.to_visit = [(scenes[self.colours.index(colour)], ordinal) for colour, ordinal in visits]
+        self.found = []  # for each scene visited, its flashes' figures
+        self.thoughts = []  # clauses of this turn
 
     def turn(self, messages):
-        """The next assistant text for what the environment showed."""
+        """The next assistant text for what the environment showed, a list of Message."""
         frames = [item for item in messages[-1].content if isinstance(item, Frame)]
-        if messages[0].role == "system":
+        if messages[0].role == "system":  # the overview
             self.tags = [f"<frame{i}_time{f.time_s:.2f}s>" for i, f in enumerate(frames)]
             self.times = [f"{f.time_s:.2f}" for f in frames]
             self.thoughts = [survey(self.colours)]
             if messages[-1].content[-1].endswith(LAST_TURN):
                 return self.answer()
-            self.thoughts += self.plan
+            self.thoughts += self.order_clauses
         else:
             self.read(frames)
-        if self.targets:
-            return self.zoom()
-        return self.answer()
+        return self.zoom() if self.to_visit else self.answer()
 
     def zoom(self):
-        (target, ordinal), fps = self.targets[0], "0.50" if self.rng.random() < HASTE else "1.00"
+        """A call of the tool for the next scene, or for a wrong one."""
+        (target, ordinal), fps = self.to_visit[0], "0.50" if self.rng.random() < HASTE else "1.00"
         if self.wrong_zooms:
-            wanted = {scene.colour for scene, _ in self.targets} | {"grey"}
-            target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in wanted]), ""
+            right = {scene.colour for scene, _ in self.to_visit} | {"grey"}
+            target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in right]), ""
         self.looked_at = target
         slot = self.scenes.index(target)
         thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal)[:1])
@@ -282,13 +382,13 @@ class Teacher:
                 f'{{"segment": [{self.times[slot]}, {self.times[slot + 1]}], "fps": {fps}}}</video_zoom>')
 
     def read(self, frames):
-        shown = [next((f[2] for s in self.scenes for f in s.flashes if f[0] <= frame.time_s < f[1]), None)
-                 for frame in frames]
-        clause, runs = transcript(self.looked_at.colour, shown)
+        """Writes down what a clip shows. Where a right scene shows nothing, it looks again or lets it be."""
+        clause, flashes = transcript(self.looked_at.colour,
+                                     [on_screen(self.scenes, frame.time_s)[1] for frame in frames])
         self.thoughts = [clause]
-        if not self.wrong_zooms and (runs or self.rng.random() < 0.5):
-            self.found.append(runs)
-            self.targets.pop(0)
+        if not self.wrong_zooms and (flashes or self.rng.random() < 0.5):
+            self.found.append(flashes)
+            self.to_visit.pop(0)
         else:
             self.wrong_zooms = max(0, self.wrong_zooms - 1)
             self.thoughts.append("not found")
@@ -303,7 +403,7 @@ class Teacher:
         elif self.found and all(self.found):
             colour, shape = self.found[0][0]
             text = {"detail": shape if shape in options else colour, "count": str(len(self.found[0])),
-                    "order": " then ".join(runs[0][0] for runs in self.found)}[kind]
+                    "order": " then ".join(flashes[0][0] for flashes in self.found)}[kind]
             if kind == "order":
                 self.thoughts.append(text)
         if text not in options:  # it saw nothing, or missed a flash
@@ -313,41 +413,42 @@ class Teacher:
         return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"
 
 
+# ------------------------------------------------------------------------------------------------- data files
 def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
-    """One trajectory row, or None if the environment does not grade it right and well formed."""
-    teacher = Teacher(question, scenes, rng, wrong_zooms)
-    provenance = {"teacher": "scripted"}
-    if max_zooms is not None:
-        provenance["max_zooms"] = max_zooms
-    env = ZoomEnv(question, replace(config, max_zooms=provenance.get("max_zooms", config.max_zooms)), root)
-    messages, turns = env.reset(), []
+    """One trajectory row, or None if the environment does not grade it right and well formed. max_zooms takes
+    the place of the one in `config`, and stands in the row so that a replay has it, too."""
+    changed = {} if max_zooms is None else {"max_zooms": max_zooms}
+    env = ZoomEnv(question, replace(config, **changed), root)
+    teacher, turns = Teacher(question, scenes, rng, wrong_zooms), []
+    messages = env.reset()
     while not env.done:
         turns.append(teacher.turn(messages))
         messages = env.step(turns[-1])
-    parts = env.rewards
-    if not (parts["accuracy"] == 1 and parts["format"] == 1):
+    if not (env.rewards["accuracy"] == 1 and env.rewards["format"] == 1):
         return None
     return {"question": question, "kind": "reflection" if wrong_zooms else "exemplar", "turns": turns,
-            "learn": [True] * len(turns), "provenance": provenance}
+            "learn": [True] * len(turns), "provenance": {"teacher": "scripted", **changed}}
 
 
 def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
-    """Writes videos, train.jsonl, test.jsonl and sft.jsonl into the folder `out`; prints what it wrote."""
+    """Writes videos, train.jsonl, test.jsonl and sft.jsonl into the folder `out`; prints what it wrote. The
+    numbers are of questions; the last video of a split may have fewer than others."""
     out = Path(out)
     (out / "videos").mkdir(parents=True, exist_ok=True)
-    start, trajectories = time.time(), []
+    began, trajectories = time.time(), []
     for split, total in (("train", num_train), ("test", num_test)):
         rows = []
-        for v in tqdm(range((total + 4) // 5), desc=f"{split} videos", unit="video", dynamic_ncols=True):
+        num_videos = math.ceil(total / len(KINDS))
+        for v in tqdm(range(num_videos), desc=f"{split} videos", unit="video", dynamic_ncols=True):
+            # a video and its questions
             rng = random.Random(f"{seed} {split} {v}")
             duration_s, scenes = make_scenes(rng)
             name = f"videos/{split}_{v:04d}.mp4"
             write_video(out / name, render(duration_s, scenes))
             questions = make_questions(rng, name, duration_s, scenes)[: total - len(rows)]
             rows += questions
-            if split == "test":
-                continue
-            for question in questions:
+            # the teacher's trajectories: each question plain, about half of them in another way, too
+            for question in questions if split == "train" else []:
                 plays = [{}]
                 if question["evidence"] and rng.random() < 0.5:
                     plays.append({"wrong_zooms": 1})
@@ -362,14 +463,12 @@ def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
     write_jsonl(out / "sft.jsonl", trajectories)
     kinds = Counter(row["kind"] for row in trajectories)
     print(f"{out}: {num_train} train and {num_test} test questions, {kinds['exemplar']} exemplar and "
-          f"{kinds['reflection']} reflection trajectories, {time.time() - start:.0f} s")
-
-
-NUM_TRAIN, NUM_TEST = 1200, 300
+          f"{kinds['reflection']} reflection trajectories, {time.time() - began:.0f} s")
 
 
 def ensure_demo(data, seed):
     """Makes the synthetic data of the demo in the folder `data` if it is not there."""
     if not (Path(data) / "sft.jsonl").exists():
-        print(f"no {data}/sft.jsonl: making it, as python data_prep.py synthetic --out {data} --seed {seed} would")
+        print(f"no {data}/sft.jsonl: making it, as python data_prep.py synthetic --out {data} --seed {seed} "
+              "would")
         synthetic(data, NUM_TRAIN, NUM_TEST, seed)

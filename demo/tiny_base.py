@@ -1,8 +1,34 @@
-"""Stage 0: the tiny base model, its lessons and its pretraining."""
+"""Stage 0 of the demo: the tiny base model, as the paper starts from Qwen2.5-VL-7B.
+
+    python data_prep.py tiny_base --out tiny_base
+    torchrun --standalone --nproc_per_node=2 data_prep.py tiny_base     three quarters of an hour on two cores
+
+Nobody has to run this: the folder demo/tiny_base/ holds the checkpoint that it made. It is a Qwen2.5-VL by
+transformers' own classes, with 1.1 M parameters and a tokenizer of its own.
+
+What it learns are skills that the demo's stages build on, as dialogues over frames of synthetic scenes:
+
+    repeat    say a text again
+    letter    find an option's letter
+    caption   name the background and the figure of each frame
+    scenes    name the scenes of an overview
+    where     find one or two scenes in an overview, their tags and their seconds
+    whole     tell which scene of an overview comes first, last or after another
+    clip      write down what flashes in a clip, and answer a question on it
+    visit     all of it: the question, an overview, where to look; then a clip, what flashes in it, the answer
+
+Questions and thoughts are worded as in synthetic.py. It never sees a call of the tool, nor the system prompt
+that asks for one: that is left to the later stages.
+
+The loss is that of stage 1, but all weights are trained, the vision encoder's too: on short single skills
+first (CURRICULUM), then with thoughts and answers in their tags, then amid random text. So small a model
+needs help to find anything by what stands beside it: see `prepare_for_look_ups`.
+"""
 
 import os
 import random
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +36,29 @@ import torch
 from tqdm import tqdm
 
 from common import start_processes, sum_over_processes
-from demo.synthetic import (COLOURS, NUM_SLOTS, SHAPES, SIDE, TINY_ENV, TINY_PROMPT, VIDEO_FPS, choose, draw, neighbours,
-                            place, plan, survey, transcript, write_video)
-from model import MasterWeights, Policy, encode, frame_features, load_policy, save_policy, token_log_probs
+from demo.synthetic import (COLOURS, NUM_SLOTS, SHAPES, SIDE, TINY_ENV, TINY_PROMPT, VIDEO_FPS, ask_colour,
+                            ask_count, ask_order, ask_place, ask_shape, choose, draw, neighbours,
+                            order_visits, place, survey, transcript, write_video)
+from model import (MasterWeights, Policy, encode, frame_features, load_policy, save_policy,
+                   token_log_probs)
 from video import Frame, Video
 from zoom_env import LAST_TURN, MAY_ZOOM, Message
 
-BASE_STEPS = 3000
-TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))
+TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))  # the shipped checkpoint
+BASE_STEPS = 3000  # optimizer steps of the curriculum
 BASE_PROMPT = "You are a helpful assistant."
+
+# Short and single skills first: a look-up by content in a long dialogue is not found from scratch.
+# A stage: ({(skill, level): share of the dialogues}, enough, most_steps). The next one begins when each skill
+# of this one is answered right, to the last token, with probability `enough`, or after `most_steps`.
+CURRICULUM = [
+    ({("repeat", 0): 1, ("caption", 0): 2}, 0.4, 300),
+    ({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2}, 0.6, 250),
+    ({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6, ("whole", 2): 3},
+     None, None),  # to the end
+]
+
+# Qwen2.5's rule to split text before BPE, its special tokens, and its chat template for text and images.
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
               r"\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -26,12 +66,16 @@ QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_sta
                 "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
-{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}\
-{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part['text'] }}{% endif %}\
+{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
 
 
+# -------------------------------------------------------------------------------------- tokenizer and weights
 def make_tokenizer(texts, vocab_size=640):
-    """A byte-level BPE tokenizer with Qwen's splitting rule, special tokens and chat template, trained on `texts`."""
+    """A byte-level BPE tokenizer with Qwen's splitting rule, special tokens and chat template, trained on
+    `texts`, strings. It has a token for each byte, so it can encode any text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,11 +85,12 @@ def make_tokenizer(texts, vocab_size=640):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=QWEN_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+        vocab_size=vocab_size, special_tokens=QWEN_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
-        additional_special_tokens=QWEN_SPECIAL, clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=QWEN_SPECIAL, chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False)
 
 
 def make_tiny_model(tokenizer):
@@ -57,15 +102,16 @@ def make_tiny_model(tokenizer):
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.09, max_position_embeddings=4096,
-            tie_word_embeddings=True,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.09,
+            max_position_embeddings=4096, tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"]),
         vision_config=dict(
-            depth=2, hidden_size=64, initializer_range=0.09, intermediate_size=128, num_heads=2, out_hidden_size=128,
-            window_size=112, fullatt_block_indexes=[1], tokens_per_second=2),
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
+            depth=2, hidden_size=64, initializer_range=0.09, intermediate_size=128, num_heads=2,
+            out_hidden_size=128, window_size=112, fullatt_block_indexes=[1], tokens_per_second=2),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True)
     hf = Qwen2_5_VLForConditionalGeneration(config)
     prepare_for_look_ups(hf.model.language_model)
     size = {"shortest_edge": TINY_ENV.min_pixels, "longest_edge": TINY_ENV.max_pixels}
@@ -74,19 +120,23 @@ def make_tiny_model(tokenizer):
 
 @torch.no_grad()
 def prepare_for_look_ups(language_model, strength=6.0):
-    """Initial weights from which finding something by what stands beside it (induction, arXiv 2209.11895) is learned in a
-    hundred steps instead of a thousand. Token embeddings are large and the layers' outputs small, so that deeper layers
-    still see which token stands where. And the first layer's heads 0 .. 3 attend 1, 2, 3 and 4 tokens back: under RoPE
-    the score of a constant query and key is sum_f c_f^2 cos(theta_f * (distance - shift)), a peak at `shift`, so the
-    biases of the query and key projections are enough."""
+    """Initial weights from which finding something by what stands beside it (induction, arXiv 2209.11895) is
+    learned in a hundred steps instead of a thousand.
+
+    The first layer's heads 0 .. 3 attend 1, 2, 3 and 4 tokens back, so that a token knows those before it.
+    Under RoPE the score of a constant query and key is sum_f c_f^2 cos(theta_f * (distance - shift)), a peak
+    at `shift`; so the biases of the query and key projections are enough. strength: c_f."""
+    # large embeddings and small outputs of layers: deeper ones still see which token stands where
     language_model.embed_tokens.weight.mul_(3)
     for layer in language_model.layers:
         layer.self_attn.o_proj.weight.mul_(0.25)
         layer.mlp.down_proj.weight.mul_(0.25)
+    # the first layer: queries and keys that hardly depend on the token, and that RoPE turns into a shift
     attention, config = language_model.layers[0].self_attn, language_model.config
     half = attention.head_dim // 2
     theta = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
-    size = torch.where(torch.arange(half) < 6, strength, 0.0)  # the fastest frequencies make the narrowest peak
+    # the fastest frequencies make the narrowest peak
+    size = torch.where(torch.arange(half) < 6, strength, 0.0)
     attention.q_proj.weight.mul_(0.1)
     attention.k_proj.weight.mul_(0.1)
     attention.k_proj.bias.view(-1, 2, half)[:, 0] = size
@@ -95,257 +145,335 @@ def prepare_for_look_ups(language_model, strength=6.0):
         bias[0], bias[1] = size * shift.cos(), size * shift.sin()
 
 
+# ---------------------------------------------------------------------------------------------------- lessons
 def make_frame_bank(folder):
-    """{(background, flash): frames}, (3, 28, 28) uint8 each: what every scene looks like after H.264."""
+    """{(background, figure or None): frames}, (3, 28, 28) uint8 each: what every scene looks like after
+    H.264, 24 frames without a figure and 3 of each figure. folder: for a video that is deleted again."""
+    # all frames in one video
     rng, keys = random.Random(0), []
     for background in ["grey", *COLOURS]:
-        for flash in [None] * 8 + [(c, s) for c in COLOURS for s in SHAPES if c != background and background != "grey"]:
-            keys += [(background, flash)] * 3
+        figures = [None] * 8
+        if background != "grey":
+            figures += [(colour, shape) for colour in COLOURS for shape in SHAPES if colour != background]
+        keys += [(background, figure) for figure in figures for _ in range(3)]
     path = Path(folder) / "bank.mp4"
-    images = [draw(*key, (rng.randint(-2, 2), rng.randint(-2, 2))) for key in keys]
-    write_video(path, images)
-    video = Video(path)
-    bank = {}
-    for key, (_, image) in zip(keys, video.frames_at([k / VIDEO_FPS for k in range(len(keys))]), strict=True):
+    write_video(path, [draw(*key, (rng.randint(-2, 2), rng.randint(-2, 2))) for key in keys])
+    # decoded
+    video, bank = Video(path), {}
+    shown = video.frames_at([k / VIDEO_FPS for k in range(len(keys))])
+    for key, (_, image) in zip(keys, shown, strict=True):
         bank.setdefault(key, []).append(torch.from_numpy(image).permute(2, 0, 1).contiguous())
     video.close()
     path.unlink()
     return bank
 
 
+@dataclass
+class Overview:
+    """A random video as one frame a slot."""
+
+    colours: list  # of the scenes, by name, in order of time; the last is grey
+    times: list  # of the frames, in seconds
+    tags: list  # of the frames
+    items: list  # tags and Frames, as in a Message
+
+    def head(self):
+        """The line before the frames, as the environment has it."""
+        duration_s = self.times[-1] + self.times[0]
+        return f"\nThe video lasts {duration_s:.2f} seconds. {len(self.times)} frames of it:\n"
+
+
 class Lessons:
-    """Draws pretraining dialogues: what the base can do that the demo's stages build on. No word of the tool."""
+    """Draws pretraining dialogues, each of one skill (see the module's docstring).
+
+    bank: as make_frame_bank returns it. What it draws depends on the seed and, for the noise in pictures, on
+    torch's own random generator."""
 
     def __init__(self, bank, seed):
         self.bank, self.rng = bank, random.Random(seed)
-        self.answers = False  # whether thoughts and answers stand in their tags
-        self.any_text = False  # whether any text stands around the lesson
+        self.in_tags = False  # whether thoughts and answers stand in their tags
+        self.amid_text = False  # whether random text stands around the lesson
 
-    def picture(self, key):
+    def dialogue(self, policy, kind, level):
+        """A lesson as a Dialogue, with the assistant's tokens trained."""
+        messages = [Message("system", [self.random_text(policy, 70) or BASE_PROMPT])]
+        for user, said in self.lesson(kind, level):
+            if self.in_tags and "\nso " in said:  # the last turn, which ends with an option's letter
+                said = f"<think>{said}</think><answer> {said[-1]}</answer>"
+            if len(messages) > 1 and (before := self.random_text(policy, 10)):
+                user = [before + "\n", *user]
+            if after := self.random_text(policy, 25):
+                user = [*user, "\n" + after]
+            messages += [Message("user", user), Message("assistant", [said])]
+        return encode(policy, messages)
+
+    def lesson(self, kind, level):
+        """One lesson, [(user's items, assistant's text), ...]. kind: the skill; level: 0 short, 1 any length,
+        2 as long as in the demo."""
+        rng = self.rng
+        num_slots = (4, rng.randint(4, NUM_SLOTS), NUM_SLOTS)[level]
+        num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 13, 14, 15]))[level]  # of a clip
+        if kind == "repeat":
+            return self.repeat()
+        if kind == "letter":
+            return self.letter()
+        if kind == "caption":
+            return self.caption(num_frames)
+        if kind == "clip":
+            return self.clip(num_frames)
+        overview = self.draw_overview(num_slots)
+        if kind == "scenes":
+            return [(["Name the scene of each frame.\n", *overview.items], survey(overview.colours))]
+        if kind == "whole":
+            return self.whole(overview)
+        named = rng.sample(overview.colours[:-1], rng.randint(1, 2))
+        if kind == "where":
+            return self.where(overview, named)
+        return self.visit(overview, named, num_frames)
+
+    # The skills, in the order of the module's docstring.
+    def repeat(self):
+        words = self.rng.choices(COLOURS + SHAPES + list("ABCD1234"), k=self.rng.randint(8, 24))
+        text = " ".join(words)
+        return [([f"Repeat: {text}."], f"It is {text}.")]
+
+    def letter(self):
+        rng = self.rng
+        # options as questions have them
+        if rng.random() < 0.5:
+            a, b, c, d = rng.sample(COLOURS, 4)
+            texts = [f"{a} then {b}", f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
+        else:
+            texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
+        lines, options = self.draw_options(texts[0], texts[1:])
+        # all of them are asked for, one after another; the list of options is said once
+        asked = rng.sample(texts, 4)
+        said = choose(options, asked[0])
+        said += "".join("\nso" + choose(options, text).partition("\nso")[2] for text in asked[1:])
+        return [(["Which option is: " + "; ".join(asked) + "?" + lines], said[1:])]
+
+    def caption(self, num_frames):
+        rng = self.rng
+        keys = [rng.choice(list(self.bank)) for _ in range(num_frames)]
+        times = [round((i + rng.random()) * 80) / 8 for i in range(num_frames)]
+        said = " ".join(f"{scene} {' '.join(figure) if figure else '-'}." for scene, figure in keys)
+        return [(["Describe each frame.\n", *self.show(keys, times)], said)]
+
+    def where(self, overview, named):
+        clauses, visits = order_visits(overview.colours, named)
+        clauses = [survey(overview.colours), *clauses]
+        for scene, ordinal in visits:
+            clauses += place(overview.colours, scene, overview.tags, ordinal)
+        scenes = " and ".join(f"the {scene} scene" for scene in named)
+        return [([f"Where is {scenes}?{overview.head()}", *overview.items], "; ".join(clauses))]
+
+    def whole(self, overview):
+        colours = overview.colours
+        first, last, after = ask_place(colours[:-1], self.rng.randrange(len(colours) - 2))
+        question, right = self.rng.choice([first, last, after, after])
+        lines, options = self.draw_options(right, [c for c in COLOURS if c != right and c not in question])
+        said = f"{survey(colours)}; {neighbours(colours, right, question)}" + choose(options, right)
+        return [([question + lines + overview.head(), *overview.items], said)]
+
+    def clip(self, num_frames):
+        rng = self.rng
+        scene = rng.choice(COLOURS)
+        start_s, num_flashes = rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4])
+        figures, items = self.draw_clip(scene, start_s, num_flashes, num_frames)
+        clause, flashes = transcript(scene, figures)
+        if not flashes or rng.random() < 0.3:
+            return [([f"What flashes in the {scene} scene?\n", *items], clause)]
+        question, right, wrong = self.draw_question(scene, flashes)
+        lines, options = self.draw_options(right, wrong)
+        return [([f"{question}{lines}\n", *items], clause + choose(options, right))]
+
+    def visit(self, overview, named, num_frames):
+        rng, colours = self.rng, overview.colours
+        order_clauses, visits = order_visits(colours, named)
+        # a clip of each scene; of two scenes each has one flash
+        clips = []
+        for scene, _ in visits:
+            num_flashes = rng.choice([1, 1, 1, 2, 3, 4]) if len(named) == 1 else 1
+            clips.append(self.draw_clip(scene, overview.times[colours.index(scene)], num_flashes, num_frames))
+        transcripts = [transcript(scene, figures) for (scene, _), (figures, _) in zip(visits, clips)]
+        # the question on them
+        if len(named) == 1:
+            question, right, wrong = self.draw_question(named[0], transcripts[0][1])
+        else:
+            question, right, wrong = ask_order(rng, named, *(flashes[0][0] for _, flashes in transcripts))
+        lines, options = self.draw_options(right, wrong)
+        # a turn says what the frames before it show, and where to look next
+        dialogue, user = [], [question + lines + overview.head(), *overview.items]
+        clauses = [survey(colours), *order_clauses]
+        for (scene, ordinal), (_, clip), (clause, _) in zip(visits, clips, transcripts):
+            there = place(colours, scene, overview.tags, ordinal)
+            dialogue.append((user, "; ".join(clauses + there)))
+            if rng.random() < 0.2:  # a clip that shows nothing comes first: look again
+                no_figures, empty = self.draw_clip(scene, overview.times[colours.index(scene)], 0, num_frames)
+                dialogue.append((empty, "; ".join([transcript(scene, no_figures)[0], "not found", *there])))
+            user, clauses = clip, [clause]
+        # the last one answers
+        if len(named) == 2:
+            clauses.append(right)
+        return [*dialogue, (user, "; ".join(clauses) + choose(options, right))]
+
+    # What lessons are made of.
+    def show(self, keys, times):
+        """Message items: tagged frames as the environment writes them. keys: of the bank; times: seconds."""
+        items = []
+        for i, (key, time_s) in enumerate(zip(keys, times)):
+            items += ["\n" * (i > 0) + f"<frame{i}_time{time_s:.2f}s>", Frame(time_s, self.draw_picture(key))]
+        return items
+
+    def draw_picture(self, key):
+        """(3, 28, 28) uint8: a frame of the bank, with noise in its colour and in each pixel."""
         noise = torch.randint(-5, 6, (3, 1, 1)) + torch.randint(-3, 4, (3, SIDE, SIDE))
         image = self.rng.choice(self.bank[key]).int() + noise
         return image.clamp(0, 255).to(torch.uint8)
 
-    def show(self, keys, times_s):
-        """Message items: tagged frames, as the environment writes them."""
-        return [item for i, (key, time_s) in enumerate(zip(keys, times_s))
-                for item in ("\n" * (i > 0) + f"<frame{i}_time{time_s:.2f}s>", Frame(time_s, self.picture(key)))]
-
-    def overview(self, num_slots):
-        """A video's scenes as one frame a slot: (colours, times, tags, items)."""
-        slot_s = self.rng.uniform(7, 25)  # far from the demo's: a time has to be looked up, as no digit can be guessed
+    def draw_overview(self, num_slots):
+        slot_s = self.rng.uniform(7, 25)  # far from the demo's: no digit of a time can be guessed
         colours = [*self.rng.sample(COLOURS, num_slots - 1), "grey"]
         times = [round((i + 0.5) * slot_s * 8) / 8 for i in range(num_slots)]
         tags = [f"<frame{i}_time{t:.2f}s>" for i, t in enumerate(times)]
-        return colours, times, tags, self.show([(c, None) for c in colours], times)
+        return Overview(colours, times, tags, self.show([(c, None) for c in colours], times))
 
-    def clip(self, background, start_s, num_flashes, num_frames):
-        """Frames of one scene with flashes in it, often with the next scene's beginning: (flash of each, items)."""
+    def draw_clip(self, background, start_s, num_flashes, num_frames):
+        """Frames of one scene with flashes in it, often with the next scene's beginning: (for each frame its
+        figure or None, message items)."""
         rng = self.rng
-        after = rng.choice([0, 1, 1, 2, 3]) if num_frames > 5 else 0
-        flashes, seen, length = [None] * num_frames, background, num_frames - after
+        after = rng.choice([0, 1, 1, 2, 3]) if num_frames > 5 else 0  # frames of the next scene
+        length = num_frames - after
+        # a flash is seen in one frame or in two
+        figures, colour = [None] * num_frames, background
         starts = sorted(rng.sample(range(length), min(num_flashes, length)))
         for start in starts:
-            seen = rng.choice([c for c in COLOURS if c not in (background, seen)])
-            flashes[start] = (seen, rng.choice(SHAPES))
+            colour = rng.choice([c for c in COLOURS if c not in (background, colour)])
+            figures[start] = (colour, rng.choice(SHAPES))
             if rng.random() < 0.4 and start + 1 < length and start + 1 not in starts:
-                flashes[start + 1] = flashes[start]
-        step = rng.uniform(0.5, 2.2)
-        times = [round((start_s + (i + 0.5) * step) * 8) / 8 for i in range(num_frames)]
+                figures[start + 1] = figures[start]
+        # the frames, at any rate
+        step_s = rng.uniform(0.5, 2.2)
+        times = [round((start_s + (i + 0.5) * step_s) * 8) / 8 for i in range(num_frames)]
         next_scene = rng.choice(["grey", *(c for c in COLOURS if c != background)])
-        keys = [(background, f) for f in flashes[:length]] + [(next_scene, None)] * after
-        return flashes, self.show(keys, times)
+        keys = [(background, figure) for figure in figures[:length]] + [(next_scene, None)] * after
+        return figures, self.show(keys, times)
 
-    def options(self, right, wrong):
-        """(the options' lines, the options in their order)."""
-        options = self.rng.sample([right, *self.rng.sample(wrong, 3)], 4)
-        return "".join(f"\n{letter}. {o}" for letter, o in zip("ABCD", options)), options
-
-    def ask(self, scene, runs):
-        """A question on one clip: (its text, the right option, wrong ones)."""
+    def draw_question(self, scene, flashes):
+        """A question on one clip: (its text, the right option, wrong ones). flashes: as from `transcript`."""
+        colour, shape = flashes[0]
         return self.rng.choice([
-            (f"How many shapes flash in the {scene} scene?", str(len(runs)), [n for n in "1234" if n != str(len(runs))]),
-            (f"What colour is the shape that flashes in the {scene} scene?", runs[0][0],
-             [c for c in COLOURS if c not in (runs[0][0], scene)]),
-            (f"Which shape flashes in the {scene} scene?", runs[0][1], [s for s in SHAPES if s != runs[0][1]])])
+            ask_count(scene, len(flashes)), ask_colour(scene, colour), ask_shape(scene, shape)])
 
-    def lesson(self, kind, level):
-        """[(user items, assistant text), ...] for one skill; level from 0 (short) to 2 (at full length)."""
-        rng = self.rng
-        num_slots = (4, rng.randint(4, NUM_SLOTS), NUM_SLOTS)[level]
-        num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 13, 14, 15]))[level]
-        if kind == "letter":
-            if rng.random() < 0.5:
-                a, b, c, d = rng.sample(COLOURS, 4)
-                texts = [f"{a} then {b}", f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
-            else:
-                texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
-            text, options = self.options(texts[0], texts[1:])
-            asked = rng.sample(texts, 4)
-            said = choose(options, asked[0]) + "".join("\nso" + choose(options, a).partition("\nso")[2] for a in asked[1:])
-            return [(["Which option is: " + "; ".join(asked) + "?" + text], said[1:])]
-        if kind == "repeat":
-            words = rng.choices(COLOURS + SHAPES + list("ABCD1234"), k=rng.randint(8, 24))
-            said = " ".join(words)
-            return [([f"Repeat: {said}."], f"It is {said}.")]
-        if kind == "caption":
-            keys = [rng.choice(list(self.bank)) for _ in range(num_frames)]
-            times = [round((i + rng.random()) * 80) / 8 for i in range(num_frames)]
-            said = " ".join(f"{scene} {' '.join(flash) if flash else '-'}." for scene, flash in keys)
-            return [(["Describe each frame.\n", *self.show(keys, times)], said)]
-        if kind == "clip":
-            scene = rng.choice(COLOURS)
-            flashes, items = self.clip(scene, rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4]), num_frames)
-            clause, runs = transcript(scene, flashes)
-            if not runs or rng.random() < 0.3:
-                return [([f"What flashes in the {scene} scene?\n", *items], clause)]
-            question, right, wrong = self.ask(scene, runs)
-            text, options = self.options(right, wrong)
-            return [([f"{question}{text}\n", *items], clause + choose(options, right))]
-        colours, times, tags, items = self.overview(num_slots)
-        coloured = colours[:-1]
-        head = f"\nThe video lasts {times[-1] + times[0]:.2f} seconds. {num_slots} frames of it:\n"
-        if kind == "scenes":
-            return [(["Name the scene of each frame.\n", *items], survey(colours))]
-        if kind == "whole":
-            k = rng.randrange(len(coloured) - 1)
-            after = (f"Which scene comes right after the {coloured[k]} scene?", coloured[k + 1])
-            question, right = rng.choice([("Which scene comes first?", coloured[0]),
-                                          ("Which scene comes last?", coloured[-1]), after, after])
-            text, options = self.options(right, [c for c in COLOURS if c != right and c not in question])
-            said = f"{survey(colours)}; {neighbours(colours, right, question)}" + choose(options, right)
-            return [([question + text + head, *items], said)]
-        named = rng.sample(coloured, rng.randint(1, 2))
-        clauses, in_order, ordinals = plan(colours, named)
-        clauses = [survey(colours), *clauses]
-        if kind == "where":
-            for c, ordinal in zip(in_order, ordinals):
-                clauses += place(colours, c, tags, ordinal)
-            scenes = " and ".join(f"the {c} scene" for c in named)
-            return [([f"Where is {scenes}?{head}", *items], "; ".join(clauses))]
-        one, clips = len(named) == 1, []  # a visit: a place, its clip, perhaps another place and its clip
-        for c in in_order:
-            clips.append(self.clip(c, times[colours.index(c)], rng.choice([1, 1, 1, 2, 3, 4]) if one else 1, num_frames))
-        seen = [transcript(c, flashes)[1] for c, (flashes, _) in zip(in_order, clips)]
-        if one:
-            question, right, wrong = self.ask(named[0], seen[0])
-        else:
-            question = (f"One shape flashes in the {named[0]} scene and one in the {named[1]} scene. "
-                        "Which colours, in order of time?")
-            a, b = (runs[0][0] for runs in seen)
-            c, d = rng.sample([x for x in COLOURS if x not in (a, b)], 2)
-            right, wrong = f"{a} then {b}", [f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
-            if a == b:
-                wrong[0] = f"{c} then {a}"
-        text, options = self.options(right, wrong)
-        dialogue, user = [], [question + text + head, *items]
-        for c, ordinal, (flashes, clip) in zip(in_order, ordinals, clips):
-            dialogue.append((user, "; ".join(clauses + place(colours, c, tags, ordinal))))
-            if rng.random() < 0.2:  # the first clip shows nothing
-                flashes_before, clip_before = self.clip(c, times[colours.index(c)], 0, num_frames)
-                clauses = [transcript(c, flashes_before)[0], "not found", *place(colours, c, tags, ordinal)]
-                dialogue.append((clip_before, "; ".join(clauses)))
-            user, clauses = clip, [transcript(c, flashes)[0]]
-        if not one:
-            clauses.append(right)
-        return [*dialogue, (user, "; ".join(clauses) + choose(options, right))]
+    def draw_options(self, right, wrong):
+        """(the options' lines, the options in their order): the right one and three wrong ones."""
+        options = self.rng.sample([right, *self.rng.sample(wrong, 3)], 4)
+        return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options)), options
 
-    def dialogue(self, policy, kind, level):
-        messages = [Message("system", [self.chatter(policy, 70) or BASE_PROMPT])]
-        for user, assistant in self.lesson(kind, level):
-            if self.answers and "\nso " in assistant:
-                assistant = f"<think>{assistant}</think><answer> {assistant[-1]}</answer>"
-            if len(messages) > 1 and (before := self.chatter(policy, 10)):
-                user = [before + "\n", *user]
-            if after := self.chatter(policy, 25):
-                user = [*user, "\n" + after]
-            messages += [Message("user", user), Message("assistant", [assistant])]
-        return encode(policy, messages)
-
-    def chatter(self, policy, most):
-        """Up to `most` random tokens of text if the lessons have such, else "": a model that never saw a word is thrown
-        off by it, and a prompt has words that no lesson has."""
-        if not self.any_text or self.rng.random() < 0.2:
+    def random_text(self, policy, most):
+        """Up to `most` random tokens as text, sometimes none; "" if lessons do not stand amid text. A model
+        that never saw a word is thrown off by it, and a prompt has words that no lesson has."""
+        if not self.amid_text or self.rng.random() < 0.2:
             return ""
         ids = self.rng.choices(range(len(policy.tokenizer)), k=self.rng.randint(1, most))
         text = policy.tokenizer.decode(ids, skip_special_tokens=True)
         return "".join(c for c in text if c.isascii() and (c.isprintable() or c == "\n"))
 
 
-# Short and single skills first: a look-up by content in a long dialogue is not found from scratch. The next stage begins
-# when each skill of this one is answered right, to the last token, with this probability, or after so many steps.
-CURRICULUM = [
-    ({("repeat", 0): 1, ("caption", 0): 2}, 0.4, 300),
-    ({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2}, 0.6, 250),
-    ({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6, ("whole", 2): 3}, 2.0, 0),
-]
-
-
+# ------------------------------------------------------------------------------------------------ pretraining
 def tiny_base(out, steps, seed, init=None):
-    """Pretrains the tiny base and writes its checkpoint folder, in bfloat16. Runs on any number of processes. After
-    `steps` steps of the curriculum come a tenth as many in which thoughts and answers stand in their tags, and a fifth as
-    many in which also any text stands around the lesson; `init` is a folder to begin that last part from."""
-    rank, world, device = start_processes("cpu")
+    """Pretrains the tiny base and writes its checkpoint folder `out`, in bfloat16. Runs on any number of
+    processes.
+
+    `steps` steps of the curriculum; then a tenth as many in which thoughts and answers stand in their tags;
+    then a fifth as many in which random text stands around the lesson, too. init: a checkpoint folder to
+    begin that last part from. Raises UserError if it cannot be loaded."""
+    rank, _, _ = start_processes("cpu")
     torch.manual_seed(seed)
     folder = Path(out) / f"bank{rank}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
     lessons = Lessons(make_frame_bank(folder), seed)
     folder.rmdir()
     if init is None:
-        skills = ("clip", "letter", "where", "visit", "whole")
-        spoken = [part for i in range(2000) for user, said in lessons.lesson(skills[i % 5], 2)
-                  for part in [*(u for u in user if isinstance(u, str)), said]]
-        protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n",
-                    "system\nuser\nassistant\n",
-                    "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
-        policy = make_tiny_model(make_tokenizer(spoken + protocol * 300))
+        policy = make_tiny_model(make_tokenizer(tokenizer_texts(lessons)))
         if rank == 0:
             num_parameters = sum(p.numel() for p in policy.parameters())
             print(f"tiny base: {num_parameters:,} parameters, {len(policy.tokenizer)} tokens")
         pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed, out)
-        lessons.answers = True
+        lessons.in_tags = True
         pretrain(policy, lessons, CURRICULUM[-1:], steps // 10, 1e-3, seed + 1, out)
     else:
         policy = load_policy(init)
-    lessons.answers = lessons.any_text = True
+    lessons.in_tags = lessons.amid_text = True
     pretrain(policy, lessons, CURRICULUM[-1:], steps // 5, 1e-3, seed + 2, out)
     if rank == 0:
         policy.to(torch.bfloat16)
         save_policy(policy, out)
 
 
+def tokenizer_texts(lessons):
+    """What the tokenizer is trained on: texts of lessons, and words of the environment, so that prompts are
+    not spelled out in bytes."""
+    skills = ("clip", "letter", "where", "visit", "whole")
+    texts = []
+    for i in range(2000):
+        for user, said in lessons.lesson(skills[i % 5], 2):
+            texts += [item for item in user if isinstance(item, str)] + [said]
+    protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n",
+                "system\nuser\nassistant\n",
+                "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
+    return texts + protocol * 300
+
+
 def pretrain(policy, lessons, curriculum, steps, lr, seed, out, batch_tokens=6144):
-    """Trains the whole model on lessons: AdamW, the learning rate constant in the first half and then linear to 0."""
+    """Trains all weights of a policy on lessons, in place; saves to the folder `out` every 100 steps.
+
+    AdamW; the learning rate rises for 50 steps, is `lr` until half of the steps, and then falls to almost 0.
+    batch_tokens: of a step's dialogues over all processes; half as many before the last stage."""
     rank, world, device = start_processes("cpu")
     masters = MasterWeights(policy.parameters())
     optimizer = torch.optim.AdamW(masters.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     lessons.rng.seed(f"{seed} {rank}")
     torch.manual_seed(seed * 1000 + rank)
-    stage, began, exact = 0, 0, defaultdict(lambda: deque(maxlen=100))
-    bar = tqdm(range(steps), desc="pretraining", unit="step", dynamic_ncols=True, disable=rank > 0)
-    for step in bar:
+    stage, began = 0, 0  # in the curriculum, and the step at which it began
+    exact = defaultdict(lambda: deque(maxlen=100))  # by skill: probabilities of whole answers
+    for step in tqdm(range(steps), desc="pretraining", unit="step", dynamic_ncols=True, disable=rank > 0):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 0.02 + 2 * (1 - step / steps))
-        (shares, enough, most_steps), dialogues, skills, tokens = curriculum[stage], [], [], 0
-        while tokens < (3072 if enough <= 1 else batch_tokens) / world:
+        shares, enough, most_steps = curriculum[stage]
+        is_last = stage + 1 == len(curriculum)
+        # lessons
+        dialogues, skills, tokens = [], [], 0
+        while tokens < (batch_tokens if is_last else batch_tokens / 2) / world:
             skills += lessons.rng.choices(list(shares), list(shares.values()))
             dialogues.append(lessons.dialogue(policy, *skills[-1]))
             tokens += len(dialogues[-1].ids)
-        features = iter(frame_features(policy, [f for d in dialogues for f in d.frames]))
-        for d in dialogues:
-            d.features = [next(features) for _ in d.frames]
-        log_probs, _ = token_log_probs(policy, [[d] for d in dialogues])
+        # the mean over all trained tokens of all processes
+        log_probs = lesson_log_probs(policy, dialogues)
         total = sum_over_processes({"tokens": len(log_probs)}, device)["tokens"]
         (-log_probs.sum() / total).backward()
         masters.step(optimizer, 1.0)
+        # how well each skill is answered, and whether the next stage begins
         for skill, part in zip(skills, log_probs.detach().split([sum(d.trained) for d in dialogues])):
             exact[skill].append(part.sum().exp().item())
         if step % 25 == 24:
-            right = sum_over_processes({k: np.mean(exact[k]) / world if exact[k] else 0 for k in shares}, device)
+            own = {skill: np.mean(exact[skill]) / world if exact[skill] else 0 for skill in shares}
+            right = sum_over_processes(own, device)
             if rank == 0:
-                tqdm.write(f"step {step + 1}, stage {stage}, loss {-log_probs.mean().item():.3f}, probability of the whole "
-                           "answer: " + ", ".join(f"{skill} {level}: {right[skill, level]:.2f}" for skill, level in shares))
-            if stage + 1 < len(curriculum) and (min(right.values()) >= enough or step + 1 - began >= most_steps):
+                shown = ", ".join(f"{kind} {level}: {p:.2f}" for (kind, level), p in right.items())
+                tqdm.write(f"step {step + 1}, stage {stage}, loss {-log_probs.mean().item():.3f}, "
+                           f"probability of the whole answer: {shown}")
+            if not is_last and (min(right.values()) >= enough or step + 1 - began >= most_steps):
                 stage, began = stage + 1, step + 1
         if rank == 0 and (step + 1) % 100 == 0:
             save_policy(policy, out)
+
+
+def lesson_log_probs(policy, dialogues):
+    """(N,) log-probabilities of the dialogues' trained tokens, one dialogue after another. Gradients reach
+    the vision encoder, which the later stages freeze."""
+    features = iter(frame_features(policy, [f for d in dialogues for f in d.frames]))
+    for d in dialogues:
+        d.features = [next(features) for _ in d.frames]
+    log_probs, _ = token_log_probs(policy, [[d] for d in dialogues])
+    return log_probs

@@ -109,7 +109,7 @@ def test_careless_teacher_leaves_something_to_learn(made):
     assert set(fps) == {"0.50", "1.00"} and fps["0.50"] > fps["1.00"]
     rng = random.Random(0)
     duration_s, scenes = synthetic.make_scenes(rng)
-    assert all(f[1] - f[0] > 1 for s in scenes for f in s.flashes)
+    assert all(f.end_s - f.start_s > 1 for s in scenes for f in s.flashes)
 
 
 def test_shipped_base_has_the_environment_of_the_data():
