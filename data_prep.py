@@ -1,27 +1,31 @@
-"""Questions and trajectories: synthetic videos with a scripted teacher, and the tiny base model that learns from them.
+"""Questions and trajectories: the two file formats, and the commands that make the demo's files.
 
-    python data_prep.py synthetic --out runs/data --train 1200 --test 300 --seed 0
-    python data_prep.py tiny_base --out tiny_base
+    python data_prep.py synthetic --out runs/data     videos, questions, trajectories (demo/synthetic.py)
+    python data_prep.py tiny_base --out tiny_base     the model that the demo starts from (demo/tiny_base.py)
 
-synthetic writes into --out: videos/*.mp4 (H.264), train.jsonl and test.jsonl (questions), sft.jsonl (trajectories).
-A video is a row of scenes, each of one background colour. In each of them a coloured shape flashes for about a second,
-once or up to four times. The overview shows where each scene is, and almost never a flash, so a question about a flash
-needs a zoom:
+A file has one JSON object a line. A question:
 
-    detail     which colour or shape flashes in the blue scene?            one zoom
-    count      how many shapes flash in the blue scene?                    one zoom, close enough
-    order      which colours flash in the blue and in the red scene?       two zooms
-    holistic   which scene comes first, last, or right after another?      none
+    {"id": "q1", "video": "clips/1.mp4", "question": "What is red?", "options": ["a car", "a bus"],
+     "answer": "B", "answer_type": "multiple_choice", "source": "mine", "evidence": [[12, 15.5]], "meta": {}}
 
-A question's meta says how well N uniform frames could do: `uniform_accuracy[N]` is 1 where they show all the evidence,
-and a guess among the options that what they show leaves open elsewhere, averaged over the phase of the sampling.
+    id, source        of the question and of its data set: names for reports
+    video             path, relative to the file that the row is in
+    question, options a text, and the texts to choose from, or null
+    answer            by answer_type: multiple_choice a letter, number a number, open_ended a text,
+                      segment [start_s, end_s], whose score is the intersection over union
+    evidence          [[start_s, end_s], ...] to be seen, or null; tells which zooms hit, is never shown
+    meta              anything else; results are grouped by its "kind", or else by source
+    overview_frames   optional: numbers of the frames to show in the overview instead of its own choice
 
-The scripted teacher plays through the environment like any policy, and a trajectory is kept only if the environment
-grades it right and well formed. It knows where to look, but not how closely: see `Teacher`.
+and a trajectory, which is what a teacher said on such a question:
 
-tiny_base makes the model that the demo starts from, as the paper starts from a pretrained one: a Qwen2.5-VL of 1.1 M
-parameters with a tokenizer of its own, pretrained on descriptions and look-ups over synthetic frames. It can name
-colours and shapes, find a scene's time tags and pick an option's letter, and has never seen the zoom tool.
+    {"question": {...}, "kind": "exemplar", "turns": ["<think>...</think><video_zoom>...</video_zoom>", ...],
+     "learn": [true, true], "provenance": {"teacher": "scripted", "seed": 0}}
+
+    kind              exemplar, or reflection: it first looks in a wrong place, and mends it
+    turns             the assistant's texts; what it saw is replayed from the video
+    learn             for each turn, whether it is in the loss
+    provenance        how it was made; "max_zooms" in it is how many zooms the episode allows
 """
 
 import argparse
@@ -33,7 +37,7 @@ from answers import LETTERS, normalise, option_texts
 from common import UserError, check_bad, fail, read_rows, read_text, run_main
 
 
-# ------------------------------------------------------------------------------------------------ questions, trajectories
+# ---------------------------------------------------------------------------------- questions, trajectories
 def question_error(question):
     """Why a question row cannot be used, or None: one line. What passes can be shown, graded and written."""
     if not isinstance(question, dict):
@@ -124,9 +128,12 @@ def read_trajectories(path, max_bad):
 
 
 def use_overview(env_config, questions, overview, max_bad):
-    """Applies --overview: one of EnvConfig's ways, or a JSON file with the frames that another selector chose, a list of
-    {"video_name", "question", "frame_idx"} (TSPO's format; a row belongs to the question with the same file name and the
-    same first line). Returns the questions that it has frames for and [(id, reason)] of the others."""
+    """Applies --overview: one of EnvConfig's ways, or a .json file of frames that another selector chose.
+
+    Such a file is a list of {"video_name", "question", "frame_idx"} (TSPO's format). A row belongs to the
+    question with the same file name and the same first line, which gets it as overview_frames.
+    Returns (env_config, questions that have frames, [(id, reason)] of the others). Raises UserError, also
+    when more than the share `max_bad` has none."""
     if overview is None:
         return env_config, questions, []
     if not overview.endswith(".json"):
@@ -135,16 +142,18 @@ def use_overview(env_config, questions, overview, max_bad):
         except ValueError as error:
             raise UserError(f"--{error}, or a .json file") from None
         return env_config, questions, []
-    first_line = lambda text: text.strip().splitlines()[0].strip()
+
+    def key(video, question):
+        return Path(video).name, question.strip().splitlines()[0].strip()
+
     try:
-        chosen = {(Path(row["video_name"]).name, first_line(row["question"])): [float(n) for n in row["frame_idx"]]
+        chosen = {key(row["video_name"], row["question"]): [float(n) for n in row["frame_idx"]]
                   for row in json.loads(read_text(overview)) if row.get("frame_idx")}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"cannot read --overview {overview}: {type(error).__name__}: {error}") from None
     known, bad = [], []
     for question in questions:
-        frames = chosen.get((Path(question["video"]).name, first_line(question["question"])))
-        if frames:
+        if frames := chosen.get(key(question["video"], question["question"])):
             question["overview_frames"] = frames
             known.append(question)
         else:
@@ -153,12 +162,17 @@ def use_overview(env_config, questions, overview, max_bad):
     return env_config, known, bad
 
 
+# -------------------------------------------------------------------------------------------------- commands
+class Parser(argparse.ArgumentParser):  # errors of the commands are one line, too
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
 def main():
     from demo.synthetic import NUM_TEST, NUM_TRAIN, synthetic
     from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     sub = commands.add_parser("synthetic", help="videos, questions and trajectories of the demo", **show)
@@ -168,14 +182,14 @@ def main():
     sub.add_argument("--seed", type=int, default=0, help="seed of videos, questions and the teacher")
     sub = commands.add_parser("tiny_base", help="pretrain the tiny base model", **show)
     sub.add_argument("--out", default=TINY_BASE, help="checkpoint folder to write")
-    sub.add_argument("--steps", type=int, default=BASE_STEPS,
-                     help="optimizer steps of the curriculum; three tenths as many follow")
+    sub.add_argument("--steps", type=int, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
     sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
     sub.add_argument("--init", help="checkpoint folder to begin the last part from")
     args = parser.parse_args()
+    for name in ("train", "test", "steps"):
+        if getattr(args, name, 1) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.command == "synthetic":
-        if args.train < 1 or args.test < 1:
-            raise UserError("--train and --test must be at least 1")
         synthetic(args.out, args.train, args.test, args.seed)
     else:
         tiny_base(args.out, args.steps, args.seed, args.init)
