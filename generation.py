@@ -7,10 +7,9 @@ every row that is within a turn gets one token a step (`decode_hidden`, `sample`
 A step is plain PyTorch over transformers' layers. With `compile` it goes through torch.compile, on any device, and
 where launching costs more than computing (CUDA) a whole step is captured as one graph. What is compiled is the
 function that runs without, so tests on a CPU see what a GPU runs; and before the first rollout it is compared with a
-float32 pass (`Decoder.check`).
+float32 pass (scale/first_day.py).
 """
 
-import copy
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -275,7 +274,7 @@ class Decoder:
     def __init__(self, policy, cache, temperature, generator=None, compiled=False):
         self.policy, self.cache, self.temperature, self.generator = policy, cache, temperature, generator
         self.layers, self.capture, self.path = decode_hidden, False, "plain"
-        self.graphs, self.version, self.pool = {}, None, None
+        self.graphs, self.version, self.pool, self.errors = {}, None, None, None
         if compiled:
             import torch._dynamo
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it falls back in silence
@@ -283,7 +282,6 @@ class Decoder:
             self.capture, self.path = has_graphs(policy.device), "compiled"
             if self.capture:
                 self.path += ", in a CUDA graph"
-            self.check()
 
     def decode(self, rows, steps):
         """The next `steps` tokens of each row; row i of the cache is that of rows[i], and holds all but its last token.
@@ -351,59 +349,9 @@ class Decoder:
         replay, result, self.pool = capture_graph(lambda: self.step(state, P, L), self.generator, self.pool)
         return Captured(state, result, replay)
 
-    @torch.no_grad()
-    def check(self):
-        """Says a short text by the compiled (and captured) step and by the plain one, and compares the log-probabilities
-        of the likeliest tokens with those of a float32 pass. Where the RMS error of the former is above twice that of
-        the latter, a warning says so and rollouts go on plain."""
-        ids = [(7 * i) % min(1000, len(self.policy.tokenizer)) for i in range(48)]
-        prompt, whole = Dialogue(prompt_length=32), Dialogue()
-        prompt.add(ids[:32])
-        whole.add(ids)
-        hidden = float32_hidden(self.policy, whole)[32:]
-        exact = (hidden @ self.policy.head.weight.float().T).log_softmax(1).amax(1).cpu()  # (tokens,)
-
-        def error(decoder):
-            # four rows of one prompt, each of which is made to say the text
-            decoder.cache = cache = KVCache(self.policy, 4, 1e18, ROW_UNIT)
-            place = cache.add_prompt(32, 4)
-            rows = [Row(prompt, place=place, number=number, cached=32) for number in range(4)]
-            cache.reserve(4, 32)
-            prefill(self.policy, cache, [(place, prompt)], rows, 0)
-            off = []
-            for token, log_prob in zip(ids[32:], exact):
-                for row in rows:
-                    row.turn_ids.append(token)
-                off.append(torch.tensor(decoder.decode(rows, 1)[1]) - log_prob)
-            return torch.stack(off).square().mean().sqrt().item()
-
-        compiled, plain = copy.copy(self), copy.copy(self)
-        compiled.graphs, compiled.temperature, plain.temperature = {}, 0, 0
-        plain.layers, plain.capture = decode_hidden, False
-        self.errors = error(compiled), error(plain)
-        if compiled.layers is decode_hidden:
-            self.layers, self.capture, self.path = decode_hidden, False, "plain"  # it did not compile, and said so
-        elif not self.errors[0] <= 2 * self.errors[1] + 1e-5:
-            self.give_up("the compiled decode step's log-probabilities are off by {:.1e}, the plain one's by {:.1e}".format(
-                *self.errors))
-
 
 @dataclass
 class Captured:
     state: dict
     result: tuple
     replay: callable
-
-
-def float32_hidden(policy, dialogue):
-    """Hidden states (T, hidden) of a dialogue of text by a plain pass in float32, one layer at a time."""
-    lm = policy.language_model
-    ids = torch.tensor([dialogue.ids], device=policy.device)
-    positions = torch.tensor(dialogue.positions, device=policy.device).T[:, None]
-    hidden = lm.embed_tokens(ids).float()
-    rotary = lm.rotary_emb(hidden, positions)
-    spans = [slice(0, len(dialogue.ids))]
-    for layer in lm.layers:
-        attend = lambda number, q, k, v: attend_pieces(q, k, v, spans, lambda piece: None)
-        hidden = copy.deepcopy(layer).float()(hidden, position_embeddings=rotary, attend=attend)
-    return copy.deepcopy(lm.norm).float()(hidden)[0]

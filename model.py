@@ -19,7 +19,6 @@ evaluation alike. Float32 are norms, softmax and attention scores inside, everyt
 
 import copy
 import json
-import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,7 +33,7 @@ from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditi
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from common import UserError, gather, read_text, sync_gradients, warn
+from common import UserError, read_text
 from video import Frame
 from zoom_env import EnvConfig, Message, ZoomEnv
 
@@ -460,49 +459,3 @@ def split_by_tokens(groups, max_tokens):
             batches[-1].append(part)
             room -= packed_length(part)
     return batches
-
-
-# ---------------------------------------------------------------------------------------------- weights for training
-class MasterWeights:
-    """Float32 weights, `parameters`, that an optimizer changes, and the compute weights that are cast from them.
-
-    Where the compute weights are float32 they are the masters themselves. Else each backward pass adds their gradients
-    to the masters' in float32: an update of 1e-6 would round away in bfloat16, and so would the sum of many passes."""
-
-    def __init__(self, parameters):
-        self.compute, self.bad_steps = [p for p in parameters if p.requires_grad], 0
-        self.parameters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
-                           for p in self.compute]
-        for p, master in zip(self.compute, self.parameters):
-            if p is not master:
-                p.register_post_accumulate_grad_hook(partial(self._add_gradient, master))
-
-    @staticmethod
-    def _add_gradient(master, p):
-        if master.grad is None:
-            master.grad = p.grad.float()
-        else:
-            master.grad += p.grad
-        p.grad = None
-
-    @torch.no_grad()
-    def step(self, optimizer, max_norm, max_bad_steps=5, questions=()):
-        """One step of an optimizer of `parameters`, on the gradients of all processes added up, of norm at most
-        `max_norm`. Returns the norm before clipping; a step whose norm is not finite is left out, with a warning that
-        names its `questions`. Raises UserError after `max_bad_steps` such steps in a row."""
-        sync_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm).item()
-        if math.isfinite(norm):
-            self.bad_steps = 0
-            optimizer.step()
-            for p, master in zip(self.compute, self.parameters):
-                if p is not master:
-                    p.copy_(master)
-        else:
-            self.bad_steps += 1
-            reason = f"the gradient's norm is {norm} on the questions {', '.join(gather([*questions]))}"
-            if self.bad_steps >= max_bad_steps:
-                raise UserError(f"{reason}; {self.bad_steps} such steps in a row: lower --lr, or look at their videos")
-            warn(f"{reason}: this step is left out")
-        optimizer.zero_grad(set_to_none=True)
-        return norm

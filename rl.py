@@ -38,8 +38,10 @@ from tqdm import tqdm
 from common import (RunConfig, UserError, check_bad, choose_dtype, gather, move_aside, parse_flags, run_main,
                     start_processes, sum_over_processes, write_jsonl)
 from data_prep import read_questions, use_overview
-from model import MasterWeights, load_policy, save_policy, split_by_tokens, token_log_probs
+from model import load_policy, save_policy, split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
+from scale.first_day import check_decoder
+from scale.masters import MasterWeights
 from zoom_env import REWARD_PARTS, RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
@@ -219,6 +221,7 @@ def train(policy, reference, rows, config, rank, world, device):
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
     engine = Engine(policy, config.group_size, config, generator)
+    check_decoder(engine.decoder)
     if rank == 0:
         print(f"rl: rollouts in {policy.dtype}, decode step {engine.decoder.path}")
     questions, root, out = endless(rows, config.seed), Path(config.data).parent, Path(config.out)

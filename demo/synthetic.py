@@ -29,6 +29,7 @@ show how to answer when none is left.
 """
 
 import itertools
+import json
 import math
 import os
 import random
@@ -42,11 +43,12 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from common import write_jsonl
+from common import UserError, read_text, write_jsonl
 from video import Frame
 from zoom_env import LAST_TURN, EnvConfig, ZoomEnv
 
 NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
+MADE = "data.json"  # file of a data folder that remembers its seed and numbers
 KINDS = ("detail", "detail", "count", "order", "holistic")  # of the questions about each video
 UNIFORM_FRAMES = (8, 16, 32, 64, 128, 256)  # for which meta has a uniform_accuracy
 HASTE = 0.75  # how often the teacher zooms at 0.5 frames a second instead of 1
@@ -435,6 +437,8 @@ def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
     numbers are of questions; the last video of a split may have fewer than others."""
     out = Path(out)
     (out / "videos").mkdir(parents=True, exist_ok=True)
+    for name in ("sft.jsonl", MADE):  # of other data
+        (out / name).unlink(missing_ok=True)
     began, trajectories = time.time(), []
     for split, total in (("train", num_train), ("test", num_test)):
         rows = []
@@ -460,6 +464,8 @@ def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
                         trajectories.append(row)
         write_jsonl(out / f"{split}.jsonl", rows)
     random.Random(seed).shuffle(trajectories)
+    # which data this is; then the file whose being there says that the data is whole
+    (out / MADE).write_text(json.dumps({"seed": seed, "train": num_train, "test": num_test}))
     write_jsonl(out / "sft.jsonl", trajectories)
     kinds = Counter(row["kind"] for row in trajectories)
     print(f"{out}: {num_train} train and {num_test} test questions, {kinds['exemplar']} exemplar and "
@@ -467,8 +473,16 @@ def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
 
 
 def ensure_demo(data, seed):
-    """Makes the synthetic data of the demo in the folder `data` if it is not there."""
+    """Makes the synthetic data of the demo in the folder `data` if it is not there. Raises UserError where there is data
+    of another seed: a run would train and test on that."""
     if not (Path(data) / "sft.jsonl").exists():
         print(f"no {data}/sft.jsonl: making it, as python data_prep.py synthetic --out {data} --seed {seed} "
               "would")
-        synthetic(data, NUM_TRAIN, NUM_TEST, seed)
+        return synthetic(data, NUM_TRAIN, NUM_TEST, seed)
+    try:
+        made = json.loads(read_text(Path(data) / MADE))["seed"]
+    except (UserError, ValueError, KeyError, TypeError):
+        made = "unknown"
+    if made != seed:
+        raise UserError(f"{data} holds data of seed {made}, not {seed}: work in another folder, remove it, or make other data "
+                        f"(python data_prep.py synthetic --out DIR --seed {seed}) and name its files with --data")

@@ -36,8 +36,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import bench_rollout  # noqa: E402
 import rollout as engine  # noqa: E402
 from generation import ROW_UNIT, Decoder, KVCache, prefill  # noqa: E402
-from model import MasterWeights, Policy, Sampled, encode, fill_features, token_log_probs  # noqa: E402
+from model import Policy, Sampled, encode, fill_features, token_log_probs  # noqa: E402
 from rollout import Episode  # noqa: E402
+from scale.first_day import check_decoder  # noqa: E402
+from scale.masters import MasterWeights  # noqa: E402
 from video import Frame  # noqa: E402
 from zoom_env import EnvConfig, Message  # noqa: E402
 
@@ -158,7 +160,8 @@ def measure_generation(policy, group, args, prefill_s, bandwidth, rows):
     read += sum(t[0, :, 0].nbytes for pair in cache.own for t in pair) * (prompt + GROUP * own)
     for way in ("compiled", "plain"):
         decoder = Decoder(policy, cache, 1.0, None, way == "compiled")
-        if way == "compiled":
+        check_decoder(decoder)
+        if decoder.errors:
             print(f"decode step: {decoder.path}; log-probabilities off by {decoder.errors[0]:.1e}, plain {decoder.errors[1]:.1e}")
         taken = seconds(lambda: decoder.decode(group, 16), device, args.trials) / 16
         bench_rollout.add_row(rows, f"decode, {args.shape}, {way}, against reading all once", taken, read / bandwidth,

@@ -36,8 +36,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo.synthetic import write_video  # noqa: E402
 from demo.tiny_base import CHAT_TEMPLATE, make_tokenizer  # noqa: E402
-from model import Dialogue, MasterWeights, Policy, encode, token_log_probs  # noqa: E402
+from model import Dialogue, Policy, encode, token_log_probs  # noqa: E402
 from rollout import rollout  # noqa: E402
+from scale.masters import MasterWeights  # noqa: E402
 from video import Frame  # noqa: E402
 from zoom_env import EnvConfig, LAST_TURN, ZoomEnv  # noqa: E402
 from rl import Config, group_advantages, update  # noqa: E402

@@ -13,6 +13,7 @@ import rollout as rollouts
 from generation import KVCache, decode_hidden, sample
 from model import Policy, token_log_probs
 from rollout import Engine, RolloutConfig, play, rollout
+from scale.first_day import check_decoder
 from video import Video
 
 SHORT = RolloutConfig(max_turn_tokens=24)
@@ -190,6 +191,7 @@ def test_compiled_rollouts_say_the_same(small, data, monkeypatch, capsys):
         for rows, number, group_size in ((64, 5, 3), (1, 2, 1), (4, 4, 1), (6, 5, 2)):
             plain, _ = rollout(small, questions[:number], group_size, config(False, rows), root=folder)
             engine = Engine(small, group_size, config(True, rows))
+            check_decoder(engine.decoder)
             assert engine.decoder.path == "compiled"
             before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             groups, _ = engine.play(questions[:number], folder)
@@ -249,6 +251,7 @@ def test_what_does_not_compile_or_compute_runs_plain_with_one_warning(policy, da
     monkeypatch.setattr(torch, "compile", lambda *args, **how: compiled)
     config = RolloutConfig(temperature=0.0, max_turn_tokens=12, compile=True)
     engine = Engine(policy, 2, config)
+    check_decoder(engine.decoder)
     warnings = capsys.readouterr().err.strip().splitlines()
     assert len(warnings) == 1 and ("no compiler here" if fault == "raises" else "off by") in warnings[0]
     assert engine.decoder.path == "plain"

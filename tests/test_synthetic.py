@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import question_error
+from common import UserError
 from demo import synthetic
 from demo.tiny_base import TINY_BASE
 from model import load_policy, replay
@@ -116,3 +117,16 @@ def test_shipped_base_has_the_environment_of_the_data():
     policy = load_policy(TINY_BASE)
     assert policy.env_config == synthetic.TINY_ENV
     assert sum(p.numel() for p in policy.hf.parameters()) < 3_000_000
+
+
+def test_data_of_another_seed_is_refused(tmp_path):
+    """Else a second seed would train and test on the first one's data, without a word."""
+    synthetic.synthetic(tmp_path, 2, 1, seed=1)
+    before = (tmp_path / "train.jsonl").read_text()
+    synthetic.ensure_demo(tmp_path, 1)
+    with pytest.raises(UserError, match="seed 1, not 2"):
+        synthetic.ensure_demo(tmp_path, 2)
+    (tmp_path / synthetic.MADE).unlink()  # made before it was remembered
+    with pytest.raises(UserError, match="seed unknown, not 1"):
+        synthetic.ensure_demo(tmp_path, 1)
+    assert (tmp_path / "train.jsonl").read_text() == before

@@ -1,0 +1,1 @@
+"""What only true size needs; the method reads whole without it."""
