@@ -3,9 +3,10 @@
     frames = read_frames("clip.mp4", (1.0, 3.0), min_pixels, max_pixels, unit)  # a tuple of Frame
 
 What it guarantees: times are seconds of presentation time from the first frame, at any offset and frame rate;
-on screen at t is the last frame whose time stamp is not after t. A file gives true frames or a VideoError
-with its name. It is read as a plain local file (no URL, no playlist, nothing that it refers to), and a broken one
-costs neither endless time nor memory. Sizes are those that Qwen's image processor gives.
+on screen at t is the last frame whose time stamp is not after t, upright, and white where it is transparent.
+A file gives true frames or a VideoError with its name. It is read as a plain local file (no URL, no playlist,
+nothing that it refers to), and a broken one costs neither endless time nor memory. Sizes are those that
+Qwen's image processor gives.
 
 Two ways to take frames: `frames_at` is exact and decodes from the key frame before each time on;
 `nearest_keyframes` decodes key frames alone, many times faster where a long video is looked at sparsely.
@@ -20,20 +21,27 @@ import os
 import stat
 import threading
 import weakref
+from bisect import bisect_left
 from collections import OrderedDict
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
+from itertools import islice
 
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from torchvision.transforms.v2 import functional as transforms
 
 from common import UserError
 
-ALLOWED_FORMATS = {"mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg",
-                   "flv", "asf", "ogg"}  # containers that hold their own frames: no playlists and the like
+ANIMATIONS = {"gif", "apng"}  # read from their start, as each picture is drawn upon the one before
+ALLOWED_FORMATS = ANIMATIONS | {"mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts",
+                                "mpeg", "flv", "asf", "ogg"}  # files that hold their own frames, no playlists
+REFUSED_FORMATS = {"png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "h264", "hevc", "m4v",
+                   "mpegvideo", "ivf", "rm"}  # opened only to be refused by name
 MAX_SIDE = 8192  # pixels
 MAX_FUTILE_PACKETS = 1000  # packets in a row that give no frame, after which a stream counts as broken
 MAX_FUTILE_BYTES = 64e6  # bytes in a row that give no packet, after which it counts as ended
@@ -149,6 +157,7 @@ class Video:
         self.reformatter = av.video.reformatter.VideoReformatter()  # slow to set up
         self.shown = self.ahead = None  # where the decoder stands: the frame on screen, and the one after it
         self.all_pts = None  # time stamps of all frames, once they are asked for by number
+        self.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}  # of the decoder
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise VideoError(f"{self.path}: not a regular file")
@@ -158,16 +167,15 @@ class Video:
         try:
             self._open_stream()
             self._read_index()
-            # told to explode, the decoder reports each damage that it finds, instead of painting over it
-            self.stream.codec_context.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)} | (
-                {"err_detect": "explode"} if self._closed_gops() else {})
-            self.stream.thread_type = "AUTO"
+            if self._closed_gops():  # told to explode, it reports each damage, instead of painting over it
+                self.options["err_detect"] = "explode"
             self._read_timing()
-        except (VideoError, av.FFmpegError, OSError, ValueError, EOFError) as error:
+        except (VideoError, av.FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
             self.close()
             if isinstance(error, VideoError):
                 raise
-            raise VideoError(f"{self.path}: not a video that FFmpeg can read ({error})") from None
+            raise VideoError(f"{self.path}: not a video in a format that is read ({error}); read are "
+                             f"{', '.join(sorted(ALLOWED_FORMATS))}") from None
 
     def frames_at(self, times_s):
         """The frames on screen at `times_s` (ascending): a list of (time_s shown, (H, W, 3) uint8 array).
@@ -182,7 +190,8 @@ class Video:
         """Seconds, ascending, at which the frames of these numbers, counted from 0 as they are shown, are on
         screen. At a constant rate from the rate, else from the packets of the whole file."""
         with self.lock:
-            if self.stream.average_rate and self.stream.average_rate == self.stream.base_rate:
+            rate = self.stream.average_rate
+            if rate and rate == self.stream.base_rate and not self.animated:
                 times_s = {n: (n + 0.5) / self.fps for n in numbers}
             else:
                 if self.all_pts is None:
@@ -212,18 +221,27 @@ class Video:
 
     # ------------------------------------------------------------------------------------------------ opening
     def _open_stream(self):
-        """`container`, and `stream`: the first that is a video and not a cover picture."""
+        """`container`; `stream`: the one that players choose, but no still picture beside sound or others."""
         self.container = av.open(self.file, io_open=refuse, options={
-            "format_whitelist": ",".join(sorted(ALLOWED_FORMATS)),  # stops playlists before they are followed
-            "max_pixels": str(MAX_SIDE * MAX_SIDE)})
-        if not ALLOWED_FORMATS & set(self.container.format.name.split(",")):
-            raise VideoError(f"{self.path}: format {self.container.format.name} is not a video container")
-        cover = av.stream.Disposition.attached_pic
-        self.stream = next((s for s in self.container.streams.video if not s.disposition & cover), None)
-        if self.stream is None:
-            raise VideoError(f"{self.path}: no video stream in it")
-        if self.stream.codec_context is None:
-            raise VideoError(f"{self.path}: no decoder for its video stream")
+            "format_whitelist": ",".join(ALLOWED_FORMATS | REFUSED_FORMATS),  # no playlist is followed
+            "max_pixels": self.options["max_pixels"]})
+        self.formats = set(self.container.format.name.split(","))
+        if not self.formats & ALLOWED_FORMATS:
+            raise ValueError(f"its format is {self.container.format.name}")
+        self.animated = bool(self.formats & ANIMATIONS)
+        vfw = b"V_MS/VFW/FOURCC" in os.pread(self.file.fileno(), 1 << 16, 0)  # AVI's kind of Matroska track
+        self.file.dts_only = vfw or "avi" in self.formats
+        videos, alone = self.container.streams.video, len(self.container.streams) == 1
+        best, cover = self.container.streams.best("video"), av.stream.Disposition.attached_pic
+        for self.stream in sorted(videos, key=lambda stream: stream is not best):
+            if self.stream.codec_context and not self.stream.disposition & cover:
+                if alone or self._seek(None) or len(list(islice(self._packets(), 3))) == 3:
+                    break  # of a still picture come two packets, the second one empty
+        else:
+            raise VideoError(f"{self.path}: no video in it with a decoder and more than a still picture")
+        self.options |= {"strict": "1"} if self.file.dts_only else {}  # H.264 then reorders as much as it may
+        self.stream.codec_context.options = self.options
+        self.stream.thread_type = "AUTO"
         self.time_base = self.stream.time_base  # seconds of one unit of a time stamp
         if not 1e-12 < self.time_base < 1e4:
             raise VideoError(f"{self.path}: its time base is {self.time_base} s")
@@ -231,17 +249,19 @@ class Video:
     def _read_index(self):
         """`index`: the container's list of key frames and perhaps other packets, None where none reaches to
         the end; `delay`: what a key frame's time stamp is above the one listed, its decoding time in MP4."""
-        self.index, self.delay = getattr(self.stream, "index_entries", None) or None, 0
+        self.index, self.delay = not self.animated and self.stream.index_entries or None, 0
         if self.index is None:
             return
         self._seek(None)
-        packet = next((p for p in self._packets() if p.pts is not None), None)
+        first = list(islice((p for p in self._packets() if p.pts is not None), 3))
+        if self.formats & {"mov", "flv"} and self.stream.codec_context.reorder_depth:  # times of presentation
+            self.file.dts_only = all(p.pts == p.dts for p in first)  # may have been forgotten at muxing
         listed = self.index[-1].timestamp - self.index[0].timestamp
         span = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
-        if packet is None or listed < span / 2:  # MPEG-TS lists what was read so far
+        if not first or listed < span / 2:  # MPEG-TS lists what was read so far
             self.index = None
         else:
-            self.delay = packet.pts - self.index[0].timestamp
+            self.delay = first[0].pts - self.index[0].timestamp
 
     def _closed_gops(self):
         """Whether decoding can begin at key frames as if nothing was before them. H.264's need not be IDR
@@ -275,12 +295,9 @@ class Video:
                  else int((self.container.duration or 0) / av.time_base / self.time_base))
         ends = [self.start_pts + 1]
         for pts in (about - int(2 / self.time_base), None):  # the last 2 s; without a packet there, all
-            try:
+            with suppress(av.FFmpegError, IndexError):
                 self._seek(pts)
-                ends += [p.pts + (p.duration or self.frame_pts)
-                         for p in self._packets() if p.pts is not None]
-            except (av.FFmpegError, IndexError):
-                pass
+                ends += [p.pts + (p.duration or self.frame_pts) for p in self._packets() if p.pts is not None]
             if len(ends) > 1:
                 break
         self.ahead = self.shown = None  # the decoder stands nowhere now
@@ -304,9 +321,7 @@ class Video:
     def _go_to(self, want):
         """Decodes up to the frame on screen at the time stamp `want`: `shown`, None if it is damaged."""
         if self._worth_a_seek(want):
-            # further back until what is decoded is not after `want`: containers may list a key frame by its
-            # decoding time, which lies before the time that it is shown at
-            back = 0
+            back = 0  # further until it is not after `want`: key frames may be listed by time of decoding
             while self._decode_from(want - back) is None or self.ahead.pts > max(want, self.start_pts):
                 if self.gap and (self.index or back * self.time_base > 10):
                     break  # damage; without an index it may be a landing between two key frames
@@ -324,29 +339,30 @@ class Video:
         if self.index:
             at = self.index.search_timestamp(want - self.delay)
             return at >= 0 and self.index[at].timestamp + self.delay > self.ahead.pts
-        return (want - self.ahead.pts) * self.time_base > 5
+        return not self.animated and (want - self.ahead.pts) * self.time_base > 5
 
     def _nearest_keyframe(self, time_s, within_s):
         """(time_s, image) of the key frame nearest to `time_s`, None if it is not closer than `within_s`."""
         if not self.index:
             return None
-        # the key frames listed before and after
         want = self.start_pts + round(time_s / float(self.time_base))
         near = [self.index.search_timestamp(want - self.delay, backward=before) for before in (True, False)]
-        stamps = [self.index[at].timestamp + self.delay for at in near if at >= 0]
+        stamps = [self.index[at].timestamp + self.delay for at in near if at >= 0]  # of key frames around it
         if not stamps:
             return None
-        # decode the nearer one by itself
-        self.ahead = self.shown = None  # the decoder leaves its place
-        self._seek(min(stamps, key=lambda stamp: abs(stamp - want)))
-        context = self.stream.codec_context
+        nearest = min(stamps, key=lambda stamp: abs(stamp - want))
         try:
-            packet = next(p for p in self._packets() if p.is_keyframe or p.size == 0)
-            frames = packet.decode() + context.decode(None)
+            if self.late:
+                frames = filter(None, [self._decode_from(nearest)])
+            else:
+                self._seek(nearest)
+                packet = next(p for p in self._packets() if p.is_keyframe or p.size == 0)
+                frames = packet.decode() + self.stream.codec_context.decode(None)
         except (av.FFmpegError, IndexError, StopIteration):
             return None
         finally:
-            context.flush_buffers()
+            self.stream.codec_context.flush_buffers()
+            self.ahead = self.shown = None  # the decoder has left its place
         whole = [f for f in frames if f.pts is not None and f.pts >= self.start_pts and not f.is_corrupt]
         shown_s = float((whole[0].pts - self.start_pts) * self.time_base) if whole else math.inf
         return (shown_s, self._rgb(whole[0])) if abs(shown_s - time_s) < within_s else None
@@ -356,10 +372,10 @@ class Video:
         """Seeks to the last key frame at or before `pts`, decodes one frame into `ahead`. None at the end."""
         self._seek(pts)
         self.packets = self._packets()
-        self.key_pts = None  # of the key frame where decoding began
+        self.key_pts = -math.inf if self.late else None  # of the key frame where decoding began
+        self.sent_dts = []  # of the packets that went into the decoder
         self.decoded = []  # (frame, whether frames before it were lost): decoded and not yet asked for
-        self.damaged = False  # what comes now refers to damage
-        self.lost = False  # frames were lost since the last whole one
+        self.damaged = self.lost = False  # what comes refers to damage; frames since the last were lost
         self.skipped_pts = -math.inf  # of the last packet whose frame may have been skipped
         self.shown = None
         self.ahead = self._next()
@@ -383,9 +399,9 @@ class Video:
                 continue
             for frame in frames:
                 self.damaged = frame.is_corrupt or self.damaged and not frame.key_frame
-                if self.damaged:
+                if self.damaged or frame.pts is None:
                     self.lost = True
-                elif frame.pts is not None:
+                else:
                     self.decoded.append((frame, self.lost))
                     self.lost = False
         else:
@@ -403,14 +419,30 @@ class Video:
         if packet.is_corrupt:
             self.damaged = self.lost = True
             return []
-        skip = packet.pts is not None and packet.pts < self.needed_pts
+        skip = packet.pts is not None and packet.pts < self.needed_pts and not self.late
         self.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
-        if skip:
-            self.skipped_pts = max(self.skipped_pts, packet.pts)
-        return packet.decode()
+        self.skipped_pts = max(self.skipped_pts, packet.pts) if skip else self.skipped_pts
+        frames = packet.decode()
+        self.sent_dts += [] if packet.dts is None else [packet.dts]
+        if self.late:  # a picture comes when `late` more have gone in, or with all that are left at the end
+            sent = self.sent_dts
+            for left, frame in zip(range(len(frames), 0, -1), frames):
+                at = len(sent) - left if frame.dts is None else bisect_left(sent, frame.dts) - self.late
+                frame.pts = sent[at] if at >= 0 else None
+        return frames
+
+    @property
+    def late(self):
+        """By how many pictures the decoder delays its output, where its order alone tells times; else 0."""
+        return self.file.dts_only and self.stream.codec_context.reorder_depth
 
     def _seek(self, pts):
         self.file.futile_bytes = 0
+        self.file.untimed = pts is not None and "mpeg" in self.formats
+        if self.animated:
+            self.container.close()
+            self.file.seek(0)
+            return self._open_stream()
         try:
             self.container.seek(0 if pts is None else pts, stream=self.stream, backward=True)
         except av.FFmpegError:
@@ -423,11 +455,24 @@ class Video:
         """A decoded frame as an upright (H, W, 3) uint8 RGB array."""
         if max(frame.width, frame.height) > MAX_SIDE:
             raise VideoError(f"{self.path}: {frame.width}x{frame.height} is above {MAX_SIDE} pixels a side")
-        image = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
-        quarter_turns = round((frame.rotation or 0) / 90) % 4
-        aspect = float(self.stream.sample_aspect_ratio or 1)
-        self.pixel_shape = (aspect, 1.0) if quarter_turns % 2 else (1.0, aspect)
-        return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+        image = self.reformatter.reformat(frame, format="rgba" if self.animated else "rgb24").to_ndarray()
+        if self.animated:  # what is transparent shows white
+            opaque = image[..., 3:].astype(np.uint16)
+            image = ((image[..., :3] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
+        self.pixel_shape = 1.0, float(self.stream.sample_aspect_ratio or 1)
+        # its pixel at (x, y) is shown at (a x + c y, b x + d y); of that, quarter turns and flips are done
+        try:  # not frame.side_data: it and the frame would refer to each other
+            matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+            a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+        except ValueError:  # a kind of side data that PyAV does not know: it gives the angle all the same
+            turn = math.radians(frame.rotation)
+            a, b, c, d = math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn)
+        if max(abs(a), abs(d)) < min(abs(b), abs(c)) / 50:  # within about 1 degree
+            image, a, d = image.transpose(1, 0, 2), c, b
+            self.pixel_shape = self.pixel_shape[::-1]
+        elif max(abs(b), abs(c)) > min(abs(a), abs(d)) / 50:
+            a = d = 1
+        return np.ascontiguousarray(image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
 
 
 # ------------------------------------------------------------------------------------------ what FFmpeg reads
@@ -435,6 +480,8 @@ class VideoFile(io.FileIO):
     """What FFmpeg reads from: no name, so that it resolves no URL. Ends where nothing more comes of it."""
 
     futile_bytes = 0  # read since the last packet
+    dts_only = False  # time stamps tell when a picture is decoded, not when it is shown, as in AVI
+    untimed = False  # MPEG-PS after a seek: its first time stamp is given to what is left of a picture
 
     def read(self, size=-1):
         self.futile_bytes += size
@@ -443,7 +490,10 @@ class VideoFile(io.FileIO):
     def count(self, packets):  # not in Video: a generator that refers to its Video would keep it open
         for packet in packets:
             self.futile_bytes = 0
-            yield packet
+            packet.pts = packet.dts if self.dts_only else packet.pts
+            self.untimed = self.untimed and not (packet.is_keyframe and packet.pos)
+            if not self.untimed:
+                yield packet
 
 
 def refuse(url, flags, options):
