@@ -165,8 +165,14 @@ def ask(policy, config):
         folder.mkdir(parents=True, exist_ok=True)
         for number, frames in enumerate(env.watched):
             name = folder / f"{number}_{'zoom' if number else 'overview'}_{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s.png"
-            write_png(torch.cat([f.image for f in frames], dim=2), str(name))
+            write_png(strip([f.image for f in frames]), str(name))
             print(f"wrote {name}")
+
+
+def strip(images):
+    """(3, H, W) images side by side, upper edges in line; a film's size may change, so some reach further down."""
+    height = max(image.shape[1] for image in images)
+    return torch.cat([torch.nn.functional.pad(i, (0, 0, 0, height - i.shape[1])) for i in images], dim=2)
 
 
 def main():

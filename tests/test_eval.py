@@ -7,6 +7,7 @@ import wave
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import random_policy as make_policy
 
 import eval as evaluation
@@ -88,6 +89,17 @@ def test_ask_about_a_video(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "overview: 9 frames" in done.stdout and "answer:" in done.stdout and "A. this" in done.stdout
     assert len(list((tmp_path / "seen").glob("0_overview_*.png"))) == 1
+
+
+def test_a_strip_holds_frames_of_any_sizes():
+    sizes = [(28, 56), (84, 28), (56, 56)]
+    images = [torch.full((3, *size), n + 1, dtype=torch.uint8) for n, size in enumerate(sizes)]
+    strip, left = evaluation.strip(images), 0
+    assert strip.shape == (3, 84, 140) and strip.dtype == torch.uint8
+    for image, (height, width) in zip(images, sizes):
+        assert torch.equal(strip[:, :height, left:left + width], image)
+        assert not strip[:, height:, left:left + width].any()
+        left += width
 
 
 def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path):
