@@ -373,8 +373,7 @@ class Video:
         self._seek(pts)
         self.packets = self._packets()
         self.key_pts = -math.inf if self.late else None  # of the key frame where decoding began
-        self.sent_dts = []  # of the packets that went into the decoder
-        self.decoded = []  # (frame, whether frames before it were lost): decoded and not yet asked for
+        self.sent_dts, self.decoded = [], []  # what went in; what came out: (frame, frames before it lost)
         self.damaged = self.lost = False  # what comes refers to damage; frames since the last were lost
         self.skipped_pts = -math.inf  # of the last packet whose frame may have been skipped
         self.shown = None
@@ -428,7 +427,8 @@ class Video:
             sent = self.sent_dts
             for left, frame in zip(range(len(frames), 0, -1), frames):
                 at = len(sent) - left if frame.dts is None else bisect_left(sent, frame.dts) - self.late
-                frame.pts = sent[at] if at >= 0 else None
+                cut_off = frame.dts is None and not self.index  # perhaps, and then some of these are missing
+                frame.pts = None if at < 0 or cut_off else sent[at]
         return frames
 
     @property
