@@ -249,19 +249,17 @@ class Video:
     def _read_index(self):
         """`index`: the container's list of key frames and perhaps other packets, None where none reaches to
         the end; `delay`: what a key frame's time stamp is above the one listed, its decoding time in MP4."""
-        self.index, self.delay = not self.animated and self.stream.index_entries or None, 0
-        if self.index is None:
+        self.index, self.delay, index = None, 0, self.stream.index_entries
+        if self.animated or "mpeg" in self.formats or not index:
             return
         self._seek(None)
         first = list(islice((p for p in self._packets() if p.pts is not None), 3))
         if self.formats & {"mov", "flv"} and self.stream.codec_context.reorder_depth:  # times of presentation
             self.file.dts_only = all(p.pts == p.dts for p in first)  # may have been forgotten at muxing
-        listed = self.index[-1].timestamp - self.index[0].timestamp
+        listed = index[-1].timestamp - index[0].timestamp
         span = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
-        if not first or listed < span / 2:  # MPEG-TS lists what was read so far
-            self.index = None
-        else:
-            self.delay = first[0].pts - self.index[0].timestamp
+        if first and listed >= span / 2:  # MPEG-TS lists what was read so far
+            self.index, self.delay = index, first[0].pts - index[0].timestamp
 
     def _closed_gops(self):
         """Whether decoding can begin at key frames as if nothing was before them. H.264's need not be IDR
