@@ -162,6 +162,7 @@ class Video:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise VideoError(f"{self.path}: not a regular file")
             self.file = VideoFile(self.path)
+            del self.file.name  # FFmpeg goes by what is in it
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from None
         try:
@@ -247,8 +248,8 @@ class Video:
             raise VideoError(f"{self.path}: its time base is {self.time_base} s")
 
     def _read_index(self):
-        """`index`: the container's list of key frames and perhaps other packets, None where none reaches to
-        the end; `delay`: what a key frame's time stamp is above the one listed, its decoding time in MP4."""
+        """`index`: the container's list of key frames and perhaps other packets, None where it ends too early
+        or is a guess; `delay`: what a key frame's time stamp is above the one listed, of decoding in MP4."""
         self.index, self.delay, index = None, 0, self.stream.index_entries
         if self.animated or "mpeg" in self.formats or not index:
             return
@@ -258,7 +259,8 @@ class Video:
             self.file.dts_only = all(p.pts == p.dts for p in first)  # may have been forgotten at muxing
         listed = index[-1].timestamp - index[0].timestamp
         span = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
-        if first and listed >= span / 2:  # MPEG-TS lists what was read so far
+        guess = any(e.timestamp == p.dts and e.is_keyframe > p.is_keyframe for e, p in zip(index, first))
+        if first and listed >= span / 2 and not guess:  # MPEG-TS lists what was read so far
             self.index, self.delay = index, first[0].pts - index[0].timestamp
 
     def _closed_gops(self):

@@ -268,6 +268,236 @@ def test_a_rotated_phone_video_is_shown_upright(folder, tmp_path):
     assert np.array_equal(image, np.rot90(on_screen(decode_all(folder / "constant.mp4"), 1.0)[1], -1))
 
 
+def turned(path, to, a, b, c, d):
+    """The MP4 at `path` with a display matrix: the pixel at (x, y) is shown at (a x + c y, b x + d y)."""
+    data = bytearray(path.read_bytes())
+    matrix = data.find(b"tkhd") + 4 + 40
+    data[matrix:matrix + 36] = struct.pack(">9i", *(round(v * 65536) for v in (a, b, 0, c, d, 0, 0, 0, 16384)))
+    to.write_bytes(data)
+    return Video(to)
+
+
+@pytest.mark.parametrize("sign_x", [1, -1])
+@pytest.mark.parametrize("sign_y", [1, -1])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_turns_and_flips_are_shown_as_by_players(folder, tmp_path, transposed, sign_x, sign_y):
+    a, b, c, d = (0, sign_y, sign_x, 0) if transposed else (sign_x, 0, 0, sign_y)
+    video = turned(folder / "wide_pixels.mp4", tmp_path / "turned.mp4", a, b, c, d)
+    (_, image), = video.frames_at([1.0])
+    stored = on_screen(decode_all(folder / "wide_pixels.mp4"), 1.0)[1]
+    y, x = np.indices(stored.shape[:2])
+    shown_x, shown_y = a * x + c * y, b * x + d * y
+    want = np.zeros(stored.shape[1::-1] + (3,) if transposed else stored.shape, np.uint8)
+    want[shown_y - shown_y.min(), shown_x - shown_x.min()] = stored
+    assert np.array_equal(image, want)
+    assert video.pixel_shape == pytest.approx((4 / 3, 1) if transposed else (1, 4 / 3))
+
+
+@pytest.mark.parametrize("degrees, shown_as", [(0.5, 0), (30, 0), (45, 0), (89.5, 90), (135, 0), (179.5, 180)])
+def test_other_angles_than_quarter_turns_are_not_turned(folder, tmp_path, degrees, shown_as):
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    (_, image), = turned(folder / "constant.mp4", tmp_path / "turned.mp4", cos, sin, -sin, cos).frames_at([1.0])
+    assert np.array_equal(image, np.rot90(on_screen(decode_all(folder / "constant.mp4"), 1.0)[1], -shown_as // 90))
+
+
+def test_a_turn_beside_side_data_that_pyav_does_not_know(folder, tmp_path):
+    """Motion JPEG from a camera: every picture has an EXIF block that says how it was held."""
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, 6, 0, 0)  # 6: turn it clockwise
+    remux(folder / "motion_jpeg.avi", tmp_path / "turned.avi",
+          [data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+           for data, *_ in packets(folder / "motion_jpeg.avi")])
+    (_, image), = Video(tmp_path / "turned.avi").frames_at([1.0])
+    assert np.array_equal(image, np.rot90(on_screen(decode_all(folder / "motion_jpeg.avi"), 1.0)[1], -1))
+
+
+# ------------------------------------------------------------------------------------- pictures out of order
+def packets(path):
+    """(bytes, whether it is a key frame) of each, as they are decoded."""
+    with av.open(str(path)) as container:
+        return [(bytes(p), p.is_keyframe) for p in container.demux(video=0) if p.size]
+
+
+def remux(source, path, contents=None, extradata=None):
+    """The packets of `source`, or others of its kind, at one rate, each said to be shown when it is decoded."""
+    keys = [key for _, key in packets(source)]
+    contents = contents or [data for data, _ in packets(source)]
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        if extradata:
+            stream.codec_context.extradata = extradata
+        for n, (data, key) in enumerate(zip(contents, keys)):
+            packet = av.Packet(data)
+            packet.pts = packet.dts = n
+            packet.duration, packet.time_base, packet.is_keyframe, packet.stream = 1, Fraction(1, 25), key, stream
+            writer.mux(packet)
+    return path
+
+
+def assert_frames(path, source, count=150):
+    """Frame n of `path`, forwards and backwards through it, is the n-th of `source`, tagged with n / 25 s."""
+    video, frames = Video(path), decode_all(source)
+    assert len(frames) == 150
+    numbers = random.Random(0).sample(range(count), 40)
+    for n in numbers + sorted(numbers):
+        (time_s, image), = video.frames_at([(n + 0.5) / 25])
+        assert time_s == pytest.approx(n / 25, abs=1e-3) and np.array_equal(image, frames[n][1]), n
+        for time_s, image in video.nearest_keyframes([(n + 0.5) / 25], 1.0):
+            assert np.array_equal(image, frames[round(time_s * 25)][1])
+    return video
+
+
+def test_packed_b_frames(folder, tmp_path):
+    """DivX's way to keep order in AVI: a chunk holds a picture and the B-frame shown before it, the next one nothing."""
+    source = write_video(tmp_path / "source.avi", CONSTANT, codec="mpeg4", b_frames=1)
+    contents = [data for data, _ in packets(source)]
+    kinds = [data[data.find(b"\0\0\1\xb6") + 4] >> 6 for data in contents]  # 0: I, 1: P, 2: B
+    for n in range(1, len(contents)):
+        if kinds[n] == 2:
+            contents[n - 1] += contents[n]
+            contents[n] = b"\0\0\1\xb6\x57\x80"  # no picture
+    contents[0] = contents[0].replace(b"\0\0\1\xb6", b"\0\0\1\xb2DivX503b1393p\0\0\1\xb6", 1)
+    assert kinds.count(2) > 50
+    assert_frames(remux(source, tmp_path / "packed.avi", contents), source)
+
+
+@pytest.mark.parametrize("name", ["b_frames.mp4", "b_frames_open_gop.mp4", "hevc.mp4"])
+def test_an_mp4_that_was_muxed_without_times_of_presentation(folder, tmp_path, name):
+    assert_frames(remux(folder / name, tmp_path / "x.mp4"), folder / name)
+
+
+def test_a_matroska_track_of_the_kind_of_avi(folder, tmp_path):
+    """V_MS/VFW/FOURCC, which old tools made of AVI files; its private data is Windows' BITMAPINFOHEADER."""
+    header = struct.pack("<IiiHH4sIiiII", 40, SIZE[1], SIZE[0], 1, 24, b"H264", 0, 0, 0, 0, 0)
+    path = remux(folder / "b_pyramid_3.avi", tmp_path / "x.mkv", extradata=header)
+    data = path.read_bytes()
+    assert data.count(b"V_MPEG4/ISO/AVC") == 1
+    path.write_bytes(data.replace(b"V_MPEG4/ISO/AVC", b"V_MS/VFW/FOURCC"))
+    assert_frames(path, folder / "b_pyramid_3.avi")
+
+
+def test_an_avi_that_is_cut_off_gives_true_frames(folder, tmp_path):
+    """The B-frames that its last pictures wait for are missing, so nobody knows when these are shown."""
+    data = (folder / "b_pyramid_3.avi").read_bytes()
+    whole = decode_all(folder / "b_pyramid_3.avi")
+    for length in range(len(data) // 2, len(data) // 2 + 6000, 500):
+        (tmp_path / "cut.avi").write_bytes(data[:length])
+        video, given = Video(tmp_path / "cut.avi"), 0
+        for n in range(round(video.duration_s * 25) - 12, round(video.duration_s * 25)):
+            try:
+                (time_s, image), = video.frames_at([(n + 0.5) / 25])
+            except VideoError:
+                continue
+            given += 1
+            assert np.array_equal(image, whole[round(time_s * 25)][1])
+        assert given >= 7
+
+
+# ------------------------------------------------------------------------------------------------- animations
+def write_gif(path, size, frames):
+    """frames: (hundredths of a second, disposal, left, number of each pixel's colour: 0 none, 1 red, 2 green, 3 blue)."""
+    data = b"GIF89a" + struct.pack("<HHBBB", *size[::-1], 0x91, 0, 0) + b"\0\0\0\xff\0\0\0\xff\0\0\0\xff"
+    for delay, disposal, left, pixels in frames:
+        height, width = pixels.shape
+        data += b"!\xf9\4" + struct.pack("<BHBB", disposal << 2 | 1, delay, 0, 0)
+        data += b"," + struct.pack("<HHHHB", left, 0, width, height, 0)
+        bits = "".join(f"{code:03b}"[::-1] for pixel in pixels.flat for code in (4, pixel)) + "101"  # 4: clear, 5: end
+        codes = bytes(int(bits[i:i + 8][::-1], 2) for i in range(0, len(bits), 8))
+        assert len(codes) < 256
+        data += b"\2" + bytes([len(codes)]) + codes + b"\0"
+    path.write_bytes(data + b";")
+    return path
+
+
+def test_a_gif_is_shown_as_in_a_page(tmp_path):
+    """Parts left out, kept, cleared and put back; delays; white where nothing was drawn."""
+    full = lambda width, colour: np.full((4, width), colour)
+    hole = full(4, 3)
+    hole[1:3, 1:3] = 0
+    path = write_gif(tmp_path / "x.gif", (4, 8), [
+        (20, 1, 0, full(4, 1)), (70, 2, 2, full(4, 2)), (0, 3, 4, hole), (30, 1, 7, full(1, 2)), (150, 1, 0, hole)])
+    columns = ["1111....", "112222..", "11..3333", "11.....2", "3333...2"]  # of the upper row
+    inner = ["1111....", "112222..", "11..3..3", "11.....2", "3113...2"]  # of the middle rows
+    inner[4] = "3113...2"
+    colours = {".": (255, 255, 255), "1": (255, 0, 0), "2": (0, 255, 0), "3": (0, 0, 255)}
+    want = [np.array([[colours[c] for c in row] for row in (outer, middle, middle, outer)], np.uint8)
+            for outer, middle in zip(columns, inner)]
+    want[4][1:3, 2] = 255  # cleared before, and not drawn upon
+    starts_s = [0.0, 0.2, 0.9, 1.0, 1.3]  # a delay of 0 is a tenth of a second
+    video = Video(path)
+    assert video.duration_s == pytest.approx(2.8) and video.times_of(range(5)) == pytest.approx(starts_s)
+    for k in (0, 4, 2, 3, 1, 1, 0, 2):
+        (time_s, image), = video.frames_at([starts_s[k] + 0.05])
+        assert time_s == pytest.approx(starts_s[k]) and np.array_equal(image, want[k]), k
+
+
+def test_half_transparent_pixels_of_an_apng_lie_on_white(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 48, 4), np.uint8) for _ in range(5)]
+    with av.open(str(tmp_path / "x.apng"), "w") as container:
+        stream = container.add_stream("apng", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "rgba"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgba")))
+        container.mux(stream.encode())
+    video = Video(tmp_path / "x.apng")
+    for k in (0, 4, 2, 3):
+        (time_s, image), = video.frames_at([(k + 0.5) / 5])
+        colour, opaque = images[k][..., :3].astype(float), images[k][..., 3:] / 255
+        assert abs(image - (colour * opaque + 255 * (1 - opaque))).max() <= 0.51
+
+
+# -------------------------------------------------------------------------------------------- cover pictures
+def write_with_cover(path, source, before, flagged=False, default=None, sound=None):
+    """A JPEG picture beside the video of `source`, its packets as they are, or beside `sound`."""
+    picture = av.CodecContext.create("mjpeg", "w")
+    picture.width, picture.height, picture.pix_fmt, picture.time_base = 320, 240, "yuvj420p", Fraction(1, 25)
+    jpeg, = picture.encode(av.VideoFrame.from_ndarray(np.full((240, 320, 3), 99, np.uint8))) + picture.encode(None)
+    with av.open(str(path), "w") as writer:
+        readers = [av.open(str(f)) for f in (source, sound) if f]
+
+        def add_cover():
+            stream = writer.add_stream("mjpeg", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 320, 240, "yuvj420p"
+            stream.disposition = (av.stream.Disposition.attached_pic if flagged else
+                                  av.stream.Disposition.default if default == "cover" else 0)
+            return stream
+
+        cover = add_cover() if before else None
+        copies = [writer.add_stream_from_template(reader.streams[0]) for reader in readers]
+        cover = cover or add_cover()
+        if default == "video":
+            copies[0].disposition = av.stream.Disposition.default
+        jpeg.pts = jpeg.dts = 0
+        jpeg.time_base, jpeg.stream = Fraction(1, 25), cover
+        writer.mux(jpeg)
+        for reader, copy in zip(readers, copies):
+            for packet in reader.demux(0):
+                if packet.dts is not None:
+                    packet.stream = copy
+                    writer.mux(packet)
+            reader.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("marked", [{}, dict(default="video"), dict(default="cover"), dict(flagged=True)])
+def test_a_cover_picture_is_not_taken_for_the_video(folder, tmp_path, name, before, marked):
+    path = write_with_cover(tmp_path / name, folder / "b_frames.mp4", before, **marked)
+    with av.open(str(path)) as container:
+        assert {s.codec_context.name for s in container.streams.video} == {"mjpeg", "h264"}
+    assert_frames(path, folder / "b_frames.mp4")
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
+@pytest.mark.parametrize("flagged", [True, False])
+def test_music_with_a_cover_picture_is_no_video(tmp_path, name, flagged):
+    write_audio(tmp_path / "sound.mp4")
+    write_with_cover(tmp_path / name, None, True, flagged, sound=tmp_path / "sound.mp4")
+    with pytest.raises(VideoError, match=f"{name}: no video in it .* a still picture"):
+        Video(tmp_path / name)
+
+
 # -------------------------------------------------------------------------------------------------------- size
 @pytest.mark.parametrize("unit", [28, 32])
 def test_frame_size_is_that_of_the_image_processor(unit):
@@ -320,6 +550,10 @@ BAD_FILES = {  # name: how to make it
     "playlist.mp4": lambda path, good: path.write_text(PLAYLIST.format(good)),
     "playlist.m3u8": lambda path, good: path.write_text(PLAYLIST.format(good)),
     "concat.mp4": lambda path, good: path.write_text("ffconcat version 1.0\nfile copy.mp4\n"),
+    "stream.h264": lambda path, good: write_video(path, CONSTANT, b_frames=3),
+    "stream.m2v": lambda path, good: write_video(path, CONSTANT, codec="mpeg2video", b_frames=2),
+    "image.jpg": lambda path, good: av.VideoFrame(64, 64, "yuvj420p").save(str(path)),
+    "image.webp": lambda path, good: path.write_bytes(b"RIFF" + struct.pack("<I", 200) + b"WEBPVP8X" + bytes(200)),
     "image.png": lambda path, good: av.VideoFrame(64, 64, "rgb24").save(str(path)),
     "header_only.mp4": lambda path, good: path.write_bytes(good.read_bytes()[:100]),
     "unknown_codec.mp4": lambda path, good: path.write_bytes(good.read_bytes().replace(b"avc1", b"zz1x")),
@@ -336,6 +570,10 @@ def test_a_bad_file_is_named(folder, tmp_path, name):
     with pytest.raises(VideoError) as raised:
         read_frames(str(tmp_path / name), (1.0,), *LIMITS.values(), UNIT)
     assert str(tmp_path / name) in str(raised.value)
+    said = {"image.png": "png", "image.jpg": "jpeg", "image.webp": "webp", "stream.h264": "h264", "stream.m2v": "mpegvideo"}
+    if name in said:
+        assert f"its format is {said[name]}" in str(raised.value) and "read are 3g2, 3gp, apng, " in str(raised.value)
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["playlist.mp4", "playlist.m3u8", "concat.mp4"])
