@@ -277,20 +277,48 @@ def turned(path, to, a, b, c, d):
     return Video(to)
 
 
+def write_quadrants(path):
+    """Red, green over blue, white, in pixels a third wider than high."""
+    image = np.zeros((96, 160, 3), np.uint8)
+    image[:48, :80, 0] = image[:48, 80:, 1] = image[48:, :80, 2] = image[48:, 80:] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for _ in range(50):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
 @pytest.mark.parametrize("sign_x", [1, -1])
 @pytest.mark.parametrize("sign_y", [1, -1])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_all_turns_and_flips_are_shown_as_by_players(folder, tmp_path, transposed, sign_x, sign_y):
+def test_all_turns_and_flips_are_shown_as_by_players(tmp_path, transposed, sign_x, sign_y):
     a, b, c, d = (0, sign_y, sign_x, 0) if transposed else (sign_x, 0, 0, sign_y)
-    video = turned(folder / "wide_pixels.mp4", tmp_path / "turned.mp4", a, b, c, d)
+    stored_file = write_quadrants(tmp_path / "stored.mp4")
+    video = turned(stored_file, tmp_path / "turned.mp4", a, b, c, d)
     (_, image), = video.frames_at([1.0])
-    stored = on_screen(decode_all(folder / "wide_pixels.mp4"), 1.0)[1]
+    stored = on_screen(decode_all(stored_file), 1.0)[1]
     y, x = np.indices(stored.shape[:2])
     shown_x, shown_y = a * x + c * y, b * x + d * y
-    want = np.zeros(stored.shape[1::-1] + (3,) if transposed else stored.shape, np.uint8)
+    want = np.zeros((160, 96, 3) if transposed else (96, 160, 3), np.uint8)
     want[shown_y - shown_y.min(), shown_x - shown_x.min()] = stored
     assert np.array_equal(image, want)
     assert video.pixel_shape == pytest.approx((4 / 3, 1) if transposed else (1, 4 / 3))
+
+
+def test_the_quadrants_of_each_turn_and_flip(tmp_path):
+    """As FFmpeg's own player shows them, from left to right, from top to bottom: Red, Green, Blue, White."""
+    write_quadrants(tmp_path / "stored.mp4")
+    for matrix, want in {(1, 0, 0, 1): "RGBW", (-1, 0, 0, 1): "GRWB", (1, 0, 0, -1): "BWRG", (-1, 0, 0, -1): "WBGR",
+                         (0, 1, 1, 0): "RBGW", (0, 1, -1, 0): "BRWG", (0, -1, 1, 0): "GWRB",
+                         (0, -1, -1, 0): "WGBR"}.items():
+        (_, image), = turned(tmp_path / "stored.mp4", tmp_path / "turned.mp4", *matrix).frames_at([1.0])
+        height, width = image.shape[:2]
+        seen = [tuple(image[y, x] > 128) for y in (height // 4, -height // 4) for x in (width // 4, -width // 4)]
+        letters = {(True, False, False): "R", (False, True, False): "G", (False, False, True): "B", (True,) * 3: "W"}
+        assert "".join(letters[colour] for colour in seen) == want, matrix
 
 
 @pytest.mark.parametrize("degrees, shown_as", [(0.5, 0), (30, 0), (45, 0), (89.5, 90), (135, 0), (179.5, 180)])
