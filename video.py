@@ -489,7 +489,7 @@ class VideoFile(io.FileIO):
 
     def count(self, packets):  # not in Video: a generator that refers to its Video would keep it open
         for packet in packets:
-            self.futile_bytes = 0
+            self.futile_bytes *= self.futile_bytes >= MAX_FUTILE_BYTES  # what has ended stays so
             packet.pts = packet.dts if self.dts_only else packet.pts
             self.untimed = self.untimed and not (packet.is_keyframe and packet.pos)
             if not self.untimed:

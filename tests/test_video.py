@@ -762,7 +762,8 @@ def test_a_decode_without_progress_is_cut_off(tmp_path, folder):
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("name", ["constant.mp4", "b_frames.mkv", "later.ts", "flv.flv", "mpeg4.avi", "wmv.asf"])
+@pytest.mark.parametrize("name", ["constant.mp4", "b_frames.mkv", "later.ts", "flv.flv", "mpeg4.avi", "wmv.asf",
+                                  "b_pyramid_3.avi", "mpeg2.vob", "constant.gif", "variable.apng"])
 def test_a_file_without_end_costs_no_time(folder, tmp_path, name):
     """A good start, then 200 GB of zeros (a sparse file)."""
     path = tmp_path / name
