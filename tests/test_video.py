@@ -456,6 +456,15 @@ def test_a_gif_is_shown_as_in_a_page(tmp_path):
         assert time_s == pytest.approx(starts_s[k]) and np.array_equal(image, want[k]), k
 
 
+def test_a_gif_that_is_cut_off_gives_true_frames(folder, tmp_path):
+    data, whole = (folder / "constant.gif").read_bytes(), decode_all(folder / "constant.gif")
+    for length in range(len(data) // 2, len(data) // 2 + 400, 37):
+        (tmp_path / "cut.gif").write_bytes(data[:length])
+        video = Video(tmp_path / "cut.gif")
+        shown = video.frames_at([video.duration_s * k / 20 for k in range(20)])
+        assert len(shown) > 15 and all(np.array_equal(image, whole[round(t * 25)][1]) for t, image in shown)
+
+
 def test_half_transparent_pixels_of_an_apng_lie_on_white(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (32, 48, 4), np.uint8) for _ in range(5)]
