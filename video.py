@@ -415,7 +415,7 @@ class Video:
                 self.key_pts = packet.pts
             if self.key_pts is not None and packet.pts < self.key_pts:
                 return []  # shown before the key frame where decoding began: refers to what was not decoded
-        if packet.is_corrupt or "gif" in self.formats and bytes(packet)[-1:] not in b"\0;":  # its end is cut off
+        if packet.is_corrupt or "gif" in self.formats and bytes(packet)[-1:] not in b"\0;":  # cut off
             self.damaged = self.lost = True
             return []
         skip = packet.pts is not None and packet.pts < self.needed_pts and not self.late

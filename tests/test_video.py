@@ -456,13 +456,15 @@ def test_a_gif_is_shown_as_in_a_page(tmp_path):
         assert time_s == pytest.approx(starts_s[k]) and np.array_equal(image, want[k]), k
 
 
-def test_a_gif_that_is_cut_off_gives_true_frames(folder, tmp_path):
-    data, whole = (folder / "constant.gif").read_bytes(), decode_all(folder / "constant.gif")
-    for length in range(len(data) // 2, len(data) // 2 + 400, 37):
+def test_a_gif_that_is_cut_off_gives_true_frames(tmp_path):
+    rng = np.random.default_rng(0)
+    write_gif(tmp_path / "x.gif", (8, 8), [(20, 1, 0, rng.integers(1, 4, (8, 8))) for _ in range(10)])
+    data, whole = (tmp_path / "x.gif").read_bytes(), decode_all(tmp_path / "x.gif")
+    for length in range(len(data) // 2, len(data) // 2 + 150, 7):
         (tmp_path / "cut.gif").write_bytes(data[:length])
         video = Video(tmp_path / "cut.gif")
         shown = video.frames_at([video.duration_s * k / 20 for k in range(20)])
-        assert len(shown) > 15 and all(np.array_equal(image, whole[round(t * 25)][1]) for t, image in shown)
+        assert len(shown) > 12 and all(np.array_equal(image, whole[round(t * 5)][1]) for t, image in shown)
 
 
 def test_half_transparent_pixels_of_an_apng_lie_on_white(tmp_path):
