@@ -335,6 +335,7 @@ def frame_features(policy, frames):
 def fill_features(policy, dialogues):
     """Computes the features that the dialogues still lack and keeps them there. The vision tower is frozen in SFT and
     RL, so they serve generation and every later pass."""
+    dialogues = list({id(d): d for d in dialogues}.values())  # one that is named twice takes its features once
     missing = [frame for d in dialogues for frame in d.frames[len(d.features):]]
     with torch.no_grad():
         features = iter(frame_features(policy, missing))

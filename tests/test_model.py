@@ -11,7 +11,7 @@ from model import (Dialogue, PolicyError, encode, fill_features, frame_features,
 from rollout import RolloutConfig, rollout
 from scale.masters import MasterWeights
 from video import Frame
-from zoom_env import Message
+from zoom_env import Message, ZoomEnv
 
 
 def test_encoder_writes_the_chat_template(policy):
@@ -120,6 +120,18 @@ def test_frames_are_computed_alone(policy):
         for frame, features in zip(frames, together):
             torch.testing.assert_close(frame_features(policy, [frame])[0], features, atol=1e-5, rtol=1e-5)
     assert torch.equal(together[0], together[-1])
+
+
+def test_each_dialogue_gets_its_own_features(policy, data):
+    """However often it is named, as prefill names the one that brings a group's prompt and is a row, too."""
+    folder, questions, _ = data
+    first, second = ([encode(policy, env.reset()) for env in [ZoomEnv(q, policy.env_config, folder)] for _ in range(3)]
+                     for q in questions[:2])
+    fill_features(policy, [first[0], second[0], *first, *second])
+    for d in first + second:
+        with torch.no_grad():
+            expected = frame_features(policy, d.frames)
+        assert len(d.features) == len(expected) and all(map(torch.equal, d.features, expected))
 
 
 def test_saved_checkpoint_loads_in_transformers(policy, tmp_path):

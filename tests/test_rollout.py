@@ -28,7 +28,11 @@ def said(groups):
 
 
 def check_sampled_log_probs(policy, episodes, temperature=1.0):
+    """Sampled equals scored, on the features that sampling left, and a plain pass, which computes its own."""
     for e in episodes:
+        with torch.no_grad():
+            scored, _ = token_log_probs(policy, [[e.dialogue]], temperature)
+        torch.testing.assert_close(scored, torch.tensor(e.dialogue.sampled_log_probs), atol=1e-4, rtol=0)
         assert sum(e.dialogue.trained) == len(e.dialogue.sampled_log_probs) > 0
         with torch.no_grad():
             plain = plain_log_probs(policy, e.dialogue, temperature)
