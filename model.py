@@ -18,24 +18,20 @@ evaluation alike. Float32 are norms, softmax and attention scores inside, everyt
 """
 
 import copy
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from common import UserError, read_text
 from video import Frame
-from zoom_env import EnvConfig, Message, ZoomEnv
+from zoom_env import Message, ZoomEnv
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -62,12 +58,21 @@ class Policy(torch.nn.Module):
         special = {t: tokenizer.convert_tokens_to_ids(t) for t in
                    ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")}
         if missing := [t for t, i in special.items() if i is None or i == tokenizer.unk_token_id]:
-            raise PolicyError(f"the tokenizer has no {', '.join(missing)}; is this a Qwen2.5-VL checkpoint?")
+            raise PolicyError(f"the tokenizer has no {', '.join(missing)}; name a Qwen2.5-VL checkpoint")
         self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad = special.values()
-        # which tokens can end a tag; models pad the vocabulary beyond the tokenizer's
-        self.can_close_tag = [False] * hf.lm_head.out_features
-        for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-            self.can_close_tag[i] = ">" in (token or "")
+        # models pad the vocabulary beyond the tokenizer's, which must not be the larger one
+        vocabulary, rows = tokenizer.get_vocab(), hf.lm_head.out_features
+        if (largest := max(vocabulary.values())) >= rows:
+            raise PolicyError(f"the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
+                              "name the checkpoint with its own tokenizer")
+        self.can_close_tag = [False] * rows  # which tokens can end a tag
+        for token, i in vocabulary.items():
+            self.can_close_tag[i] = ">" in token
+        ends = hf.generation_config.eos_token_id  # None, an id or several
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if not all(type(i) is int for i in ends):
+            raise PolicyError(f"generation_config.json: eos_token_id must be one id or several, not {ends}")
+        self.end_tokens = {*ends, self.im_end, vocabulary.get("<|endoftext|>", self.im_end)}  # of a turn
 
     @property
     def language_model(self):
@@ -168,49 +173,23 @@ AttentionInterface.register("zoom", _attention)
 def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_file=None):
     """Loads a Qwen2.5-VL checkpoint by its name on the Hugging Face hub or its folder.
 
-    Environment settings come from the folder's zoom_config.json, else from the paper; the text of `system_prompt_file`
-    replaces its system prompt. Raises PolicyError."""
-    path = Path(name_or_path)
-    if not path.exists() and (str(name_or_path).startswith((".", "/", "~", "runs/")) or "/" not in str(name_or_path)):
-        raise PolicyError(f"no checkpoint folder {name_or_path}")
-    if path.exists() and not (path / "config.json").is_file():
-        raise PolicyError(f"{name_or_path} is not a checkpoint folder (it has no config.json)")
+    Environment settings come from the folder's zoom_config.json, else from the paper; the text of
+    `system_prompt_file` replaces its system prompt. Raises PolicyError, whatever is wrong with it."""
+    from scale.checkpoints import first_line, parts_fault, read_checkpoint
+
     try:
-        if path.exists() and (kind := json.loads((path / "config.json").read_text()).get("model_type")) != "qwen2_5_vl":
-            raise PolicyError(f"{name_or_path} holds a model of type {kind}, not qwen2_5_vl")
-        hf, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        if loaded["missing_keys"]:
-            raise PolicyError(f"{name_or_path} lacks weights: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        image_processor = Qwen2VLImageProcessor.from_pretrained(name_or_path)
-        settings = json.loads(read_text(path / "zoom_config.json")) if (path / "zoom_config.json").is_file() else {}
-        env_config = EnvConfig(**settings)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hf, *others = read_checkpoint(name_or_path, dtype)
+        policy = Policy(hf.to(device).eval(), *others)
+        if fault := parts_fault(policy):
+            raise PolicyError(fault)
+    except BaseException as error:  # the tokenizers' Rust code raises what is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = error if isinstance(error, UserError) else f"{first_line(error)}; download or copy it again"
         raise PolicyError(f"cannot load {name_or_path}: {reason}") from None
     if system_prompt_file:
-        env_config = replace(env_config, system_prompt=read_text(system_prompt_file).strip())
-    return Policy(hf.to(device).eval(), tokenizer, image_processor, env_config)
-
-
-def save_policy(policy, path):
-    """Writes a Hugging Face checkpoint into the folder `path`: whole files under a temporary name first, then renamed,
-    config.json last, so that a folder that loads is complete. Other files in the folder stay."""
-    path = Path(path)
-    temporary = path / "saving.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    policy.hf.save_pretrained(temporary)
-    policy.tokenizer.save_pretrained(temporary)
-    policy.image_processor.save_pretrained(temporary)
-    (temporary / "zoom_config.json").write_text(json.dumps(asdict(policy.env_config), indent=1))
-    (path / "config.json").unlink(missing_ok=True)
-    for old in path.glob("*.safetensors*"):
-        old.unlink()
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-        os.replace(file, path / file.name)
-    temporary.rmdir()
+        policy.env_config = replace(policy.env_config, system_prompt=read_text(system_prompt_file).strip())
+    return policy
 
 
 # ------------------------------------------------------------------------------------- dialogue to ids and pixels

@@ -38,8 +38,9 @@ from tqdm import tqdm
 from common import (RunConfig, UserError, check_bad, choose_dtype, gather, move_aside, parse_flags, run_main,
                     start_processes, sum_over_processes, write_jsonl)
 from data_prep import read_questions, use_overview
-from model import load_policy, save_policy, split_by_tokens, token_log_probs
+from model import load_policy, split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
+from scale.checkpoints import save_policy
 from scale.first_day import check_decoder
 from scale.masters import MasterWeights
 from zoom_env import REWARD_PARTS, RewardWeights

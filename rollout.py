@@ -54,17 +54,17 @@ class Episode(Row):
     def turn_is_over(self, policy):
         """Whether the turn ends with the token that was sampled last."""
         token, stops = self.turn_ids[-1], stop_strings()
-        if token == policy.im_end:
+        if token in policy.end_tokens:
             return True
         tail = self.turn_ids[-max(map(len, stops)):]
         return policy.can_close_tag[token] and any(stop in policy.tokenizer.decode(tail) for stop in stops)
 
     def end_turn(self, policy):
-        """The turn becomes part of the dialogue, its ids as they were sampled. Returns its text."""
+        """The turn becomes part of the dialogue, its ids as sampled. Returns its text, without an end token."""
         ids, log_probs, self.turn_ids, self.turn_log_probs = self.turn_ids, self.turn_log_probs, [], []
         self.truncated = not Episode(self.dialogue, ids).turn_is_over(policy)
         encode(policy, [Message("assistant", [Sampled(ids, log_probs)])], self.dialogue)
-        return policy.tokenizer.decode(ids[:-1] if ids[-1] == policy.im_end else ids)
+        return policy.tokenizer.decode(ids[:-1] if ids[-1] in policy.end_tokens else ids)
 
     def take_reply(self, policy, reply, max_response_tokens):
         """The environment's message is appended, unless the episode is over, or is now too long."""

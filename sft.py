@@ -32,7 +32,8 @@ from common import (RunConfig, check_bad, choose_dtype, gather, move_aside, pars
 from data_prep import read_trajectories, use_overview
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
-from model import fill_features, load_policy, replay, save_policy, split_by_tokens, token_log_probs
+from model import fill_features, load_policy, replay, split_by_tokens, token_log_probs
+from scale.checkpoints import save_policy
 from scale.masters import MasterWeights
 from video import VideoError
 

@@ -12,7 +12,8 @@ import pytest
 from answers import grade, normalise, option_texts, plain, read_letter, read_times, read_untagged
 from common import UserError, read_text
 from data_prep import question_error, read_questions, read_trajectories, trajectory_error, use_overview
-from model import load_policy, save_policy
+from model import load_policy
+from scale.checkpoints import save_policy
 
 COLOURS = ["blue", "red", "a yellow car", "Both A and B"]
 

@@ -12,8 +12,9 @@ from tiny import random_policy as make_policy
 
 import eval as evaluation
 from demo import synthetic
-from model import encode, save_policy
+from model import encode
 from rollout import Episode
+from scale.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,8 +7,9 @@ from tiny import plain_log_probs, random_policy
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay,
-                   save_policy, split_by_tokens, token_log_probs)
+                   split_by_tokens, token_log_probs)
 from rollout import RolloutConfig, rollout
+from scale.checkpoints import save_policy
 from scale.masters import MasterWeights
 from video import Frame
 from zoom_env import Message, ZoomEnv

@@ -16,8 +16,9 @@ from tiny import random_policy as make_policy
 import rl
 from common import UserError
 from demo import synthetic
-from model import Sampled, encode, fill_features, load_policy, save_policy, token_log_probs
+from model import Sampled, encode, fill_features, load_policy, token_log_probs
 from rollout import Episode
+from scale.checkpoints import save_policy
 from scale.masters import MasterWeights
 from zoom_env import Message, ZoomEnv
 

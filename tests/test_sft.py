@@ -14,7 +14,8 @@ from tiny import random_policy as make_policy
 import sft
 from common import field_comments
 from demo import synthetic
-from model import load_policy, save_policy
+from model import load_policy
+from scale.checkpoints import save_policy
 from scale.masters import MasterWeights
 
 ROOT = Path(__file__).resolve().parent.parent
