@@ -133,6 +133,8 @@ def parts_fault(policy):
         pixels = policy.image_processor([frame], do_resize=False, return_tensors="pt")["pixel_values"]
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
         fits = pixels.shape == (vision.spatial_merge_size ** 2, patch) and pixels.isfinite().all()
+        for colours in (policy.image_processor.image_mean, policy.image_processor.image_std):
+            fits = fits and len(colours) == vision.in_channels  # a single one would be taken for all
     except Exception as error:
         return f"its preprocessor_config.json cannot be used ({first_line(error)}); {AGAIN}"
     return None if fits else f"its preprocessor_config.json does not fit config.json; {AGAIN}"
