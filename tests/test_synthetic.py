@@ -1,4 +1,4 @@
-"""Synthetic data: what the videos show is what the questions say, the teacher's trajectories verify, the bound holds."""
+"""Synthetic data: videos show what the questions say, the teacher's trajectories verify, the bound holds."""
 
 import json
 import random
@@ -44,17 +44,19 @@ def nearest(pixel):
 
 
 def test_videos_show_the_evidence(made):
-    """The decoded file, looked at in the middle of each piece of evidence, shows a flash on the scene asked about, in
-    the colour of the right option; and the overview shows no flash at all."""
+    """The decoded file, looked at in the middle of each piece of evidence, shows a flash on the scene asked
+    about, in the colour of the right option; and the overview shows no flash at all."""
     folder, train, _, _ = made
     seen = 0
     for q in train:
         video = Video(folder / q["video"])
-        assert video.duration_s == pytest.approx(q["meta"]["duration_s"], abs=0.01) and 119.9 <= video.duration_s <= 150.1
+        assert video.duration_s == pytest.approx(q["meta"]["duration_s"], abs=0.01)
+        assert 119.9 <= video.duration_s <= 150.1
         right = q["options"]["ABCD".index(q["answer"])]
         for start, end in q["evidence"] or []:
             (_, image), = video.frames_at([(start + end) / 2])
-            corners = {nearest(image[y, x]) for y in (0, 27) for x in (0, 27)}  # the card can cover some of them
+            # the card can cover some of the corners
+            corners = {nearest(image[y, x]) for y in (0, 27) for x in (0, 27)}
             scene = next(c for c in corners if c in q["question"])
             centre = nearest(image[14, 14])
             assert centre not in ("grey", "black", scene)
@@ -67,6 +69,26 @@ def test_videos_show_the_evidence(made):
             assert nearest(frame.image[:, 14, 14]) == nearest(frame.image[:, 1, 1])
         video.close()
     assert seen > 10
+
+
+def test_counts_and_order_of_scenes_are_what_the_video_shows(made):
+    """What no piece of evidence tells alone: how many there are, and which scene the overview shows where."""
+    folder, train, test, _ = made
+    seen = Counter()
+    for q in train + test:
+        right, kind = q["options"]["ABCD".index(q["answer"])], q["meta"]["kind"]
+        if kind == "count":
+            assert right == str(len(q["evidence"]))
+        elif kind == "holistic":
+            env = ZoomEnv(q, synthetic.TINY_ENV, folder)
+            env.reset()
+            scenes = [nearest(frame.image[:, 1, 1]) for frame in env.watched[0]]
+            assert sorted(scenes[:-1]) == sorted(synthetic.COLOURS) and scenes[-1] == "grey"
+            named = [c for c in synthetic.COLOURS if f" {c} scene" in q["question"]]
+            at = 0 if "first" in q["question"] else 7 if "last" in q["question"] else scenes.index(named[0]) + 1
+            assert right == scenes[at]
+        seen[kind] += 1
+    assert seen["count"] == seen["holistic"] == 10
 
 
 def test_trajectories_verify_and_reflections_start_wrong(made):
@@ -111,12 +133,6 @@ def test_careless_teacher_leaves_something_to_learn(made):
     rng = random.Random(0)
     duration_s, scenes = synthetic.make_scenes(rng)
     assert all(f.end_s - f.start_s > 1 for s in scenes for f in s.flashes)
-
-
-def test_shipped_base_has_the_environment_of_the_data():
-    policy = load_policy(TINY_BASE)
-    assert policy.env_config == synthetic.TINY_ENV
-    assert sum(p.numel() for p in policy.hf.parameters()) < 3_000_000
 
 
 def test_data_of_another_seed_is_refused(tmp_path):
