@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 
-# ---------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 class UserError(Exception):
     """Wrong input: shown as one line, exit status 2."""
 
@@ -60,7 +60,7 @@ def run_main(main):
         dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of every script."""
@@ -114,7 +114,7 @@ def field_comments(config_class):
     return comments
 
 
-# ------------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 def start_processes(device=None, timeout_min=120.0):
     """Joins torchrun's process group where there is one. Returns (rank, world size, torch.device). A process that waits
     for another one longer than `timeout_min` ends.
@@ -179,7 +179,7 @@ def sync_gradients(parameters, bucket_bytes=64e6):
             bucket = []
 
 
-# --------------------------------------------------------------------------------------------------------- devices
+# ---------------------------------------------------------------------------------------------------- devices
 # All that only CUDA executes, and all places that ask which device it is. Everything else is the same on every device.
 def choose_device(name=None):
     """(torch.device, backend of the process group). On CUDA each process of a machine takes a GPU of its own."""
@@ -228,7 +228,7 @@ def capture_graph(step, generator, pool):
     return graph.replay, result, pool
 
 
-# ------------------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------------- rows
 def read_text(path):
     """A file's text: UTF-8 whatever the locale, without a byte order mark. Raises UserError."""
     try:

@@ -56,7 +56,7 @@ class Row:
         return dialogue
 
 
-# ----------------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------------------ cache
 class KVCache:
     """Keys and values, for each layer those of prompts and those of rows in tensors of their own, so that growing never
     needs room for two caches:
@@ -144,7 +144,7 @@ class KVCache:
                     own[[a, b], :, :length] = own[[b, a], :, :length]
 
 
-# --------------------------------------------------------------------------------------------------------- prefill
+# ---------------------------------------------------------------------------------------------------- prefill
 def prefill(policy, cache, prompts, rows, first_row):
     """Runs new prompts and what the cache lacks of rows, in packs of at most PREFILL_TOKENS (or one piece).
 
@@ -194,7 +194,7 @@ def attend_prefill(cache, spans, pieces, first_row, layer, query, key, value):
     return attend_pieces(query, key, value, spans, before)
 
 
-# ---------------------------------------------------------------------------------------------------------- decode
+# ----------------------------------------------------------------------------------------------------- decode
 def decode_hidden(policy, prompts, own, state, P, L, group_size):
     """Stores keys and values of the rows' last tokens and returns their hidden states, (B, hidden).
 

@@ -79,7 +79,7 @@ DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_
             gradient_checkpointing=False, show_every=5)
 
 
-# ---------------------------------------------------------------------------------------------- the three functions
+# ---------------------------------------------------------------------------------------- the three functions
 def play_batch(engine, questions, config, root, rank, world, device, bar):
     """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups over all processes have a
     spread of rewards, at most max_draws batches of them.
@@ -186,7 +186,7 @@ def update(policy, reference, groups, masters, optimizer, config, rank, device):
                         "grad_norm": metrics["grad_norm"] / max(1, updates - metrics["bad_steps"])}
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# --------------------------------------------------------------------------------------------------- the loop
 def episode_metrics(episodes, num_kept, group_size, device):
     """Means over the episodes of all processes."""
     sums = Counter(episodes=len(episodes), groups_kept=num_kept)
