@@ -1,13 +1,14 @@
 """Tokens for many rows at once: the KV cache, prefill of prompts and replies, the decode step, sampling.
 
-What a row's next token depends on lies in two caches. `prompts` holds each prompt once, read by all rows of its group;
-`own` holds what followed it in each row. New prompts and replies run as one packed sequence (`prefill`); after that
-every row that is within a turn gets one token a step (`decode_hidden`, `sample`).
+A row is one episode's dialogue; the rows of a group share a question, and so their prompt. What a row's next
+token depends on lies in two caches: `prompts` holds each prompt once, `own` what followed it in each row. New
+prompts and the environment's replies run as one packed sequence (`prefill`); after that every row that is
+within a turn gets one token a step (`decode_hidden`, `sample`).
 
-A step is plain PyTorch over transformers' layers. With `compile` it goes through torch.compile, on any device, and
-where launching costs more than computing (CUDA) a whole step is captured as one graph. What is compiled is the
-function that runs without, so tests on a CPU see what a GPU runs; and before the first rollout it is compared with a
-float32 pass (scale/first_day.py).
+A step is plain PyTorch over transformers' layers. With `compile` it goes through torch.compile, on any
+device, and where launching costs more than computing (CUDA) a whole step is captured as one graph. What is
+compiled is the function that runs without, so tests on a CPU see what a GPU runs; and before the first
+rollout scale/first_day.py compares it with a float32 pass.
 """
 
 from collections import deque
@@ -26,12 +27,12 @@ BLOCK = 512  # tokens of the vocabulary that are one block in sampling
 
 @dataclass
 class Row:
-    """A dialogue that is being continued. Its turn so far is `turn_ids`; `place` is that of its prompt in the cache."""
+    """A dialogue that is being continued, with what is sampled of its next turn."""
 
     dialogue: Dialogue
     turn_ids: list = field(default_factory=list)
     turn_log_probs: list = field(default_factory=list)
-    place: int = 0
+    place: int = 0  # of its prompt in the cache
     number: int = 0  # among the rows of its group, which share the prompt
     cached: int = 0  # tokens, from the start, whose keys and values are in the cache; at least the prompt
 
@@ -58,17 +59,18 @@ class Row:
 
 # ------------------------------------------------------------------------------------------------------ cache
 class KVCache:
-    """Keys and values, for each layer those of prompts and those of rows in tensors of their own, so that growing never
-    needs room for two caches:
+    """Keys and values, for each layer those of prompts and those of rows in tensors of their own, so that
+    growing never needs room for two caches:
 
         prompts[layer]    keys and values, each (places, kv heads, capacity, D)
         own[layer]        keys and values, each (rows, kv heads, capacity, D)
 
-    Rows are the caller's: row i belongs to its i-th live row. Nobody looks at the last position of a place or a row, so
-    surplus rows of a step may write there. All arithmetic of the memory budget is here, in tokens: places * capacity
-    of the prompts + rows * capacity of their own stay within it, whatever was there before.
+    Rows are the caller's: row i belongs to its i-th live row. Nobody looks at the last position of a place or
+    a row, so surplus rows of a step may write there. All arithmetic of the memory budget is here, in tokens:
+    places * capacity of the prompts + rows * capacity of their own stay within it, whatever was there before.
 
-    A compiled step has rows by the `row_unit`, and at least two places, for else it would be compiled for one alone."""
+    A compiled step has a multiple of `row_unit` rows, and at least two places: torch.compile makes a size of
+    1 a constant, and would compile again for 2."""
 
     def __init__(self, policy, group_size, max_bytes, row_unit=1):
         config = policy.language_model.config
@@ -84,7 +86,7 @@ class KVCache:
         """Forgets all prompts. The tensors stay, and what was captured on them."""
         self.users = []  # of each place: how many unfinished rows share its prompt, 0 for a free one
         self.lengths = []  # ... and the prompt's length
-        self.hidden = {}  # ... and its last hidden state, from which the first token of all its rows is sampled
+        self.hidden = {}  # ... and its last hidden state: the first token of all its rows is sampled from it
 
     def add_prompt(self, length, users):
         """A place for a prompt."""
@@ -93,7 +95,7 @@ class KVCache:
         return place
 
     def _prompt_shape(self, new_length=0):
-        """(places, capacity) that the prompts in use need, with another one of `new_length` if that is above 0."""
+        """(places, capacity) that the prompts in use need; with another one of `new_length`, if above 0."""
         lengths = [length if users else 0 for users, length in zip(self.users, self.lengths)]
         if new_length:
             place = lengths.index(0) if 0 in lengths else len(lengths)
@@ -109,14 +111,16 @@ class KVCache:
         return max(0, self.max_tokens - places * capacity) // (length + 1) // self.row_unit * self.row_unit
 
     def reserve(self, rows, length):
-        """Room for the prompts in use and for `length` own tokens in each of `rows` rows. The tensors only grow, by a
-        little more than needed; if that is above the budget, they become what is needed."""
+        """Room for the prompts in use and for `length` own tokens in each of `rows` rows. The tensors only
+        grow, by a little more than needed; if that is above the budget, they become what is needed."""
         rows, length = -(-rows // self.row_unit) * self.row_unit, length + 1
         need_prompts, need_own = self._prompt_shape(), (rows, length if rows else 0)
+        # at least what there is; rows that grow get a quarter more
         prompts = tuple(map(max, need_prompts, self.prompts[0][0].shape[0:3:2]))
         own = tuple(map(max, need_own, self.own[0][0].shape[0:3:2]))
         if length > self.own[0][0].shape[2] and rows:
             own = own[0], length + length // 4
+        # above the budget: no more than needed
         if prompts[0] * prompts[1] + own[0] * own[1] > self.max_tokens:
             left = self.max_tokens - need_prompts[0] * need_prompts[1]
             prompts, own = need_prompts, (rows, max(length, min(own[1], left // rows)) if rows else 0)
@@ -152,17 +156,19 @@ def prefill(policy, cache, prompts, rows, first_row):
         prompts: (place, dialogue) of each.
         rows: list of Row, the i-th in row first_row + i of the cache.
     Returns: the hidden states from which each row's next token is sampled, (B, hidden); None without rows."""
+    # new frames are encoded; due is (dialogue, start, stop), its prompt's place, and row (None: a prompt)
     fill_features(policy, [d for _, d in prompts] + [row.dialogue for row in rows])
-    # pieces: (dialogue, start, stop), where its prompt is, and its row, None for the prompt itself
     due = deque(((d, 0, d.prompt_length), place, None) for place, d in prompts)
     due.extend(((row.so_far(), row.cached, row.total), row.place, i)
                for i, row in enumerate(rows) if row.cached < row.total)
     last = {}  # hidden state of the last token of each row that ran
     while due:
+        # one pack: as many pieces as fit
         pieces, length = [], 0
         while due and (not pieces or length + due[0][0][2] - due[0][0][1] <= PREFILL_TOKENS):
             pieces.append(due.popleft())
             length += pieces[-1][0][2] - pieces[-1][0][1]
+        # run it, and keep the hidden state at each piece's end
         packed = pack(policy, [piece for piece, _, _ in pieces])
         attend = partial(attend_prefill, cache, packed.spans, pieces, first_row)
         hidden = policy.hidden_states(packed.ids, packed.positions, attend, packed.is_image, packed.features)
@@ -175,9 +181,10 @@ def prefill(policy, cache, prompts, rows, first_row):
 
 
 def attend_prefill(cache, spans, pieces, first_row, layer, query, key, value):
-    """Stores keys and values of a pack's pieces and attends: a prompt sees itself; what stands in a row sees its
-    prompt, the row's earlier tokens and itself. query (1, heads, T, D); returns (1, T, heads, D)."""
-    for prompts, own, new in zip(cache.prompts[layer], cache.own[layer], (key[0], value[0])):  # new: (kv heads, T, D)
+    """Stores keys and values of a pack's pieces and attends: a prompt sees itself; what stands in a row sees
+    its prompt, the row's earlier tokens and itself. query (1, heads, T, D); returns (1, T, heads, D)."""
+    # new: (kv heads, T, D), once the keys and once the values
+    for prompts, own, new in zip(cache.prompts[layer], cache.own[layer], (key[0], value[0])):
         for span, ((d, start, stop), place, i) in zip(spans, pieces):
             if i is None:
                 prompts[place, :, :stop] = new[:, span]
@@ -188,7 +195,8 @@ def attend_prefill(cache, spans, pieces, first_row, layer, query, key, value):
         (d, start, _), place, i = pieces[number]
         if i is None:
             return None
-        return [torch.cat([prompts[place, :, :d.prompt_length], own[first_row + i, :, :start - d.prompt_length]], dim=1)[None]
+        P, L = d.prompt_length, start - d.prompt_length
+        return [torch.cat([prompts[place, :, :P], own[first_row + i, :, :L]], dim=1)[None]
                 for prompts, own in zip(cache.prompts[layer], cache.own[layer])]
 
     return attend_pieces(query, key, value, spans, before)
@@ -200,9 +208,9 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
 
     Args:
         prompts, own: the cache's tensors.
-        state: dict of (B,) tensors: `tokens`, their `positions`, `own_lengths`: how many own tokens are cached,
-            `group_rows`: place of the prompt * group_size + number in the group, for a surplus row one beyond the
-            last; and `prompt_lengths`, (places,).
+        state: dict of (B,) tensors: `tokens`, their `positions`, `own_lengths`: how many own tokens are
+            cached, `group_rows`: place of the prompt * group_size + number in the group, for a surplus row
+            one beyond the last; and `prompt_lengths`, (places,).
         P, L: how many positions of the prompts, and of the rows' own tokens, are looked at."""
     group_rows, own_lengths = state["group_rows"], state["own_lengths"]
     B, places, device = len(group_rows), len(prompts[0][0]), own_lengths.device
@@ -211,29 +219,31 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
     beyond_own = (torch.arange(L, device=device) > own_lengths[:, None])[:, None, None]
 
     def attend(layer, query, key, value):
-        """A prompt's keys are read once for all rows that share it. The softmax over a row's prompt and own tokens is
-        that of two parts, each with the sum of its exponentials."""
+        """A prompt's keys are read once for all rows that share it, as if these were several queries of one.
+        So the softmax over all that a row sees is put together from two parts: its prompt, its own tokens."""
         heads, D = key.shape[1], key.shape[3]
         own[layer][0][rows, :, own_lengths] = key[:, :, 0]
         own[layer][1][rows, :, own_lengths] = value[:, :, 0]
         query = query.reshape(B, heads, -1, D)  # the heads that share a key are several queries of it
         n = query.shape[2]
 
-        def part(query, keys, values, unseen):  # (.., D) of float32: sum of p * values; (.., 1): sum of p, and log of p's unit
+        def part(query, keys, values, unseen):  # (.., D + 2): the sum of p * values, the sum of p, and `top`
             scores = query.float() @ keys.float().transpose(2, 3) * D ** -0.5
             scores = scores.masked_fill(unseen, float("-inf"))
             top = scores.amax(3, keepdim=True)
-            p = (scores - top).exp().to(values.dtype)
+            p = (scores - top).exp().to(values.dtype)  # not divided by its sum yet
             return torch.cat([(p @ values).float(), p.float().sum(3, keepdim=True), top], dim=3)
 
-        # rows to prompts and back: (B, heads, n, ..) to (places, heads, group_size * n, ..); a surplus row goes nowhere
+        # the prompt's part: (B, heads, n, D) to (places, heads, group_size * n, D) and back; a surplus row is
+        # left out
         q = query.new_zeros(places * group_size + 1, heads, n, D).index_copy(0, group_rows, query)[:-1]
         q = q.view(places, group_size, heads, n, D).transpose(1, 2).reshape(places, heads, group_size * n, D)
         of_prompt = part(q, *(x[:, :, :P] for x in prompts[layer]), beyond_prompt)
         of_prompt = of_prompt.view(places, heads, group_size, n, D + 2).transpose(1, 2).flatten(0, 1)
         of_prompt = of_prompt[group_rows.clamp(max=places * group_size - 1)]
+        # the own tokens' part
         of_own = part(query, *(x[:B, :, :L] for x in own[layer]), beyond_own)
-        # both in one unit
+        # together: both relative to one `top`, then divided by the sum of p
         top = torch.maximum(of_prompt[..., -1:], of_own[..., -1:])
         total = sum(x[..., :-1] * (x[..., -1:] - top).exp() for x in (of_prompt, of_own))
         return (total[..., :-1] / total[..., -1:]).to(value.dtype).view(B, 1, -1, D)
@@ -243,9 +253,9 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
 
 
 def sample(policy, hidden, temperature, generator=None):
-    """Samples from softmax(logits / temperature); 0 takes the most likely token. hidden (B, hidden). Returns token ids
-    and their log-probabilities (of temperature 1 at 0), (B,) each."""
-    p = policy.logits(hidden, temperature or 1.0)  # (B, vocabulary); in place from here: each copy would be 40 MB
+    """Samples from softmax(logits / temperature); 0 takes the most likely token. hidden (B, hidden). Returns
+    token ids and their log-probabilities (of temperature 1 at 0), (B,) each."""
+    p = policy.logits(hidden, temperature or 1.0)  # (B, vocabulary); in place from here: a copy is 40 MB
     B, V, whole = *p.shape, p.shape[1] // BLOCK * BLOCK
     # the vocabulary in blocks, (B, blocks, tokens), the last one shorter
     blocks = [p[:, :whole].view(B, -1, BLOCK)] * (whole > 0) + [p[:, None, whole:]] * (whole < V)
@@ -268,7 +278,7 @@ def sample(policy, hidden, temperature, generator=None):
 
 
 class Decoder:
-    """Samples the next tokens of rows of a cache. Its layers run plain, or compiled; where the device has graphs, a
+    """Samples the next tokens of rows of a cache. Its layers run plain, or compiled; with CUDA graphs, a
     compiled step is captured once for each number of rows and replayed while the cache's tensors stay."""
 
     def __init__(self, policy, cache, temperature, generator=None, compiled=False):
@@ -284,27 +294,28 @@ class Decoder:
                 self.path += ", in a CUDA graph"
 
     def decode(self, rows, steps):
-        """The next `steps` tokens of each row; row i of the cache is that of rows[i], and holds all but its last token.
-        Returns token ids and log-probabilities, lists (B, steps)."""
+        """The next `steps` tokens of each row; row i of the cache is that of rows[i], and holds all but its
+        last token. Returns token ids and log-probabilities, lists (B, steps)."""
         cache, size = self.cache, len(rows)
         if self.layers is not decode_hidden:
             size = -(-size // cache.row_unit) * cache.row_unit
         state = self.state(rows, size)
         if self.capture:
-            # the graph looks at all that the tensors hold
+            # a graph reads fixed memory: new tensors in the cache need new ones, a step's input is copied in
             if self.version != cache.version:
                 self.graphs, self.version = {}, cache.version
             if size not in self.graphs:
                 self.graphs[size] = self.captured(state)
-            step = self.graphs[size]
+            replay, graph_state, result = self.graphs[size]
             for name, value in state.items():
-                step.state[name].copy_(value)
+                graph_state[name].copy_(value)
             sampled = []
             for _ in range(steps):
-                step.replay()
-                sampled.append([x.clone() for x in step.result])
+                replay()
+                sampled.append([x.clone() for x in result])
         else:
-            P, L = max(row.prompt_length for row in rows), max(2, max(row.own_length for row in rows) - 1 + steps)
+            P = max(row.prompt_length for row in rows)
+            L = max(2, max(row.own_length for row in rows) - 1 + steps)
             sampled = [self.step(state, P, L) for _ in range(steps)]
         return [torch.stack(x, dim=1)[:len(rows)].tolist() for x in zip(*sampled)]
 
@@ -312,17 +323,19 @@ class Decoder:
         """What a step reads and advances, for `size` rows: those beyond `rows` are surplus."""
         cache = self.cache
         places = len(cache.prompts[0][0])
+        # (of the rows, of a surplus one)
         values = {"tokens": ([row.turn_ids[-1] for row in rows], 0),
                   "positions": ([row.dialogue.next_position + len(row.turn_ids) - 1 for row in rows], 0),
                   "own_lengths": ([row.own_length - 1 for row in rows], cache.own[0][0].shape[2] - 1),
-                  "group_rows": ([row.place * cache.group_size + row.number for row in rows], places * cache.group_size)}
+                  "group_rows": ([row.place * cache.group_size + row.number for row in rows],
+                                 places * cache.group_size)}
         state = {name: x + [surplus] * (size - len(rows)) for name, (x, surplus) in values.items()}
         state["prompt_lengths"] = cache.lengths + [1] * (places - len(cache.lengths))
         return {name: torch.tensor(x, device=self.policy.device) for name, x in state.items()}
 
     def step(self, state, P, L):
-        """One token for each row, without synchronising with the CPU: advances `state` in place. Returns token ids and
-        log-probabilities, (B,) each."""
+        """One token for each row, without synchronising with the CPU: advances `state` in place. Returns
+        token ids and log-probabilities, (B,) each."""
         tokens, log_probs = sample(self.policy, self.hidden(state, P, L), self.temperature, self.generator)
         state["tokens"].copy_(tokens)
         state["positions"] += 1
@@ -330,6 +343,7 @@ class Decoder:
         return tokens, log_probs
 
     def hidden(self, state, P, L):
+        """`decode_hidden`, compiled where it is; an error in compiling ends that for good."""
         arguments = self.policy, self.cache.prompts, self.cache.own, state, P, L, self.cache.group_size
         if self.layers is not decode_hidden:
             try:
@@ -343,15 +357,8 @@ class Decoder:
         self.layers, self.capture, self.path = decode_hidden, False, "plain"
 
     def captured(self, state):
-        """A step on tensors of its own: `state`, `result` and `replay`."""
+        """A step as a graph: what runs it, and the tensors that it reads (a state) and writes (a result)."""
         state = {name: value.clone() for name, value in state.items()}
-        P, L = self.cache.prompts[0][0].shape[2] - 1, self.cache.own[0][0].shape[2] - 1
+        P, L = (x[0][0].shape[2] - 1 for x in (self.cache.prompts, self.cache.own))  # all they hold
         replay, result, self.pool = capture_graph(lambda: self.step(state, P, L), self.generator, self.pool)
-        return Captured(state, result, replay)
-
-
-@dataclass
-class Captured:
-    state: dict
-    result: tuple
-    replay: callable
+        return replay, state, result
