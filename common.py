@@ -1,7 +1,7 @@
 """What every script starts with: one-line errors, flags, processes and devices, rows of a file.
 
-A script's settings are a dataclass: each field is a flag, with its comment as help. What all scripts have in common
-stands in RunConfig, which theirs inherit.
+A script's settings are a dataclass: each field is a flag, with its comment as help. What all scripts have in
+common stands in RunConfig, which theirs inherit.
 """
 
 import argparse
@@ -27,14 +27,14 @@ class UserError(Exception):
 
 
 def fail(message):
-    """One line, exit status 2. Of several processes one speaks: another than the first only if that one goes on.
+    """One line, exit status 2. Of several processes one speaks: another than the first only if that goes on.
     torchrun ends the others, and shows the line once more at the end of its own report."""
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": report}))
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     sys.exit(2)
 
 
@@ -66,29 +66,30 @@ class RunConfig:
     """Settings of every script."""
 
     system_prompt: str | None = None  # file with another system prompt
-    overview: str | None = None  # uniform, nearest_keyframe, auto, or a .json file of chosen frames; without it, as trained
+    overview: str | None = None  # uniform, nearest_keyframe, auto, a .json of chosen frames; else as trained
     max_bad: float = 0.01  # share of unusable rows above which the run ends
     seed: int = 0  # of the order of the data, and of sampling
     device: str | None = None  # cpu, cuda; by default cuda where there is one
     timeout_min: float = 120.0  # minutes that a process waits for another one, whose rollout may be longer
-    dtype: str | None = None  # of all compute weights: float32, bfloat16; by default bfloat16 on cuda, else float32
+    dtype: str | None = None  # of the compute weights: float32 or bfloat16; by default bfloat16 on cuda
 
 
 def parse_flags(config_class, description, demo, at_least_one, argv=None):
     """Settings from the command line.
 
     Args:
-        config_class: a dataclass; each field, those that it inherits last, is a flag with its comment as help.
-        demo: values that take the place of the defaults (the paper's) where --model is not given (the tiny model's).
+        config_class: a dataclass; its fields, inherited ones last, are flags, with their comments as help.
+        demo: values that replace the defaults (the paper's) where --model is not given, for the tiny model.
         at_least_one: fields that must not be below 1. No number may be negative or nan.
     Ends with one line and status 2 on a wrong flag."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # a flag for each field; only those that are given come back (SUPPRESS)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=plain)
     parser.error = lambda message: fail(f"{message} (see --help)")
     comments = field_comments(config_class)
-    own = {name for name in config_class.__annotations__}
-    for f in sorted(fields(config_class), key=lambda f: f.name not in own):
+    for f in sorted(fields(config_class), key=lambda f: f.name not in config_class.__annotations__):
         default = f"default {f.default}" + (f"; without --model {demo[f.name]}" if f.name in demo else "")
-        settings = {"default": argparse.SUPPRESS, "help": f"{comments[f.name]} ({default})".replace("%", "%%")}
+        settings = dict(default=argparse.SUPPRESS, help=f"{comments[f.name]} ({default})".replace("%", "%%"))
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # int | None: int
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -116,31 +117,34 @@ def field_comments(config_class):
 
 # -------------------------------------------------------------------------------------------------- processes
 def start_processes(device=None, timeout_min=120.0):
-    """Joins torchrun's process group where there is one. Returns (rank, world size, torch.device). A process that waits
-    for another one longer than `timeout_min` ends.
+    """Joins torchrun's process group where there is one. Returns (rank, world size, torch.device). A process
+    that waits for another one longer than `timeout_min` ends.
 
-    Everything distributed here is: each process computes the gradient of its own share of a sum whose denominator is
-    counted over all processes, and `sync_gradients` adds the shares up. Raises UserError for a device that is not
-    there, and where only some of torchrun's variables are."""
+    Everything distributed here is: each process computes the gradient of its own share of a sum whose
+    denominator is counted over all processes, and `sync_gradients` adds the shares up. Raises UserError for a
+    device that is not there, and where only some of torchrun's variables are."""
     needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     given = [name for name in needed if os.environ.get(name)]
     if ("RANK" in given or os.environ.get("WORLD_SIZE", "1") != "1") and len(given) < len(needed):
-        raise UserError(f"{given[0]} is set, but not {', '.join(set(needed) - {*given})}; start several processes by torchrun")
+        missing = ", ".join(set(needed) - {*given})
+        raise UserError(f"{given[0]} is set, but not {missing}; start several processes by torchrun")
     try:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if not 0 <= rank < world:
             raise ValueError
     except ValueError:
-        raise UserError("RANK must be a number from 0 to below that in WORLD_SIZE; start several processes by torchrun") from None
+        raise UserError("RANK must be a number from 0 to below that in WORLD_SIZE; "
+                        "start several processes by torchrun") from None
     device, backend = choose_device(device)
-    if device.type == "cpu" and world > 1:  # torchrun starts each process with one thread; share the cores instead
+    if device.type == "cpu" and world > 1:  # torchrun gives each process one thread; share the cores instead
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     if "RANK" in given and not dist.is_initialized():
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
         except (RuntimeError, ValueError, OSError) as error:  # no such address, a port in use
-            raise UserError(f"cannot join the other processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-                            f"{str(error).strip().splitlines()[0]}") from None
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"cannot join the other processes at {address}: {reason}") from None
     return rank, world, device
 
 
@@ -162,8 +166,8 @@ def gather(items):
 
 
 def sync_gradients(parameters, bucket_bytes=64e6):
-    """Adds the gradients of all processes up, in place, in buckets: many small ones at once, and never a copy of all. A
-    process without tokens takes part with zeros."""
+    """Adds the gradients of all processes up, in place, in buckets: small ones together, never a copy of all.
+    A process without tokens takes part with zeros."""
     if not dist.is_initialized():
         return
     bucket = []
@@ -180,9 +184,9 @@ def sync_gradients(parameters, bucket_bytes=64e6):
 
 
 # ---------------------------------------------------------------------------------------------------- devices
-# All that only CUDA executes, and all places that ask which device it is. Everything else is the same on every device.
+# All that only CUDA executes, and all places that ask which device it is. The rest is the same everywhere.
 def choose_device(name=None):
-    """(torch.device, backend of the process group). On CUDA each process of a machine takes a GPU of its own."""
+    """(torch.device, process group's backend). On CUDA each process of a machine takes a GPU of its own."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -204,15 +208,15 @@ def choose_dtype(name, device):
 
 
 def has_graphs(device):
-    """Whether launching an operation takes longer than many an operation, and steps can be captured as graphs."""
+    """Whether many an operation takes less time than its launch, and steps can be captured as graphs."""
     return device.type == "cuda"
 
 
 def capture_graph(step, generator, pool):
     """A function without arguments as a CUDA graph: (replay, what `step` returned, the graphs' memory pool).
 
-    Whatever `step` reads and writes must stay where it is. It runs once before, as libraries set themselves up in their
-    first calls; the random generator is set back after that."""
+    Whatever `step` reads and writes must stay where it is. It runs once before, as libraries set themselves
+    up in their first calls; the random generator is set back after that."""
     given, generator = generator, generator or torch.cuda.default_generators[torch.cuda.current_device()]
     state, stream = generator.get_state(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -233,18 +237,18 @@ def read_text(path):
     """A file's text: UTF-8 whatever the locale, without a byte order mark. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8'}") from None
     if "\0" in text:
         raise UserError(f"cannot read {path}: it is not UTF-8, but UTF-16 or no text")
     return text
 
 
 def read_rows(path, max_bad, check):
-    """Rows of a .jsonl file, and [(line number or id, reason)] of those that are left out: not JSON, or `check(row)`
-    names a reason. Raises UserError if the file cannot be read or more than the share `max_bad` is bad."""
+    """Rows of a .jsonl file, and [(line number or id, reason)] of those left out: not JSON, or `check(row)`
+    names a reason. Raises UserError if the file cannot be read, or more than the share `max_bad` is bad."""
     rows, bad = [], []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # only there: a text may hold other line ends
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not at other line ends: texts hold them
         line = line.strip().removeprefix("\ufeff")  # of files that were joined
         if not line:
             continue
@@ -267,7 +271,8 @@ def check_bad(bad, total, max_bad, path):
     """Raises UserError, naming the first ones, when more than the share `max_bad` of `total` rows is bad."""
     if len(bad) > max_bad * total:
         first = "; ".join(f"{where}: {reason}" for where, reason in bad[:3])
-        raise UserError(f"{path}: {len(bad)} of {total} rows cannot be used ({first}); fix them or raise --max_bad")
+        raise UserError(f"{path}: {len(bad)} of {total} rows cannot be used ({first}); "
+                        "fix them or raise --max_bad")
 
 
 def write_jsonl(path, rows):
@@ -278,7 +283,7 @@ def write_jsonl(path, rows):
 
 
 def move_aside(path):
-    """Renames a file of an earlier run, if it is there: metrics.jsonl becomes metrics.1.jsonl, or the next free number."""
+    """Renames an earlier run's file, if any: metrics.jsonl becomes metrics.1.jsonl, or the next free one."""
     path, number = Path(path), 1
     while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1

@@ -68,9 +68,7 @@ class KVCache:
     Rows are the caller's: row i belongs to its i-th live row. Nobody looks at the last position of a place or
     a row, so surplus rows of a step may write there. All arithmetic of the memory budget is here, in tokens:
     places * capacity of the prompts + rows * capacity of their own stay within it, whatever was there before.
-
-    A compiled step has a multiple of `row_unit` rows, and at least two places: torch.compile makes a size of
-    1 a constant, and would compile again for 2."""
+    A compiled step has rows by the `row_unit`, and two places at least: torch.compile makes 1 a constant."""
 
     def __init__(self, policy, group_size, max_bytes, row_unit=1):
         config = policy.language_model.config
@@ -137,15 +135,13 @@ class KVCache:
                 pair[i][:old.shape[0], :, :old.shape[2]] = old[:places, :, :capacity]
 
     def tensors(self):
-        """All of them."""
         return [tensor for pair in (*self.prompts, *self.own) for tensor in pair]
 
     def swap(self, a, b, length):
         """The first `length` tokens of rows a and b change places."""
         if a != b:
-            for pair in self.own:
-                for own in pair:
-                    own[[a, b], :, :length] = own[[b, a], :, :length]
+            for own in (tensor for pair in self.own for tensor in pair):
+                own[[a, b], :, :length] = own[[b, a], :, :length]
 
 
 # ---------------------------------------------------------------------------------------------------- prefill
@@ -289,9 +285,8 @@ class Decoder:
             import torch._dynamo
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it falls back in silence
             self.layers = torch.compile(decode_hidden, dynamic=True)
-            self.capture, self.path = has_graphs(policy.device), "compiled"
-            if self.capture:
-                self.path += ", in a CUDA graph"
+            self.capture = has_graphs(policy.device)
+            self.path = "compiled, in a CUDA graph" if self.capture else "compiled"
 
     def decode(self, rows, steps):
         """The next `steps` tokens of each row; row i of the cache is that of rows[i], and holds all but its
@@ -323,8 +318,7 @@ class Decoder:
         """What a step reads and advances, for `size` rows: those beyond `rows` are surplus."""
         cache = self.cache
         places = len(cache.prompts[0][0])
-        # (of the rows, of a surplus one)
-        values = {"tokens": ([row.turn_ids[-1] for row in rows], 0),
+        values = {"tokens": ([row.turn_ids[-1] for row in rows], 0),  # (of the rows, of a surplus row)
                   "positions": ([row.dialogue.next_position + len(row.turn_ids) - 1 for row in rows], 0),
                   "own_lengths": ([row.own_length - 1 for row in rows], cache.own[0][0].shape[2] - 1),
                   "group_rows": ([row.place * cache.group_size + row.number for row in rows],

@@ -2,26 +2,27 @@
 
 For each question the policy plays a group of n episodes with rewards r_1 .. r_n:
 
-    A_i   = (r_i - mean(r)) / (std(r) + 1e-6)                          one advantage for all tokens of episode i
+    A_i   = (r_i - mean(r)) / (std(r) + 1e-6)                 one advantage for all tokens of episode i
     ratio = exp(log pi(token) - log pi_old(token))
     d     = log pi_ref(token) - log pi(token)
     loss  = 1/N * sum over sampled tokens of
             - min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
             + kl_weight * min(exp(d) - d - 1, 10) - entropy_weight * H(pi)
 
-N counts the sampled tokens of a mini-batch over all processes: prompt, tool text and frames are not in it. A group
-whose rewards are all equal teaches nothing and is dropped; new questions are drawn until the batch is full.
+pi_old is the policy that played the episodes, pi_ref the SFT model, H the entropy. N counts the sampled
+tokens of a mini-batch over all processes: not the prompt, tool text and frames. A group whose rewards are all
+equal teaches nothing and is dropped; new questions are drawn until the batch is full.
 
-    torchrun --standalone --nproc_per_node=2 rl.py                  the demo: goes on from runs/sft, minutes on a CPU
+    torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-7b --data questions.jsonl
 
 Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
 
-From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27, KL 0.001 to the SFT model (k3), entropy
-0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. k3 is clamped at 10: above
-d = 2.61 its gradient is 0, where one token's would be thousands. Departures: pi_old is the
-log-probability noted while sampling, not one from a second pass (they are the same to 1e-4, tested; the metric `gap`
-shows it in each run); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen.
+From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27, KL 0.001 (k3), entropy
+0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: log
+pi_old is noted while sampling, not computed in a second pass (they are the same to 1e-4, tested; the metric
+`gap` shows it in each run); k3 is clamped at 10 (above d = 2.61 its gradient is 0, where one token's would be
+thousands); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen.
 """
 
 import json
@@ -46,6 +47,7 @@ from scale.masters import MasterWeights
 from zoom_env import REWARD_PARTS, RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
+PER_TOKEN = "loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy"  # metrics of an update
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Config(RolloutConfig, RewardWeights, RunConfig):
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
     entropy_weight: float = 0.001  # of the entropy bonus
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
-    max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
+    max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     save_every: int = 10  # steps between checkpoints
     show_every: int = 10  # steps between printed episodes
@@ -81,11 +83,9 @@ DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_
 
 # ---------------------------------------------------------------------------------------- the three functions
 def play_batch(engine, questions, config, root, rank, world, device, bar):
-    """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups over all processes have a
-    spread of rewards, at most max_draws batches of them.
-
-    Returns (this process's groups with a spread, all its episodes, [(id, reason)] of unreadable videos, number of
-    questions drawn over all processes)."""
+    """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups of all processes
+    have a spread of rewards, at most max_draws batches of them. Returns (this process's groups with a spread,
+    all its episodes, [(id, reason)] of unreadable videos, number of questions drawn over all processes)."""
     kept, episodes, skipped = [], [], []
     missing, drawn = config.batch_size, 0
     while missing > 0 and drawn < config.max_draws * config.batch_size:
@@ -93,9 +93,10 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
         drawn += len(draw)  # the same on all processes
 
         def ended(e):
-            e.dialogue.frames, e.env.watched = [], e.env.when_watched()  # their features are there: the frames are not needed
+            e.dialogue.frames, e.env.watched = [], e.env.when_watched()  # features are there: images can go
             bar.update()
 
+        # each process plays its share, and keeps the groups with a spread
         groups, bad = engine.play(draw[rank::world], root, on_end=ended)
         skipped += bad
         for group in groups:
@@ -125,10 +126,9 @@ def group_advantages(rewards):
 
 
 def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_probs=None, entropies=None):
-    """The loss of each token, (N,), and a dict of sums over tokens for the metrics.
-
-    Args: `advantages` (E,), one for each episode; `episode` (N,), the episode that each token belongs to; the others
-    (N,)."""
+    """The loss of each token, (N,), and a dict of sums over tokens for the metrics. `advantages` (E,) are of
+    the episodes, `episode` (N,) is the episode of each token; the others are (N,)."""
+    # the clipped policy gradient
     advantages = advantages[episode]  # (N,)
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -136,6 +136,7 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
     stats = {"clipped_low": ((ratio < 1 - config.clip_low) & (advantages < 0)).sum(),
              "clipped_high": ((ratio > 1 + config.clip_high) & (advantages > 0)).sum(),
              "kl": torch.zeros(()), "kl_clamped": torch.zeros(()), "entropy": torch.zeros(())}
+    # the KL to the reference, and the entropy bonus
     if ref_log_probs is not None:
         d = (ref_log_probs - log_probs).clamp(max=20)  # beyond, exp and its gradient could be infinite
         kl = (d.exp() - d - 1).clamp(max=MAX_KL)
@@ -146,9 +147,9 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
 
 
 def update(policy, reference, groups, masters, optimizer, config, rank, device):
-    """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals its groups to
-    the mini-batches in turn, starting at its rank, so that all of them are of about the same size. Returns metrics over
-    all processes."""
+    """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals
+    its groups to the mini-batches in turn, starting at its rank, so that all of them are of about the same
+    size. Returns metrics over all processes."""
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
     metrics, updates = Counter(), 0
     for m in range(num_batches):
@@ -156,47 +157,49 @@ def update(policy, reference, groups, masters, optimizer, config, rank, device):
         tokens = sum_over_processes({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
         if not tokens:
             continue
-        sums = dict.fromkeys(("loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy", "gap", "gap_tokens"), 0.0)
+        sums = Counter(dict.fromkeys((*PER_TOKEN, "gap", "gap_tokens"), 0.0))
         for batch in split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass):
+            # what was noted while sampling, token by token
             dialogues = [d for group in batch for d in group]
             old = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], device=device)
             advantages = torch.tensor([d.advantage for d in dialogues], device=device)
-            episode = torch.tensor([i for i, d in enumerate(dialogues) for _ in d.sampled_log_probs], device=device)
-            log_probs, entropies = token_log_probs(policy, batch, config.temperature, entropy=config.entropy_weight != 0)
-            ref = None
+            episode = torch.tensor([i for i, d in enumerate(dialogues) for _ in d.sampled_log_probs])
+            # what policy and reference say now
+            temperature, with_entropy, ref = config.temperature, config.entropy_weight != 0, None
+            log_probs, entropies = token_log_probs(policy, batch, temperature, with_entropy)
             if reference is not None:
                 with torch.no_grad():
-                    ref, _ = token_log_probs(reference, batch, config.temperature)
+                    ref, _ = token_log_probs(reference, batch, temperature)
+            # this pass's part of the loss, whose gradient is added to that of the passes before
             loss, stats = grpo_loss(log_probs, old, advantages, episode, config, ref, entropies)
-            loss = loss.sum() / max(1, tokens)
+            loss = loss.sum() / tokens
             loss.backward()
             stats["loss"] = loss.item() * tokens
-            if updates == 0:  # the policy has not moved yet, so this is the gap between the two ways to compute them
+            if updates == 0:  # the policy has not moved yet: only rounding may part sampling from this pass
                 stats["gap"], stats["gap_tokens"] = (log_probs.detach() - old).abs().sum().item(), len(old)
-            for key, value in stats.items():
-                sums[key] += value
-        norm = masters.step(optimizer, config.max_grad_norm, config.max_bad_steps, [g[0].env.question["id"] for g in mini])
+            sums.update(stats)
+        # one optimizer step on the gradients of all processes
+        ids = [g[0].env.question["id"] for g in mini]
+        norm = masters.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
         metrics["grad_norm" if math.isfinite(norm) else "bad_steps"] += norm if math.isfinite(norm) else 1
         updates += 1
         metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
-    gap = metrics["gap"] / max(1, metrics["gap_tokens"])
-    per_token = {k: metrics[k] / max(1, metrics["tokens"])
-                 for k in ("loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy")}
-    return per_token | {"updates": updates, "bad_steps": metrics["bad_steps"], "gap": gap, "trained_tokens": metrics["tokens"],
-                        "grad_norm": metrics["grad_norm"] / max(1, updates - metrics["bad_steps"])}
+    bad_steps = metrics["bad_steps"]
+    return {k: metrics[k] / max(1, metrics["tokens"]) for k in PER_TOKEN} | {
+        "updates": updates, "bad_steps": bad_steps, "gap": metrics["gap"] / max(1, metrics["gap_tokens"]),
+        "trained_tokens": metrics["tokens"], "grad_norm": metrics["grad_norm"] / max(1, updates - bad_steps)}
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 def episode_metrics(episodes, num_kept, group_size, device):
     """Means over the episodes of all processes."""
-    sums = Counter(episodes=len(episodes), groups_kept=num_kept)
-    for key in ("reward", *REWARD_PARTS, "zooms", "invalid", "turns", "truncated", "frames", "response_tokens",
-                "sampled_tokens"):
-        sums[key] = 0
+    keys = ("reward", *REWARD_PARTS, "zooms", "invalid", "turns", "truncated", "frames", "response_tokens",
+            "sampled_tokens")  # the same on all processes, in the same order
+    sums = Counter(dict.fromkeys(keys, 0), episodes=len(episodes), groups_kept=num_kept)
     for e in episodes:
         sums.update(e.env.rewards)
-        sums.update(zooms=e.env.num_calls(), invalid=e.env.num_invalid(), turns=len(e.env.turns), truncated=e.truncated,
-                    frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
+        sums.update(zooms=e.env.num_calls(), invalid=e.env.num_invalid(), turns=len(e.env.turns),
+                    truncated=e.truncated, frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
                     response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
     total = sum_over_processes(sums, device)
     count = max(1.0, total.pop("episodes"))
@@ -229,21 +232,22 @@ def train(policy, reference, rows, config, rank, world, device):
     skipped, total_drawn = [], 0
     for step in range(1, config.steps + 1):
         began = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
-        with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0, leave=False) as bar:
-            policy.eval()
-            groups, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar)
-        played = time.time()
-        total_drawn += drawn
+        lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
+        # rollouts
+        policy.eval()
+        with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0,
+                  leave=False) as bar:
+            kept, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar)
+        played, total_drawn = time.time(), total_drawn + drawn
         skipped += gather(bad)
         check_bad(skipped, max(len(rows), total_drawn), config.max_bad, config.data)
+        # the update
         policy.train()
-        metrics = {"step": step} | episode_metrics(episodes, len(groups), config.group_size, device)
+        metrics = {"step": step} | episode_metrics(episodes, len(kept), config.group_size, device)
         if metrics["groups"]:
-            metrics |= update(policy, reference, groups, masters, optimizer, config, rank, device)
+            metrics |= update(policy, reference, kept, masters, optimizer, config, rank, device)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
-                    "seconds": time.time() - began, "lr": optimizer.param_groups[0]["lr"], "skipped": len(skipped)}
+                    "seconds": time.time() - began, "lr": lr, "skipped": len(skipped)}
         if rank == 0:
             log(metrics, episodes, config, out)
             if step % config.save_every == 0 or step == config.steps:
@@ -257,9 +261,9 @@ def log(metrics, episodes, config, out):
         file.write(json.dumps(metrics) + "\n")
     m = Counter(metrics)
     parts = ", ".join(f"{part} {m[part]:.2f}" for part in REWARD_PARTS)
-    print(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms"
-          f" {m['zooms']:.2f}  invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  "
-          f"clipped {m['clipped_low']:.2%}/{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
+    print(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms {m['zooms']:.2f}  "
+          f"invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  clipped {m['clipped_low']:.2%}/"
+          f"{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
           f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  gap {m['gap']:.0e}  "
           f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s", flush=True)
     if not m["groups"]:
@@ -272,8 +276,8 @@ def log(metrics, episodes, config, out):
 
 def main():
     config = parse_flags(Config, __doc__, DEMO, (
-        "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens", "max_rows",
-        "max_tokens_per_pass", "max_bad_steps", "save_every", "show_every"))
+        "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
+        "max_rows", "max_tokens_per_pass", "max_bad_steps", "save_every", "show_every"))
     rank, world, device = start_processes(config.device, config.timeout_min)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
@@ -283,18 +287,19 @@ def main():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
     rows, bad = read_questions(config.data, config.max_bad)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model, device, choose_dtype(config.dtype, device), config.system_prompt).freeze_vision()
+    policy = load_policy(config.model, device, choose_dtype(config.dtype, device), config.system_prompt)
+    policy.freeze_vision()
     policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
-    bad += without
     if config.gradient_checkpointing:
         policy.checkpoint_layers()
     reference = policy.frozen_copy() if config.kl_weight else None
     if rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         move_aside(Path(config.out) / "metrics.jsonl")
-        print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on {device}; a step is "
-              f"{config.batch_size} questions x {config.group_size} episodes, learning rate {config.lr}")
-    skipped = bad + train(policy, reference, rows, config, rank, world, device)
+        print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on "
+              f"{device}; a step is {config.batch_size} questions x {config.group_size} episodes, "
+              f"learning rate {config.lr}")
+    skipped = bad + without + train(policy, reference, rows, config, rank, world, device)
     if rank == 0:
         write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
         print(f"rl: wrote {config.out}")

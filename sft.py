@@ -2,18 +2,18 @@
 
     loss = - 1/N * sum over trained tokens t of log pi(token_t | everything before t)
 
-A trained token is one that the assistant produced in a turn that its row marks with `learn`. N counts them over the
-whole batch on all processes, so the loss does not depend on how the batch is split. What the policy saw is replayed
-from the video by the environment, through the same encoder as in RL.
+A trained token is one that the assistant produced in a turn that its row marks with `learn`. N counts them
+over the whole batch on all processes, so the loss does not depend on how the batch is split. What the policy
+saw is replayed from the video by the environment, through the same encoder as in RL.
 
-    python sft.py                                                   the tiny base on synthetic data, minutes on a CPU
-    torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data trajectories.jsonl
+    python sft.py                                           the tiny base on synthetic data, minutes on a CPU
+    torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data sft-7b.jsonl
 
 Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
 
-From the paper: 1 epoch, batch 64, cosine schedule with warm-up 0.1, vision encoder and projector frozen, bf16, context
-32,768. The learning rate is the text's 5e-6 (its table says 5e-5). Departures: master weights stay in float32;
-trajectories that are longer than the context are skipped and named, not cut.
+From the paper: 1 epoch, batch 64, cosine schedule with warm-up 0.1, vision encoder and projector frozen,
+bf16, context 32,768. The learning rate is the text's 5e-6 (its table says 5e-5). Departures: master weights
+stay in float32; trajectories that are longer than the context are skipped and named, not cut.
 """
 
 import json
@@ -51,7 +51,7 @@ class Config(RunConfig):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     max_bad_steps: int = 5  # the run ends after so many steps in a row whose gradient is not finite
     max_length: int = 32_768  # longer trajectories are skipped
-    max_tokens_per_pass: int = 32_768  # tokens in one forward and backward pass; bounds memory, changes nothing else
+    max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
 
 
@@ -83,10 +83,12 @@ def load_dialogues(policy, rows, root, max_length):
 
 
 def train_step(policy, dialogues, ids, masters, optimizer, config, device):
-    """One optimizer step on this process's share of a batch, of questions `ids`. Returns metrics over all processes."""
+    """One optimizer step on this process's share of a batch, of questions `ids`. Returns metrics over all."""
+    # tokens over all processes: the loss's denominator
     num_trained = sum(sum(d.trained) for d in dialogues)
     total = sum_over_processes({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
     fill_features(policy, dialogues)
+    # loss and gradient, pass after pass
     loss_sum = 0.0
     for batch in split_by_tokens([[d] for d in dialogues], config.max_tokens_per_pass):
         log_probs, _ = token_log_probs(policy, batch)
@@ -94,9 +96,8 @@ def train_step(policy, dialogues, ids, masters, optimizer, config, device):
         loss.backward()
         loss_sum += loss.item()
     norm = masters.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
-    finite = math.isfinite(norm)
-    return sum_over_processes({"loss": loss_sum}, device) | total | {"grad_norm": norm if finite else 0.0,
-                                                                     "bad_steps": int(not finite)}
+    step = {"grad_norm": norm, "bad_steps": 0} if math.isfinite(norm) else {"grad_norm": 0.0, "bad_steps": 1}
+    return sum_over_processes({"loss": loss_sum}, device) | total | step
 
 
 def train(policy, rows, config, rank, world, device):
@@ -111,6 +112,7 @@ def train(policy, rows, config, rank, world, device):
         order = list(range(len(rows)))
         random.Random(config.seed + epoch).shuffle(order)
         for start in range(0, len(order), config.batch_size):
+            # this process's share of the batch, replayed
             began = time.time()
             mine = order[start:start + config.batch_size][rank::world]
             dialogues, bad = load_dialogues(policy, [rows[i] for i in mine], root, config.max_length)
@@ -158,8 +160,8 @@ def main():
         Path(config.out).mkdir(parents=True, exist_ok=True)
         move_aside(Path(config.out) / "metrics.jsonl")
         print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or TINY_BASE}, "
-              f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained parameters in {policy.dtype}, "
-              f"{world} process(es) on {device}")
+              f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained parameters in "
+              f"{policy.dtype}, {world} process(es) on {device}")
     skipped = bad + train(policy, rows, config, rank, world, device)
     if rank == 0:
         save_policy(policy, config.out)

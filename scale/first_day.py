@@ -10,13 +10,15 @@ from model import Dialogue, attend_pieces
 
 @torch.no_grad()
 def check_decoder(mine):
-    """Compares the compiled (and captured) decode step of a Decoder with the plain one. Both say a short text; the
-    log-probabilities of the likeliest tokens are compared with those of a float32 pass. Where the RMS error of the
-    compiled step is above twice that of the plain one, a warning says so and rollouts go on plain.
+    """Compares the compiled (and captured) decode step of a Decoder, `mine`, with the plain one. Both are fed
+    a short text; the log-probabilities of the likeliest tokens are compared with those of a float32 pass.
+    Where the RMS error of the compiled step is above twice that of the plain one, a warning says so and
+    rollouts go on plain.
 
     Keeps the two errors as its `errors`; does nothing where nothing is compiled."""
     if mine.path == "plain":
         return
+    # the truth: a text of 48 tokens, 32 of which are its prompt, in float32
     policy = mine.policy
     ids = [(7 * i) % min(1000, len(policy.tokenizer)) for i in range(48)]
     prompt, whole = Dialogue(prompt_length=32), Dialogue()
@@ -39,15 +41,17 @@ def check_decoder(mine):
             off.append(torch.tensor(decoder.decode(rows, 1)[1]) - log_prob)
         return torch.stack(off).square().mean().sqrt().item()
 
+    # the two steps, at temperature 0, where `decode` gives the likeliest token's log-probability
     compiled, plain = copy.copy(mine), copy.copy(mine)
     compiled.graphs, compiled.temperature, plain.temperature = {}, 0, 0
     plain.layers, plain.capture = decode_hidden, False
     mine.errors = error(compiled), error(plain)
-    if compiled.layers is decode_hidden:
-        mine.layers, mine.capture, mine.path = decode_hidden, False, "plain"  # it did not compile, and said so
-    elif not mine.errors[0] <= 2 * mine.errors[1] + 1e-5:
-        mine.give_up("the compiled decode step's log-probabilities are off by {:.1e}, the plain one's by {:.1e}".format(
-            *mine.errors))
+    # the verdict
+    if compiled.layers is decode_hidden:  # it did not compile, and said so
+        mine.layers, mine.capture, mine.path = decode_hidden, False, "plain"
+    elif not mine.errors[0] <= 2 * mine.errors[1] + 1e-5:  # nan, too
+        mine.give_up("the compiled decode step's log-probabilities are off by {:.1e}, "
+                     "the plain one's by {:.1e}".format(*mine.errors))
 
 
 def float32_hidden(policy, dialogue):
