@@ -7,7 +7,7 @@ over the whole batch on all processes, so the loss does not depend on how the ba
 saw is replayed from the video by the environment, through the same encoder as in RL.
 
     python sft.py                                           the tiny base on synthetic data, minutes on a CPU
-    torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data sft-7b.jsonl
+    torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data my_sft.jsonl
 
 Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
 
