@@ -1,5 +1,5 @@
-"""What a save survives: a process that saves checkpoint after checkpoint is killed at random points, and what is
-in the folder is loaded. Every weight of checkpoint k is k, so one that is a mixture shows.
+"""What a save survives: a process that saves checkpoint after checkpoint is killed at random points, and what
+is in the folder is loaded. Every weight of checkpoint k is k, so one that is a mixture shows.
 
     python tests/bench_faults.py [--kills 20] [--seed 0]
 """
@@ -18,7 +18,7 @@ from test_checkpoints import kill_saves, one_value
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--kills", type=int, default=20, help="how often a save is killed")
-    parser.add_argument("--seed", type=int, default=0, help="of the times between the first save and the kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the times from the first save to the kill")
     args = parser.parse_args()
     rng, failed = random.Random(args.seed), 0
     delays_s = [rng.uniform(0.05, 1) for _ in range(args.kills)]

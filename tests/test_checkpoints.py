@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from scale.checkpoints import INDEX, save_policy
 from zoom_env import Message
 
 ROOT = Path(__file__).resolve().parent.parent
-JSONS = ["config.json", "zoom_config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json"]
+JSONS = ["config.json", "zoom_config.json", "tokenizer.json", "preprocessor_config.json",
+         "generation_config.json"]
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3\n"
 # For each folder a child that saves checkpoints 1, 2, ... over each other until it is killed.
 SAVE_FOREVER = """
@@ -83,7 +85,7 @@ def refusal(folder):
     return line
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 def as_bin(folder):
     """The same weights as pytorch_model.bin."""
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
@@ -105,7 +107,7 @@ def test_weights_that_are_none(folder, form):
     load_policy(folder)
     whole = file.read_bytes()
     for content, say in ((LFS.encode(), "git lfs pull"), (whole[:-1000], "again"), (whole[:4], "again"),
-                         (b"", "again"), (random.Random(0).randbytes(5000), "again"), (b"<!DOCTYPE", "again")):
+                         (b"", "again"), (random.Random(0).randbytes(5000), "again"), (b"<!DOC", "again")):
         file.write_bytes(content)
         line = refusal(folder)
         assert file.name in line and say in line
@@ -177,17 +179,19 @@ def test_random_bytes(saved, tmp_path, seed):
 
 WRONG = [("config.json", key, value) for key, value in (
     ("text_config", 5), ("text_config", {"hidden_size": "x"}), ("vision_config", []),
-    ("vision_config", {"depth": None}), ("text_config", {"num_hidden_layers": -1.5}), ("quantization_config", "awq"))]
+    ("vision_config", {"depth": None}), ("text_config", {"num_hidden_layers": -1.5}),
+    ("quantization_config", "awq"))]
 WRONG += [("zoom_config.json", key, value) for key, value in (
-    ("overview_fps", "2"), ("max_zooms", 2.5), ("max_zooms", None), ("system_prompt", 5), ("zoom_max_frames", True),
-    ("overview_fps", float("nan")), ("overview_fps", float("inf")), ("overview", ["auto"]), ("unknown", 1))]
+    ("overview_fps", "2"), ("max_zooms", 2.5), ("max_zooms", None), ("system_prompt", 5),
+    ("zoom_max_frames", True), ("overview_fps", float("nan")), ("overview_fps", float("inf")), ("overview", ["auto"]), ("unknown", 1))]
 WRONG += [("preprocessor_config.json", key, value) for key, value in (
-    ("patch_size", "x"), ("patch_size", 16), ("merge_size", None), ("image_mean", "x"), ("image_std", [0, 0, 0]),
-    ("image_mean", [1.0]), ("temporal_patch_size", 0))]
+    ("patch_size", "x"), ("patch_size", 16), ("merge_size", None), ("image_mean", "x"),
+    ("image_std", [0, 0, 0]), ("image_mean", [1.0]), ("temporal_patch_size", 0))]
 WRONG += [("generation_config.json", "eos_token_id", value) for value in (
     "2", [2, None], [[2]], {"a": 2}, 2.5, True)]
 WRONG += [("tokenizer.json", key, value) for key, value in (
-    ("model", 5), ("model", None), ("added_tokens", "x"), ("decoder", []), ("pre_tokenizer", {"type": "None"}))]
+    ("model", 5), ("model", None), ("added_tokens", "x"), ("decoder", []),
+    ("pre_tokenizer", {"type": "None"}))]
 
 
 @pytest.mark.parametrize("name, key, value", WRONG)
@@ -224,7 +228,7 @@ def test_only_stopping_the_program_escapes(folder, monkeypatch):
             load_policy(folder)
 
 
-# ------------------------------------------------------------------------------------------------------ end tokens
+# ------------------------------------------------------------------------------------------------- end tokens
 @pytest.mark.parametrize("eos", [None, 5, [5, 7], 10_000_000])
 def test_all_end_tokens_of_the_checkpoint_end_a_turn(policy, eos):
     policy = policy.frozen_copy()
@@ -267,7 +271,7 @@ def test_ids_of_a_padded_vocabulary_do_no_harm(policy):
     encode(policy, [Message("assistant", [Sampled([last], [0.0])])], e.dialogue)
 
 
-# ------------------------------------------------------------------------------------------------------------ saves
+# ------------------------------------------------------------------------------------------------------ saves
 def one_value(folder):
     """The value that all weights of a checkpoint have."""
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
@@ -383,13 +387,14 @@ def test_a_save_is_of_the_compute_dtype_tied_or_not(tmp_path, dtype, tied):
 
 
 def test_many_shards(tmp_path, monkeypatch):
-    from functools import partial
     policy = random_policy()
-    monkeypatch.setattr(policy.hf, "save_pretrained", partial(policy.hf.save_pretrained, max_shard_size="500KB"))
+    small = partial(policy.hf.save_pretrained, max_shard_size="500KB")
+    monkeypatch.setattr(policy.hf, "save_pretrained", small)
     for _ in range(2):
         save_policy(policy, tmp_path)
         names = {file.name for file in tmp_path.glob("*.safetensors")}
-        assert len(names) > 3 and names == set(json.loads((tmp_path / INDEX).read_text())["weight_map"].values())
+        index = json.loads((tmp_path / INDEX).read_text())
+        assert len(names) > 3 and names == set(index["weight_map"].values())
     for a, b in zip(policy.hf.parameters(), load_policy(tmp_path).hf.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -398,7 +403,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
     save_policy(fill(small_policy(), 1.0), tmp_path)
     files = sorted(f.name for f in tmp_path.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (100, 60_000, 500_000):  # of any file, in bytes: config.json, tokenizer.json, weights do not fit
+    for limit in (100, 60_000, 500_000):  # bytes a file: config.json, tokenizer.json, weights are larger
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             with pytest.raises(UserError) as raised:
