@@ -183,7 +183,8 @@ WRONG = [("config.json", key, value) for key, value in (
     ("quantization_config", "awq"))]
 WRONG += [("zoom_config.json", key, value) for key, value in (
     ("overview_fps", "2"), ("max_zooms", 2.5), ("max_zooms", None), ("system_prompt", 5),
-    ("zoom_max_frames", True), ("overview_fps", float("nan")), ("overview_fps", float("inf")), ("overview", ["auto"]), ("unknown", 1))]
+    ("zoom_max_frames", True), ("overview_fps", float("nan")), ("overview_fps", float("inf")),
+    ("overview", ["auto"]), ("unknown", 1))]
 WRONG += [("preprocessor_config.json", key, value) for key, value in (
     ("patch_size", "x"), ("patch_size", 16), ("merge_size", None), ("image_mean", "x"),
     ("image_std", [0, 0, 0]), ("image_mean", [1.0]), ("temporal_patch_size", 0))]
