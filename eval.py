@@ -2,21 +2,28 @@
 
     python eval.py                                     the demo: runs/sft and runs/rl on runs/data/test.jsonl
     python eval.py --model DIR [DIR ...] --data questions.jsonl --mode uniform --num_frames 128
+    torchrun --standalone --nproc_per_node=8 eval.py --model DIR --data questions.jsonl
     python eval.py --model DIR --video FILE --question TEXT [--options A B C D] [--save_frames DIR]
 
-Modes: `zoom` plays full episodes; `uniform` shows --num_frames uniform frames and takes the answer, no tool. The demo
-adds, for each policy, its accuracy with zooming off, and for synthetic data the best accuracy that any uniform sampler
-could reach with as many frames as the policy looked at (demo/synthetic.py says how that is counted).
+Modes: `zoom` plays full episodes; `uniform` shows --num_frames uniform frames and takes the answer, no tool.
+The demo adds each policy's accuracy with zooming off, and for synthetic data the best that any uniform
+sampler could reach with as many frames as the policy looked at (see demo/synthetic.py).
 
-Writes to --out: results.json (a row for each policy and mode), by_kind.jsonl (the same by kind of question) and
-episodes.jsonl (what each policy said). Temperature 0, as in the paper. Intervals are Wilson's, 95%. An invalid call is a
-turn that could not be carried out; its rate is counted among all calls.
+Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines:
+results.json (a row for each policy and mode), by_kind.jsonl (the same by kind of question). So a run that was
+stopped goes on, see --resume. A video that cannot be read is counted and named in skipped.jsonl.
+
+Temperature 0, as in the paper: nothing depends on what is played together, else on --seed and each process's
+share. Intervals are Wilson's, 95%. An invalid call is a turn that could not be carried out, among all calls;
+where no tool is offered, calls are counted apart, and answers without <answer>, too, which are graded all the
+same (untagged). Seconds are those of playing, summed over processes.
 """
 
 import json
 import math
+import os
+import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,20 +31,23 @@ import torch
 from torchvision.io import write_png
 from tqdm import tqdm
 
-from common import (RunConfig, UserError, check_bad, choose_dtype, parse_flags, run_main, start_processes,
-                    write_jsonl)
+from common import RunConfig, UserError, choose_dtype, parse_flags, run_main, start_processes, write_jsonl
 from data_prep import question_error, read_questions, use_overview
 from demo import synthetic
 from model import load_policy
-from rollout import RolloutConfig, rollout
+from rollout import Engine, RolloutConfig, rollout
+from scale import runs
 from video import open_video
+from zoom_env import TOOLS, EnvConfig
 
 
 @dataclass(frozen=True)
 class Config(RolloutConfig, RunConfig):
-    model: list[str] | None = None  # checkpoint folders or hub names; without it, runs/sft and runs/rl, zooming on and off
+    model: list[str] | None = None  # folders or hub names; without it runs/sft and runs/rl, zoom on and off
     data: str = "runs/data/test.jsonl"  # questions
     out: str = "runs/eval"  # folder for results.json and episodes.jsonl
+    resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
+    strict: bool = False  # end with status 3, after the table, if any row or video was bad
     mode: str = "zoom"  # zoom: full episodes; uniform: --num_frames uniform frames and no tool
     num_frames: int | None = None  # frames of the overview; without it, as the checkpoint was trained
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
@@ -51,6 +61,15 @@ class Config(RolloutConfig, RunConfig):
 
 
 DEMO = dict(max_rows=100, max_turn_tokens=160)
+MAY_DIFFER = ("strict", "video", "question", "options", "save_frames")  # when a run goes on
+FILES = r"results\.json|(episodes(\.rank\d+)?|by_kind|skipped)\.jsonl"  # that it writes
+COLUMNS = {
+    "policy": "{policy}", "mode": "{mode}", "kind": "{kind}", "n": "{num_questions}",
+    "skipped": "{skipped:d}", "right": "{accuracy:.1%}",
+    "95% interval": "{accuracy_low:.1%} - {accuracy_high:.1%}", "frames": "{frames_per_question:.1f}",
+    "zooms": "{zooms_per_question:.2f}", "hit": "{hit_rate:.1%}",
+    "invalid": "{invalid_call_rate:.1%}", "no-tool calls": "{calls_without_tool:d}",
+    "untagged": "{untagged:d}", "tokens": "{tokens_per_question:.0f}", "s": "{seconds_per_question:.3f}"}
 
 
 def interval(right, total):
@@ -64,95 +83,145 @@ def interval(right, total):
 
 def load(name, config, device):
     policy = load_policy(name, device, choose_dtype(config.dtype, device), config.system_prompt)
-    changes = {}
-    if config.num_frames is not None:
-        changes = {"overview_max_frames": config.num_frames, "overview_fps": 1e6}  # always that many
-    if config.max_zooms is not None:
-        changes["max_zooms"] = config.max_zooms
-    if config.mode == "uniform":
-        changes["max_zooms"] = 0
+    by_file, frames = (config.overview or "").endswith(".json"), config.num_frames
+    changes = {"overview": None if by_file else config.overview, "overview_max_frames": frames,
+               "overview_fps": None if frames is None else 1e6,  # always that many
+               "max_zooms": 0 if config.mode == "uniform" else config.max_zooms}
     try:
-        policy.env_config = replace(policy.env_config, **changes)
+        given = {name: value for name, value in changes.items() if value is not None}
+        policy.env_config = replace(policy.env_config, **given)
     except ValueError as error:
         raise UserError(str(error)) from None
     return policy
 
 
-def evaluate(policy, name, mode, questions, root, config, env_config=None):
-    """Plays one episode of each question. Returns (rows for the table by kind, episodes, [(id, reason)])."""
-    env_config = env_config or policy.env_config
-    generator = torch.Generator(policy.device).manual_seed(config.seed)
-    began = time.time()
-    with tqdm(total=len(questions), desc=f"{name} {mode}", unit="question", dynamic_ncols=True, leave=False) as bar:
+# ---------------------------------------------------------------------------------------------------- playing
+def missing_video(question, root):
+    """Why a question's video is not there, or None; what else is wrong with it shows when it is opened."""
+    path = Path(root, question["video"])
+    hint = '; "\\" is part of a name here, write "/"' if "\\" in question["video"] and os.sep == "/" else ""
+    return None if os.path.isfile(path) else f"{path}: no such file{hint}"
+
+
+def evaluate(engine, name, mode, questions, root, env_config, write, show=True):
+    """Plays one episode of each of the {number: question}. `write` gets a dict of each as soon as it is over,
+    and at the end one of each question whose video could not be read."""
+    reasons = [(number, q, missing_video(q, root)) for number, q in questions.items()]
+    skipped = [(q["id"], reason) for _, q, reason in reasons if reason]
+    there = {id(q): number for number, q, reason in reasons if not reason}
+    last = time.monotonic()
+    label, play = f"{name} {mode}", {"policy": name, "mode": mode}
+    with tqdm(total=len(there), desc=label, dynamic_ncols=True, leave=False, disable=not show) as bar:
         def ended(e):
-            e.dialogue.features, e.dialogue.frames, e.env.watched = [], [], []  # memory stays that of those being played
+            nonlocal last
+            began, last = last, time.monotonic()
+            write(play | {"number": there[id(e.env.question)], "seconds": last - began} | record(e))
+            e.dialogue.features, e.dialogue.frames, e.env.watched = [], [], []  # memory is for those played
             bar.update()
 
-        groups, skipped = rollout(policy, questions, 1, config, env_config=env_config, root=root, generator=generator,
-                                  on_end=ended)
-    episodes = [e for group in groups for e in group]
-    seconds = time.time() - began
-    if not episodes:
-        raise UserError("no question could be played")
-    by_kind = defaultdict(list)
-    for e in episodes:
-        by_kind["all"].append(e)
-        by_kind[(e.env.question.get("meta") or {}).get("kind") or e.env.question.get("source") or "other"].append(e)
-    rows = []
-    for kind, some in by_kind.items():
-        right = sum(e.env.rewards["accuracy"] >= 0.5 for e in some)
+        _, unread = engine.play([q for q in questions.values() if id(q) in there], root, env_config, ended)
+    for where, reason in skipped + unread:
+        write(play | {"question": where, "skipped": reason})
+
+
+def record(e):
+    """What the tables need of an episode, and what was said in it."""
+    env, question, tool = e.env, e.env.question, e.env.config.max_zooms > 0
+    hits = [turn.hit for turn in env.turns if turn.hit is not None]
+    calls = sum(any(f"<{tag}>" in turn.text.rpartition("</think>")[2] for tag in TOOLS) for turn in env.turns)
+    return {"question": question["id"], "right": env.rewards["accuracy"], "answer": env.answer(),
+            "kind": (question.get("meta") or {}).get("kind") or question.get("source") or "other",
+            "untagged": any(turn.untagged for turn in env.turns), "frames": env.frames_shown,
+            "zooms": env.num_calls(), "hits": sum(hits), "hits_known": len(hits),
+            "invalid": env.num_invalid() if tool else None, "calls_without_tool": None if tool else calls,
+            "tokens": len(e.dialogue.ids), "turns": [turn.text for turn in env.turns]}
+
+
+# -------------------------------------------------------------------------------------------------- the table
+def figures(name, mode, episodes, num_skipped):
+    """Rows of the table, of all questions and of each kind, from the dicts that `evaluate` wrote."""
+    rows, kinds = [], ["all", *dict.fromkeys(e["kind"] for e in episodes)]
+    for kind in kinds:
+        some = [e for e in episodes if kind in ("all", e["kind"])]
+        right = sum(e["right"] >= 0.5 for e in some)
         low, high = interval(right, len(some))
-        zooms = [t for e in some for t in e.env.turns if t.kind == "call"]
-        known = [t for t in zooms if t.hit is not None]
-        invalid = sum(e.env.num_invalid() for e in some)
-        mean = lambda f: sum(f(e) for e in some) / len(some)
+        known = lambda key: [e[key] for e in some if e[key] is not None]
+        total = lambda key: sum(known(key)) if known(key) else None
+        zooms, seen, invalid = total("zooms"), total("hits_known"), total("invalid")
         rows.append({
-            "policy": name, "mode": mode, "kind": kind, "num_questions": len(some), "accuracy": right / len(some),
-            "accuracy_low": low, "accuracy_high": high, "frames_per_question": mean(lambda e: e.env.frames_shown),
-            "zooms_per_question": mean(lambda e: e.env.num_calls()),
-            "invalid_call_rate": invalid / max(1, invalid + len(zooms)),
-            "hit_rate": sum(t.hit for t in known) / len(known) if known else None,
-            "tokens_per_question": mean(lambda e: len(e.dialogue.ids)),
-            "seconds_per_question": seconds / len(episodes)})
-    return rows, episodes, skipped
+            "policy": name, "mode": mode, "kind": kind, "num_questions": len(some),
+            "skipped": num_skipped if kind == "all" else None, "accuracy": right / len(some),
+            "accuracy_low": low, "accuracy_high": high,
+            "invalid_call_rate": None if invalid is None else invalid / max(1, invalid + zooms),
+            "hit_rate": total("hits") / seen if seen else None, "untagged": total("untagged"),
+            "calls_without_tool": total("calls_without_tool"),
+            "seconds_per_question": sum(e["seconds"] for e in episodes) / len(episodes),
+        } | {f"{key}_per_question": total(key) / len(some) for key in ("frames", "zooms", "tokens")})
+    return rows
 
 
-def uniform_bound(row, episodes):
+def uniform_bound(row, questions):
     """A table row: the best accuracy of any uniform sampler with as many frames a question as `row` has."""
     frames = max(1, round(row["frames_per_question"]))
-    scores = [synthetic.uniform_accuracy(e.env.question, frames) for e in episodes]
+    scores = [synthetic.uniform_accuracy(question, frames) for question in questions]
     return dict.fromkeys(row) | {
         "policy": f"best uniform sampler for {row['policy']}", "mode": "bound", "kind": "all",
         "num_questions": len(scores), "accuracy": sum(scores) / len(scores), "frames_per_question": frames,
         "zooms_per_question": 0.0}
 
 
-def table(rows):
-    """The rows as an aligned text table."""
-    percent = lambda x: "" if x is None else f"{100 * x:.1f}"
-    number = lambda x, digits: "" if x is None else f"{x:.{digits}f}"
-    lines = [("policy", "mode", "kind", "n", "right %", "95% interval", "frames", "zooms", "invalid %", "hit %", "tokens",
-              "s")]
-    for r in rows:
-        ends = "" if r["accuracy_low"] is None else f"{percent(r['accuracy_low'])} - {percent(r['accuracy_high'])}"
-        lines.append((r["policy"], r["mode"], r["kind"], str(r["num_questions"]), percent(r["accuracy"]), ends,
-                      number(r["frames_per_question"], 1), number(r["zooms_per_question"], 2),
-                      percent(r["invalid_call_rate"]), percent(r["hit_rate"]), number(r["tokens_per_question"], 0),
-                      number(r["seconds_per_question"], 3)))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
-                     for line in lines)
+def no_question(where, bad):
+    first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
+    return UserError(f"{where}: no question could be played ({first})")
 
 
-def ask(policy, config):
+def summarise(written, plays, questions, bad):
+    """Writes results.json, by_kind.jsonl and skipped.jsonl from the Rows of all processes."""
+    unread, episodes = [row for row in written.read() if "skipped" in row], written.merge()
+    rows, named, out = [], {}, written.out
+    for name, mode in plays:
+        of_play = lambda row: (row["policy"], row["mode"]) == (name, mode)
+        some = list(filter(of_play, episodes))
+        skipped = bad + [(row["question"], row["skipped"]) for row in filter(of_play, unread)]
+        if not some:
+            raise no_question(f"{name}, {mode}", skipped)
+        named |= dict.fromkeys(skipped)
+        new = figures(name, mode, some, len(skipped))
+        asked = [questions[e["number"]] for e in some]
+        if mode != "zoom off" and all("uniform_accuracy" in (q.get("meta") or {}) for q in asked):
+            new.append(uniform_bound(new[0], asked))
+        rows += new
+    runs.write_json(out / "results.json", [row for row in rows if row["kind"] == "all"])
+    write_jsonl(out / "by_kind.jsonl", rows)
+    write_jsonl(out / "skipped.jsonl", [{"row": where, "reason": reason} for where, reason in named])
+
+
+def report(out, strict):
+    """Prints what a finished run has written. Ends with status 3 if `strict` and any row or video was bad."""
+    read = lambda name: [json.loads(line) for line in open(out / name, encoding="utf-8")]
+    by_kind, skipped = read("by_kind.jsonl"), read("skipped.jsonl")
+    print(runs.text_table(COLUMNS, by_kind) + "\n")
+    print(*(f"skipped {row['row']}: {row['reason']}\n" for row in skipped), sep="", end="")
+    total = [row for row in by_kind if row["kind"] == "all"]
+    print(f"{runs.text_table(COLUMNS, total)}\nwrote {out / 'results.json'}", flush=True)
+    if strict and skipped:
+        sys.exit(3)
+
+
+def ask(config, world, device):
     """Plays one question about one video and prints the dialogue."""
-    question = {"id": "question", "video": config.video, "question": config.question, "options": config.options,
-                "answer": "A" if config.options else "unknown", "meta": {}, "evidence": None,
+    if world > 1 or config.video is None or not (config.question or "").strip():
+        raise UserError("to ask about a video give both --video FILE and --question TEXT, to one process")
+    question = {"id": "question", "video": config.video, "question": config.question,
+                "options": config.options, "answer": "A" if config.options else "unknown",
                 "answer_type": "multiple_choice" if config.options else "open_ended"}
     if reason := question_error(question):
         raise UserError(reason)
-    policy.env_config, _, _ = use_overview(policy.env_config, [question], config.overview, config.max_bad)
-    open_video(config.video)
+    open_video(config.video)  # before the model loads
+    if config.save_frames:
+        runs.open_folder(config.save_frames)
+    use_overview(EnvConfig(), [question], config.overview, config.max_bad)
+    policy = load(checkpoints(config)[0 if config.model else -1], config, device)
     generator = torch.Generator(policy.device).manual_seed(config.seed)
     groups, skipped = rollout(policy, [question], 1, config, generator=generator)
     if skipped:
@@ -160,13 +229,18 @@ def ask(policy, config):
     env = groups[0][0].env
     print(env.describe())
     print(f"answer: {env.answer() if env.answer() is not None else 'none (the policy gave no answer)'}")
-    if config.save_frames:
-        folder = Path(config.save_frames)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, frames in enumerate(env.watched):
-            name = folder / f"{number}_{'zoom' if number else 'overview'}_{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s.png"
-            write_png(strip([f.image for f in frames]), str(name))
-            print(f"wrote {name}")
+    for number, frames in enumerate(env.watched if config.save_frames else []):
+        times = f"{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s"
+        name = Path(config.save_frames, f"{number}_{'zoom' if number else 'overview'}_{times}.png")
+        write_png(strip([f.image for f in frames]), str(name))
+        print(f"wrote {name}")
+
+
+def checkpoints(config):
+    names = list(dict.fromkeys(config.model or filter(os.path.exists, ("runs/sft", "runs/rl"))))
+    if not names:
+        raise UserError("no runs/sft or runs/rl yet: run sft.py and rl.py, or name checkpoints with --model")
+    return names
 
 
 def strip(images):
@@ -177,54 +251,55 @@ def strip(images):
 
 def main():
     config = parse_flags(Config, __doc__, DEMO, ("max_questions", "max_turn_tokens", "max_rows"))
-    _, world, device = start_processes(config.device)
-    if world > 1:
-        raise UserError("eval.py runs as one process")
-    if config.mode not in ("zoom", "uniform"):
-        raise UserError(f"--mode must be zoom or uniform, not {config.mode}")
+    rank, world, device = start_processes(config.device)
+    for flag, known in (("mode", ("zoom", "uniform")), ("resume", ("auto", "never"))):
+        if getattr(config, flag) not in known:
+            raise UserError(f"--{flag} must be {' or '.join(known)}, not {getattr(config, flag)}")
+    dtype = choose_dtype(config.dtype, device)
     if config.video is not None or config.question is not None:
-        if config.video is None or not (config.question or "").strip():
-            raise UserError("to ask about a video give both --video FILE and --question TEXT")
-        open_video(config.video)  # before the model loads
-        names = config.model or [n for n in ("runs/rl", "runs/sft") if Path(n).exists()][:1]
-        if not names:
-            raise UserError("no runs/rl or runs/sft yet: run sft.py and rl.py first, or name a checkpoint with --model")
-        return ask(load(names[0], config, device), config)
+        return ask(config, world, device)
 
-    names = config.model or [n for n in ("runs/sft", "runs/rl") if Path(n).exists()]
-    if not names:
-        raise UserError("no runs/sft or runs/rl yet: run sft.py and rl.py first, or name checkpoints with --model")
-    questions, bad = read_questions(config.data, config.max_bad)
-    questions = questions[:config.max_questions]
-    root, out, rows, said = Path(config.data).parent, Path(config.out), [], []
-    for name in names:
+    # all that can be wrong, before a model loads
+    names = checkpoints(config)
+    rows, bad = read_questions(config.data, config.max_bad)
+    rows, root = rows[:config.max_questions], Path(config.data).parent
+    _, known, without = use_overview(EnvConfig(), rows, config.overview, config.max_bad)
+    missing = [(q["id"], reason) for q in known if (reason := missing_video(q, root))]
+    if len(missing) == len(known):
+        raise no_question(config.data, missing)
+    known = {id(q) for q in known}
+    questions = {n: q for n, q in enumerate(rows) if id(q) in known}  # by their place in the file
+    modes = [config.mode, "zoom off"] if config.model is None and config.mode == "zoom" else [config.mode]
+    plays = [(name, mode) for name in names for mode in modes]
+    key = lambda e: None if "skipped" in e else (plays.index((e["policy"], e["mode"])), e["number"])
+    written = runs.Rows(config.out, "episodes", key, rank)
+    inputs = {"question file": config.data, "system prompt": config.system_prompt,
+              "overview": config.overview if (config.overview or "").endswith(".json") else None}
+    inputs |= {f"checkpoint {name}": name for name in names}
+    state, done = written.begin(replace(config, dtype=str(dtype)), MAY_DIFFER, inputs, FILES)
+
+    # each process plays its share, and writes a line an episode
+    for name in names if state != "finished" else []:
+        left = {mode: [n for n in questions if (plays.index((name, mode)), n) not in done] for mode in modes}
+        shares = {mode: {n: questions[n] for n in numbers[rank::world]} for mode, numbers in left.items()}
+        if not any(shares.values()):
+            continue
         policy = load(name, config, device)
-        policy.env_config, questions, without = use_overview(policy.env_config, questions, config.overview, config.max_bad)
-        bad += without
-        plays = [(config.mode, None)]
-        if config.model is None and config.mode == "zoom":
-            plays.append(("zoom off", replace(policy.env_config, max_zooms=0)))
-        bound = None
-        for mode, env_config in plays:
-            new, episodes, skipped = evaluate(policy, name, mode, questions, root, config, env_config)
-            check_bad(skipped, len(questions), config.max_bad, config.data)
-            bad += [skip for skip in skipped if skip not in bad]
-            if bound is None and all("uniform_accuracy" in (e.env.question.get("meta") or {}) for e in episodes):
-                bound = uniform_bound(new[0], episodes)
-            rows += new
-            said += [{"policy": name, "mode": mode, "question": e.env.question["id"], "right": e.env.rewards["accuracy"],
-                      "turns": [t.text for t in e.env.turns]} for e in episodes]
-            print(f"{name}, {mode}:\n{table(new)}\n")
-        rows += [bound] if bound else []
-    out.mkdir(parents=True, exist_ok=True)
-    total = [r for r in rows if r["kind"] == "all"]
-    (out / "results.tmp").write_text(json.dumps(total, indent=1))
-    (out / "results.tmp").replace(out / "results.json")
-    write_jsonl(out / "by_kind.jsonl", rows)
-    write_jsonl(out / "episodes.jsonl", said)
-    for where, reason in bad:
-        print(f"skipped {where}: {reason}")
-    print(f"{table(total)}\nwrote {out / 'results.json'}")
+        generator = torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank)
+        engine = Engine(policy, 1, config, generator)
+        if rank == 0:
+            print(f"{name}: {len(questions)} questions, {len(missing)} without a video, {world} process(es) "
+                  f"on {device}, {policy.dtype}, decode step {engine.decoder.path}", flush=True)
+        for mode, share in shares.items():
+            env_config = replace(policy.env_config, max_zooms=0) if mode == "zoom off" else policy.env_config
+            evaluate(engine, name, mode, share, root, env_config, written.write, show=rank == 0)
+        del policy, engine  # before the next one loads
+    written.wait()
+    if rank == 0:
+        if state != "finished":
+            summarise(written, plays, questions, bad + without)
+            runs.finish_run(config.out)
+        report(Path(config.out), config.strict)
 
 
 if __name__ == "__main__":

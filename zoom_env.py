@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from answers import LETTERS, grade, option_texts
+from answers import LETTERS, grade, option_texts, read_untagged
 from video import VideoError, open_video, read_frames
 
 # Trained checkpoints know these words, and those of the errors below: another text needs new training.
@@ -144,8 +144,13 @@ class ZoomEnv:
         return [Message("user", ["<tool_response>\n", *reply, "\n</tool_response>\n" + self._go_on()])]
 
     def end(self):
-        """Ends the episode and grades it, once: from `step`, or where an episode is cut off."""
+        """Ends the episode and grades it, once: from `step`, or where an episode is cut off. A reply that the
+        policy has not seen is dropped then."""
         if not self.done:
+            if self.turns and self.turns[-1].kind == "call":
+                self.frames_shown -= len(self.watched.pop())
+                self.turns[-1] = replace(self.turns[-1], kind="dropped", hit=None, num_frames=0,
+                                         error="The episode was too long for this zoom.")
             self.done, parts = True, reward_parts(self)
             total = sum(getattr(self.config, f"{name}_weight") * value for name, value in parts.items())
             self.rewards = {"reward": total, **parts}
@@ -237,12 +242,13 @@ class Turn:
     """What one assistant text means."""
 
     text: str
-    kind: str  # call, answer or error
+    kind: str  # call, answer, error, or dropped: a call whose reply was not shown
     well_formed: bool  # earns the format reward: <think>..</think>, then one call or answer, nothing else
     error: str | None = None  # what to tell the policy
     tool: str | None = None  # the call's tag
     arguments: dict = field(default_factory=dict)  # what the call asks for: of a zoom, segment and fps
     answer: str | None = None
+    untagged: bool = False  # the answer stood there without its tag, which counts where there is no tool
     num_frames: int = 0  # frames that the call showed
     hit: bool | None = None  # whether the call looked at the question's evidence, where that is known
 
@@ -274,7 +280,10 @@ def parse_turn(text, duration_s, config):
     elif not actions:
         reason = f"the turn has no {calls} call and no <answer>"
     if reason:
-        return Turn(text, "error", False, error=f"Error: {reason}. Give exactly one.")
+        bare = not (config.max_zooms or actions or any(f"<{tag}>" in body for tag in ("think", *TOOLS)))
+        answer = read_untagged(body) if bare else None
+        return Turn(text, "error", False, error=f"Error: {reason}. Give exactly one.", answer=answer,
+                    untagged=answer is not None)
     # what it asks for
     (tag, inside), = actions
     if tag == "answer":

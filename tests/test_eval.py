@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ def folder(tmp_path_factory):
 
 
 def run(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, flags)], capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, flags)], capture_output=True,
+                          text=True, timeout=300)
 
 
 def test_wilson_interval():
@@ -40,53 +41,278 @@ def test_wilson_interval():
     assert evaluation.interval(0, 20)[0] == 0 and evaluation.interval(20, 20)[1] == pytest.approx(1)
 
 
-def test_figures_equal_a_count_by_hand(folder, monkeypatch):
-    """Episodes that are known: one zooms into the evidence and is right, one zooms elsewhere with one bad call and is
-    wrong."""
-    policy = make_policy()
-    question = next(q for line in open(folder / "test.jsonl") if (q := json.loads(line))["meta"]["kind"] == "detail")
+class Known:
+    """An engine whose episodes say these texts, without a policy that computes."""
+
+    def __init__(self, policy, texts, limit):
+        self.policy, self.texts, self.limit = policy, texts, limit
+
+    def play(self, questions, root, env_config, on_end):
+        for question, turns in zip(questions, self.texts):
+            env = ZoomEnv(question, env_config, root)
+            e = Episode(encode(self.policy, env.reset()), env=env)
+            for text in turns:
+                encode(self.policy, [Message("assistant", [text])], e.dialogue)
+                reply = env.step(text)
+                e.take_reply(self.policy, reply, self.limit)
+            on_end(e)
+        return None, []
+
+
+ZOOM = '<think>t</think><video_zoom>{{"segment": [{}, {}], "fps": 2}}</video_zoom>'
+ANSWER = "<think>t</think><answer>{}</answer>"
+
+
+@pytest.fixture(scope="module")
+def detail(folder):
+    """A question that needs a zoom, and a wrong answer to it."""
+    questions = map(json.loads, open(folder / "test.jsonl"))
+    question = next(q for q in questions if q["meta"]["kind"] == "detail")
+    return question, "ABCD"["ABCD".index(question["answer"]) - 1]
+
+
+def play_known(folder, question, texts, limit=10**6, **env):
+    policy, written = make_policy(), []
+    config, questions = replace(policy.env_config, **env), {n: dict(question) for n in range(len(texts))}
+    evaluation.evaluate(Known(policy, texts, limit), "p", "zoom", questions, folder, config, written.append)
+    return written, evaluation.figures("p", "zoom", written, 3)
+
+
+def test_figures_equal_a_count_by_hand(folder, detail):
+    """Episodes that are known: one zooms into the evidence and is right, one zooms elsewhere with one bad
+    call and is wrong."""
+    question, wrong = detail
     start, end = question["evidence"][0]
     far = 0 if start > 20 else 100
-    zoom = '<think>t</think><video_zoom>{{"segment": [{}, {}], "fps": 2}}</video_zoom>'
-    answer = "<think>t</think><answer>{}</answer>"
-    wrong = "ABCD"["ABCD".index(question["answer"]) - 1]
-    groups = []
-    for turns in ([zoom.format(start, end), answer.format(question["answer"])],
-                  [zoom.format(far, far + 5), "what?", answer.format(wrong)]):
-        env = ZoomEnv(question, policy.env_config, folder)
-        dialogue = encode(policy, env.reset())
-        for text in turns:
-            encode(policy, [Message("assistant", [text])], dialogue)
-            encode(policy, env.step(text), dialogue)
-        groups.append([Episode(dialogue, env=env)])
-    num_frames = sum(len(g[0].dialogue.frames) for g in groups)
-    monkeypatch.setattr(evaluation, "rollout", lambda *args, **kwargs: (groups, []))  # both in one batch
-    rows, episodes, skipped = evaluation.evaluate(policy, "p", "zoom", [question] * 2, folder, evaluation.Config())
+    written, rows = play_known(folder, question, [
+        [ZOOM.format(start, end), ANSWER.format(question["answer"])],
+        [ZOOM.format(far, far + 5), "what?", ANSWER.format(wrong)]])
     row = rows[0]
     assert row["kind"] == "all" and rows[1]["kind"] == "detail" and row["num_questions"] == 2
     assert row["accuracy"] == 0.5 and row["zooms_per_question"] == 1 and row["hit_rate"] == 0.5
-    assert row["invalid_call_rate"] == 1 / 3
-    assert row["frames_per_question"] == num_frames / 2
-    bound = evaluation.uniform_bound(row, episodes)
-    assert bound["accuracy"] == pytest.approx(synthetic.uniform_accuracy(question, round(row["frames_per_question"])))
+    assert row["invalid_call_rate"] == 1 / 3 and row["skipped"] == 3
+    assert row["calls_without_tool"] is None and row["untagged"] == 0
+    num_frames = [9 + max(1, int((end - start) * 2)), 9 + 10]
+    assert [e["frames"] for e in written] == num_frames and row["frames_per_question"] == sum(num_frames) / 2
+    bound = evaluation.uniform_bound(row, [question] * 2)
+    best = synthetic.uniform_accuracy(question, round(row["frames_per_question"]))
+    assert bound["accuracy"] == pytest.approx(best)
+    lines = evaluation.runs.text_table(evaluation.COLUMNS, [*rows, bound]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_without_a_tool_calls_are_no_invalid_calls_and_a_bare_answer_counts(folder, detail):
+    question, wrong = detail
+    written, (row, _) = play_known(folder, question, [
+        [question["answer"]], [f"It is seen.\nThe answer is {question['answer']}."],
+        [f"The answer is {wrong}."], [ANSWER.format(question["answer"])], [ZOOM.format(0, 5)],
+        ["<video_zoom>?</video_zoom>"]], max_zooms=0)
+    assert [e["right"] for e in written] == [1, 1, 0, 1, 0, 0]
+    assert row["accuracy"] == 0.5 and row["untagged"] == 3 and row["calls_without_tool"] == 2
+    assert row["invalid_call_rate"] is None and row["zooms_per_question"] == 0
+    assert " - " in evaluation.runs.text_table(evaluation.COLUMNS, [row])
+
+
+def test_a_zoom_whose_reply_was_dropped_is_none(folder, detail):
+    written, (row, _) = play_known(folder, detail[0], [[ZOOM.format(0, 5)]], limit=1)
+    assert row["zooms_per_question"] == 0 and row["frames_per_question"] == 9
+    assert row["invalid_call_rate"] == 0 and written[0]["hits_known"] == 0
 
 
 def test_results_file(folder, tmp_path):
-    done = run("--model", folder / "policy", "--data", folder / "test.jsonl", "--out", tmp_path, "--max_turn_tokens", 8,
-               "--mode", "uniform", "--num_frames", 24, "--device", "cpu", "--dtype", "bfloat16")
+    done = run("--model", folder / "policy", "--data", folder / "test.jsonl", "--out", tmp_path,
+               "--mode", "uniform", "--num_frames", 24, "--max_turn_tokens", 8, "--device", "cpu",
+               "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
+    assert "torch.bfloat16, decode step plain" in done.stdout
     rows = json.loads((tmp_path / "results.json").read_text())
-    for key in ("policy", "mode", "num_questions", "accuracy", "accuracy_low", "accuracy_high", "frames_per_question",
-                "zooms_per_question", "invalid_call_rate", "hit_rate", "tokens_per_question", "seconds_per_question"):
+    for key in ("policy", "mode", "num_questions", "skipped", "accuracy", "accuracy_low", "accuracy_high",
+                "frames_per_question", "zooms_per_question", "invalid_call_rate", "hit_rate", "untagged",
+                "calls_without_tool", "tokens_per_question", "seconds_per_question"):
         assert key in rows[0]
     assert rows[0]["num_questions"] == 10 and rows[0]["mode"] == "uniform"
     assert rows[0]["frames_per_question"] == 24 and rows[0]["zooms_per_question"] == 0
 
 
+# -------------------------------------------------------------------------------------------- runs that go on
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TINY = Path(ROOT, "demo", "tiny_base")
+
+
+def main(monkeypatch, capsys, *flags):
+    """eval.py in this process: (exit status, what it printed, its one line of error)."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags), "--device", "cpu"])
+    try:
+        status = evaluation.run_main(evaluation.main) or 0
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert "Traceback" not in said.err and (status != 2 or sum("error:" in line for line in lines) == 1)
+    return status, said.out, lines[-1] if status == 2 else ""
+
+
+def results(out):
+    """All that a run says in the end, seconds aside."""
+    read = lambda name: [json.loads(line) for line in (out / name).read_text().splitlines()]
+    rows = json.loads((out / "results.json").read_text()), read("by_kind.jsonl"), read("episodes.jsonl")
+    return [[{k: v for k, v in row.items() if "seconds" not in k} for row in part] for part in rows]
+
+
+def write_questions(folder, path, **videos):
+    """The questions, some with another video."""
+    questions = [json.loads(line) for line in open(folder / "test.jsonl")]
+    for question in questions:
+        question["video"] = videos.get(question["id"].replace("-", "_"), str(folder / question["video"]))
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return questions
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """(flags, results) of a run with nothing in its way."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    flags = ("--model", TINY, "--data", folder / "test.jsonl", "--max_turn_tokens", 120, "--device", "cpu")
+    done = run(*flags, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return flags, results(out)
+
+
+DIES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import eval as evaluation
+record, left = evaluation.record, [{after}]
+def dies(e):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return record(e)
+evaluation.record = dies
+evaluation.run_main(evaluation.main)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_results(folder, tmp_path, undisturbed, processes):
+    flags, expected = undisturbed
+    script, out = tmp_path / "dies.py", tmp_path / "out"
+    script.write_text(DIES.format(root=str(ROOT), after=4 // processes))
+    start = [sys.executable] if processes == 1 else TORCHRUN
+    died = subprocess.run([*start, str(script), *map(str, flags), "--out", str(out), "--max_rows", "2"],
+                          capture_output=True, text=True, timeout=300)
+    assert died.returncode != 0 and not (out / "results.json").exists()
+    parts = sorted(out.glob("episodes*.jsonl"))
+    there = [line for path in parts for line in path.read_text().splitlines()]
+    assert 1 <= len(there) <= 4, died.stderr
+    with open(parts[-1], "a") as file:
+        file.write(there[0][:50])  # cut in the middle of a line
+    done = run(*flags, "--out", out, "--max_rows", 5)  # with other rows, and one process
+    assert done.returncode == 0, done.stderr
+    assert f"goes on, {len(there)} episodes" in done.stdout
+    assert results(out) == expected and [path.name for path in out.glob("episodes*")] == ["episodes.jsonl"]
+
+
+def test_two_processes_give_the_results_of_one(folder, tmp_path, undisturbed):
+    flags, expected = undisturbed
+    done = subprocess.run([*TORCHRUN, str(ROOT / "eval.py"), *map(str, flags), "--out", str(tmp_path)],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "2 process(es)" in done.stdout, done.stderr
+    assert results(tmp_path) == expected
+
+
+def test_a_finished_run_is_shown_another_is_refused_or_moved_aside(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    write_questions(folder, tmp_path / "q.jsonl")
+    flags = "--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", out, "--max_turn_tokens", 4
+    call = lambda *more: main(monkeypatch, capsys, *flags, *more)
+    assert call()[0] == 0
+    first = (out / "episodes.jsonl").read_text()
+    monkeypatch.setattr(evaluation, "load_policy", None)  # nothing is played from here on
+    status, said, _ = call("--max_rows", 3, "--cache_gb", 1)
+    assert status == 0 and "finished" in said and "95% interval" in said
+    for more, words in [(("--seed", 1), "--seed 0, not 1"),
+                        (("--mode", "uniform"), '--mode "zoom", not "uniform"'),
+                        (("--dtype", "bfloat16"), "--dtype"), (("--model", TINY), "--model")]:
+        status, _, error = call(*more)
+        assert status == 2 and words in error and str(out) in error, error
+    (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Which", "What"))
+    status, _, error = call()
+    assert status == 2 and "question file" in error
+    assert (out / "episodes.jsonl").read_text() == first
+    monkeypatch.undo()
+    assert call("--resume", "never")[0] == 0
+    assert (out / "episodes.1.jsonl").read_text() == first
+    assert all((out / name).exists() for name in ("results.1.json", "run.1.json", "results.json"))
+    assert call("--resume", "sometimes")[0] == 2
+
+
+def test_the_checkpoint_counts_by_its_content(tmp_path):
+    save_policy(make_policy(), tmp_path)
+    before = evaluation.runs.fingerprint(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert evaluation.runs.fingerprint(tmp_path) == before
+    save_policy(make_policy(seed=1), tmp_path)
+    assert evaluation.runs.fingerprint(tmp_path) != before
+    assert evaluation.runs.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+def test_bad_videos_are_counted_and_named_and_end_nothing(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.mp4").write_text("no video\n" * 100)
+    write_questions(folder, tmp_path / "q.jsonl", test_0000_0="none.mp4", test_0000_1="text.mp4")
+    flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", tmp_path / "out",
+             "--max_turn_tokens", 4)
+    status, said, _ = main(monkeypatch, capsys, *flags)
+    row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
+    assert status == 0 and row["num_questions"] == 8 and row["skipped"] == 2
+    assert "skipped test_0000-0: " in said and "none.mp4" in said and "skipped test_0000-1: " in said
+    assert len((tmp_path / "out" / "episodes.jsonl").read_text().splitlines()) == 8
+    assert main(monkeypatch, capsys, *flags, "--strict")[0] == 3  # of the finished one, too
+
+
+def test_no_video_at_all_says_why(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "load_policy", None)  # before a model loads
+    questions = [json.loads(line) for line in open(folder / "test.jsonl")]
+    for question in questions:
+        question["video"] = question["video"].replace("/", "\\")
+    (folder / "windows.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    status, _, error = main(monkeypatch, capsys, "--model", folder / "policy", "--out", tmp_path,
+                            "--data", folder / "windows.jsonl")
+    assert status == 2 and "test_0000-0: " in error and 'write "/"' in error and "windows.jsonl" in error
+    monkeypatch.undo()
+    (tmp_path / "text.mp4").write_text("no video\n" * 100)
+    for question in questions:
+        question["video"] = "text.mp4"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    status, _, error = main(monkeypatch, capsys, "--model", folder / "policy", "--data", tmp_path / "q.jsonl",
+                            "--out", tmp_path / "out")
+    assert status == 2 and "text.mp4" in error and "not a video" in error
+
+
+@pytest.mark.parametrize("flag", ["--out", "--save_frames"])
+@pytest.mark.parametrize("name", ["file", "file/out", "/proc/none/out", "with\0zero"])
+def test_a_folder_that_cannot_be_written_to_is_named_at_once(folder, tmp_path, monkeypatch, capsys, flag, name):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    what = ("--data", folder / "test.jsonl") if flag == "--out" else (
+        "--video", folder / "videos" / "test_0000.mp4", "--question", "q")
+    status, _, error = main(monkeypatch, capsys, "--model", folder / "policy", *what, flag, tmp_path / name)
+    assert status == 2 and "cannot write into" in error and name.split("\0")[0] in error
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
+    rows = evaluation.runs.Rows("/dev", "full", None, 0)
+    monkeypatch.setattr(rows, "out", tmp_path)
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    with pytest.raises(evaluation.UserError, match="No space left"):
+        rows.write({"number": 1})
+
+
 def test_ask_about_a_video(folder, tmp_path):
     video = folder / "videos" / "test_0000.mp4"
-    done = run("--model", folder / "policy", "--video", video, "--question", "What happens?", "--options", "this", "that",
-               "--save_frames", tmp_path / "seen", "--max_turn_tokens", 8)
+    done = run("--model", folder / "policy", "--video", video, "--question", "What happens?", "--options",
+               "this", "that", "--save_frames", tmp_path / "seen", "--max_turn_tokens", 8)
     assert done.returncode == 0, done.stderr
     assert "overview: 9 frames" in done.stdout and "answer:" in done.stdout and "A. this" in done.stdout
     assert len(list((tmp_path / "seen").glob("0_overview_*.png"))) == 1
@@ -103,7 +329,7 @@ def test_a_strip_holds_frames_of_any_sizes():
         left += width
 
 
-def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path):
+def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.mp4"
     text.write_text("this is no video\n" * 100)
     audio = tmp_path / "audio.wav"
@@ -123,6 +349,5 @@ def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path):
         (["--model", policy, "--data", folder / "test.jsonl", "--max_bad", "nan"], "--max_bad"),
         (["--model", policy, "--data", folder / "test.jsonl", "--dtype", "float16"], "--dtype"),
     ]:
-        done = run(*flags)
-        assert done.returncode == 2, (flags, done.stderr)
-        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        status, _, error = main(monkeypatch, capsys, *flags, "--out", tmp_path / "out")
+        assert status == 2 and words in error, (flags, error)

@@ -430,6 +430,28 @@ def test_no_zoom_allowed(folder):
     assert LAST_TURN in words(messages[0]) and env.done and env.num_calls() == 0
 
 
+@pytest.mark.parametrize("text, answer", [
+    ("B", "B"), ("It is late.\nThe answer is B.", "The answer is B."), ("<think>C?</think>\nB\n", "B"),
+    ("<think>C, as\nB", None), ("<answer>B</answer>", None), (zoom(0, 4, 1), None), ("", None),
+    ('<video_zoom>{"segment": [0, 4], "fps": 1}', None), ("<answer>B", "<answer>B")])
+def test_without_a_tool_the_last_line_is_an_answer_without_its_tag(folder, text, answer):
+    env, _ = play(folder, [text], EnvConfig(max_zooms=0))
+    (turn,) = env.turns
+    assert (turn.answer if turn.untagged else None) == answer and turn.untagged == (answer is not None)
+    if answer:
+        assert turn.kind == "error" and env.rewards["accuracy"] == 1 and env.rewards["format"] == 0
+    assert not parse_turn(text, 20, EnvConfig(max_zooms=1)).untagged
+
+
+def test_a_reply_that_is_dropped_is_no_zoom(folder):
+    env, _ = play(folder, [zoom(0, 4, 1), zoom(4, 8, 1)], evidence=[[4, 8]])
+    assert env.num_calls() == 2 and env.frames_shown == 10 + 4 + 4
+    env.end()
+    assert env.num_calls() == 1 and env.num_invalid() == 0 and env.frames_shown == 10 + 4 and len(env.watched) == 2
+    assert env.turns[-1].kind == "dropped" and env.turns[-1].hit is None and env.rewards["format"] == 0
+    assert "too long" in env.describe()
+
+
 def test_reset_and_fork(folder):
     env, _ = play(folder, [zoom(0, 4, 1)])
     other = env.fork()
