@@ -280,12 +280,3 @@ def write_jsonl(path, rows):
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def move_aside(path):
-    """Renames an earlier run's file, if any: metrics.jsonl becomes metrics.1.jsonl, or the next free one."""
-    path, number = Path(path), 1
-    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    if path.exists():
-        os.replace(path, kept)

@@ -33,7 +33,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from answers import LETTERS, normalise, option_texts
+from sources.answers import LETTERS, normalise, option_texts
 from common import UserError, check_bad, fail, read_rows, read_text, run_main
 
 

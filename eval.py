@@ -37,6 +37,7 @@ from demo import synthetic
 from model import load_policy
 from rollout import Engine, RolloutConfig, rollout
 from scale import runs
+from scale.first_day import check_decoder
 from video import open_video
 from zoom_env import TOOLS, EnvConfig
 
@@ -287,6 +288,7 @@ def main():
         policy = load(name, config, device)
         generator = torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank)
         engine = Engine(policy, 1, config, generator)
+        check_decoder(engine.decoder)
         if rank == 0:
             print(f"{name}: {len(questions)} questions, {len(missing)} without a video, {world} process(es) "
                   f"on {device}, {policy.dtype}, decode step {engine.decoder.path}", flush=True)

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (RunConfig, UserError, check_bad, choose_dtype, gather, move_aside, parse_flags, run_main,
+from common import (RunConfig, UserError, check_bad, choose_dtype, gather, parse_flags, run_main,
                     start_processes, sum_over_processes, write_jsonl)
 from data_prep import read_questions, use_overview
 from model import load_policy, split_by_tokens, token_log_probs
@@ -44,6 +44,7 @@ from rollout import Engine, RolloutConfig
 from scale.checkpoints import save_policy
 from scale.first_day import check_decoder
 from scale.masters import MasterWeights
+from scale.runs import move_aside, open_folder
 from zoom_env import REWARD_PARTS, RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
@@ -279,6 +280,7 @@ def main():
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
         "max_rows", "max_tokens_per_pass", "max_bad_steps", "save_every", "show_every"))
     rank, world, device = start_processes(config.device, config.timeout_min)
+    open_folder(config.out)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
     if not config.temperature > 0:
@@ -294,8 +296,7 @@ def main():
         policy.checkpoint_layers()
     reference = policy.frozen_copy() if config.kl_weight else None
     if rank == 0:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        move_aside(Path(config.out) / "metrics.jsonl")
+        move_aside(Path(config.out).glob("metrics.jsonl"))
         print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on "
               f"{device}; a step is {config.batch_size} questions x {config.group_size} episodes, "
               f"learning rate {config.lr}")

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (RunConfig, check_bad, choose_dtype, gather, move_aside, parse_flags, run_main,
+from common import (RunConfig, check_bad, choose_dtype, gather, parse_flags, run_main,
                     start_processes, sum_over_processes, write_jsonl)
 from data_prep import read_trajectories, use_overview
 from demo.synthetic import ensure_demo
@@ -35,6 +35,7 @@ from demo.tiny_base import TINY_BASE
 from model import fill_features, load_policy, replay, split_by_tokens, token_log_probs
 from scale.checkpoints import save_policy
 from scale.masters import MasterWeights
+from scale.runs import move_aside, open_folder
 from video import VideoError
 
 
@@ -141,6 +142,7 @@ def main():
     config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", "max_tokens_per_pass",
                                              "max_bad_steps"))
     rank, world, device = start_processes(config.device, config.timeout_min)
+    open_folder(config.out)
     if config.model is None and config.data == Config.data and rank == 0:
         ensure_demo(Path(config.data).parent, config.seed)
     if torch.distributed.is_initialized():
@@ -157,8 +159,7 @@ def main():
     if config.gradient_checkpointing:
         policy.checkpoint_layers()
     if rank == 0:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        move_aside(Path(config.out) / "metrics.jsonl")
+        move_aside(Path(config.out).glob("metrics.jsonl"))
         print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or TINY_BASE}, "
               f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained parameters in "
               f"{policy.dtype}, {world} process(es) on {device}")

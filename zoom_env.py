@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from answers import LETTERS, grade, option_texts, read_untagged
+from sources.answers import LETTERS, grade, option_texts, read_untagged
 from video import VideoError, open_video, read_frames
 
 # Trained checkpoints know these words, and those of the errors below: another text needs new training.

@@ -82,7 +82,8 @@ def begin_run(out, config, may_differ, inputs, names):
             same.
         inputs: {what: path or None}, what is read; the content must be the same.
         names: a regular expression of the names of files that a run writes there, besides run.json.
-    Returns: new, unfinished or finished. Raises UserError for a run with other settings, naming the first."""
+    Returns: new, unfinished or finished. A finished run whose input has changed since, as a checkpoint that
+    was trained again, is moved aside, too. Raises UserError for a run with other settings, naming the first."""
     may_differ = {*MAY_DIFFER, *may_differ}
     settings = {name: value for name, value in asdict(config).items() if name not in may_differ}
     now = {"settings": settings, "inputs": {what: fingerprint(path) for what, path in inputs.items() if path}}
@@ -95,10 +96,12 @@ def begin_run(out, config, may_differ, inputs, names):
     files = [path for path in sorted(out.iterdir()) if re.fullmatch(names, path.name)]
     something = any(path.stat().st_size for path in files)  # else nothing is lost
     if old and something and config.resume == "auto":
-        if difference := first_difference(old, now):
+        difference = first_difference(old, now)
+        if difference and not (old["finished"] and old["settings"] == now["settings"]):
             raise UserError(f"{out} holds a run with {difference}; give the same, another --out, "
                             f"or --resume never, which moves it aside")
-        return "finished" if old["finished"] else "unfinished"
+        if not difference:
+            return "finished" if old["finished"] else "unfinished"
     if something:
         move_aside([*files, *out.glob("run.json")])
     write_json(out / "run.json", now)
@@ -121,7 +124,7 @@ def first_difference(old, now):
 
 def move_aside(paths):
     """Renames files to name.N.ending, with the first N that is free for all of them."""
-    number, aside = 1, lambda path: path.with_name(f"{path.stem}.{number}{path.suffix}")
+    paths, number, aside = [*paths], 1, lambda path: path.with_name(f"{path.stem}.{number}{path.suffix}")
     while any(aside(path).exists() for path in paths):
         number += 1
     for path in paths:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from answers import grade, normalise, option_texts, plain, read_letter, read_times, read_untagged
+from sources.answers import grade, normalise, option_texts, plain, read_letter, read_times, read_untagged
 from common import UserError, read_text
 from data_prep import question_error, read_questions, read_trajectories, trajectory_error, use_overview
 from model import load_policy

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+from scale.runs import move_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
@@ -80,7 +81,7 @@ def test_gradients_add_up_in_buckets(tmp_path, bucket_bytes, buckets):
         "got = [p.grad.unique().tolist() for p in ps]\n"
         "assert got == [[1.0], [2.0], [0.0], [14.0], [15.0]], got\n"
         f"assert sizes == {buckets}, sizes\n"
-        "print('same')\n")
+        "torch.distributed.barrier(), torch.distributed.destroy_process_group(), print('same')\n")
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                           str(tmp_path / "run.py")], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stdout.count("same") == 2, run.stderr[-2000:]
@@ -88,7 +89,7 @@ def test_gradients_add_up_in_buckets(tmp_path, bucket_bytes, buckets):
 
 def test_metrics_of_an_earlier_run_are_kept(tmp_path):
     for text in ("first", "second", "third"):
-        common.move_aside(tmp_path / "metrics.jsonl")
+        move_aside(tmp_path.glob("metrics.jsonl"))
         (tmp_path / "metrics.jsonl").write_text(text)
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {
         "metrics.jsonl": "third", "metrics.1.jsonl": "first", "metrics.2.jsonl": "second"}

@@ -1,0 +1,1 @@
+"""Other people's formats; the method reads whole without them."""
