@@ -33,6 +33,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from scale.runs import open_folder
 from sources.answers import LETTERS, normalise, option_texts
 from common import UserError, check_bad, fail, read_rows, read_text, run_main
 
@@ -189,6 +190,7 @@ def main():
     for name in ("train", "test", "steps"):
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    open_folder(args.out)
     if args.command == "synthetic":
         synthetic(args.out, args.train, args.test, args.seed)
     else:

@@ -236,14 +236,19 @@ def test_a_finished_run_is_shown_another_is_refused_or_moved_aside(folder, tmp_p
                         (("--dtype", "bfloat16"), "--dtype"), (("--model", TINY), "--model")]:
         status, _, error = call(*more)
         assert status == 2 and words in error and str(out) in error, error
-    (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Which", "What"))
-    status, _, error = call()
-    assert status == 2 and "question file" in error
     assert (out / "episodes.jsonl").read_text() == first
     monkeypatch.undo()
     assert call("--resume", "never")[0] == 0
     assert (out / "episodes.1.jsonl").read_text() == first
     assert all((out / name).exists() for name in ("results.1.json", "run.1.json", "results.json"))
+    # other input, as after more training: a finished run is moved aside, one that is not finished is refused
+    (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Which", "What"))
+    assert call()[0] == 0 and (out / "episodes.2.jsonl").exists() and not (out / "episodes.3.jsonl").exists()
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(run | {"finished": False}))
+    (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("What", "Which"))
+    status, _, error = call()
+    assert status == 2 and "question file" in error and not (out / "episodes.3.jsonl").exists()
     assert call("--resume", "sometimes")[0] == 2
 
 
