@@ -181,8 +181,8 @@ def write_video(path, frames, fps=VIDEO_FPS):
 
 
 # -------------------------------------------------------------------------------------------------- questions
-# Each gives (text, right option, wrong options). scene: the name of its background colour. The lessons of the
-# tiny base ask in the same words.
+# Each gives (text, right option, wrong options); scene: the name of its background colour. In functions of
+# their own because the lessons of the tiny base ask in the same words.
 def ask_colour(scene, colour):
     return (f"What colour is the shape that flashes in the {scene} scene?", colour,
             [c for c in COLOURS if c not in (colour, scene)])
@@ -202,11 +202,11 @@ def ask_order(rng, named, first, second):
     text = (f"One shape flashes in the {named[0]} scene and one in the {named[1]} scene. "
             "Which colours, in order of time?")
     c, d = rng.sample([x for x in COLOURS if x not in (first, second)], 2)
-    swapped = f"{second} then {first}" if first != second else f"{c} then {first}"
+    swapped = f"{second} then {first}" if first != second else f"{c} then {first}"  # the same only in lessons
     return text, f"{first} then {second}", [swapped, f"{first} then {c}", f"{d} then {second}"]
 
 
-def ask_place(scenes, k):
+def ask_scene(scenes, k):
     """The holistic questions, as (text, right option): the first scene, the last, the one after number k.
     scenes: names of the coloured ones in order of time."""
     return [("Which scene comes first?", scenes[0]), ("Which scene comes last?", scenes[-1]),
@@ -217,14 +217,14 @@ def make_questions(rng, video, duration_s, scenes):
     """Question rows about one video, one of each of KINDS. video: its path relative to the question file."""
     coloured = [s for s in scenes if s.colour != "grey"]
     single = [s for s in coloured if len(s.flashes) == 1]
-    for_details = rng.sample(single, 2)
-    rows = []
+    for_details, rows = rng.sample(single, 2), []
     for number, kind in enumerate(KINDS):
         # what is asked: the text, its options, and the scenes that it is about
         if kind == "detail":
             about = [for_details.pop(0)]
             scene, (colour, shape) = about[0].colour, about[0].flashes[0].figure
-            text, right, wrong = ask_colour(scene, colour) if for_details else ask_shape(scene, shape)
+            is_first = len(for_details) == 1  # one is left
+            text, right, wrong = ask_colour(scene, colour) if is_first else ask_shape(scene, shape)
         elif kind == "count":
             n = rng.randint(1, 4)
             about = [rng.choice([s for s in coloured if len(s.flashes) == n])]
@@ -235,7 +235,7 @@ def make_questions(rng, video, duration_s, scenes):
             text, right, wrong = ask_order(rng, named, *colours)
         else:
             about, names = [], [s.colour for s in coloured]
-            text, right = rng.choice(ask_place(names, rng.randrange(len(names) - 1)))
+            text, right = rng.choice(ask_scene(names, rng.randrange(len(names) - 1)))
             wrong = [name for name in names if name != right and name not in text]
         # the row
         options = rng.sample([right, *rng.sample(wrong, 3)], 4)
@@ -315,7 +315,7 @@ def place(colours, scene, tags, ordinal=""):
 
 
 def transcript(scene, figures):
-    """What each frame of a clip shows: (clause, the different flashes' figures).
+    """What each frame of a clip shows: (clause, the figures of the flashes, each flash once).
 
     figures: for each frame (colour, shape), or None. A flash is counted where it begins, as in
     "red circle4=1", the first flash in frame 4; the next frame that shows it says "same5"."""

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import start_processes, sum_over_processes
 from demo.synthetic import (COLOURS, NUM_SLOTS, SHAPES, SIDE, TINY_ENV, TINY_PROMPT, VIDEO_FPS, ask_colour,
-                            ask_count, ask_order, ask_place, ask_shape, choose, draw, neighbours,
+                            ask_count, ask_order, ask_scene, ask_shape, choose, draw, neighbours,
                             order_visits, place, survey, transcript, write_video)
 from model import (Policy, encode, frame_features, load_policy,
                    token_log_probs)
@@ -271,7 +271,7 @@ class Lessons:
 
     def whole(self, overview):
         colours = overview.colours
-        first, last, after = ask_place(colours[:-1], self.rng.randrange(len(colours) - 2))
+        first, last, after = ask_scene(colours[:-1], self.rng.randrange(len(colours) - 2))
         question, right = self.rng.choice([first, last, after, after])
         lines, options = self.draw_options(right, [c for c in COLOURS if c != right and c not in question])
         said = f"{survey(colours)}; {neighbours(colours, right, question)}" + choose(options, right)

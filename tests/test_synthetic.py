@@ -85,7 +85,8 @@ def test_counts_and_order_of_scenes_are_what_the_video_shows(made):
             scenes = [nearest(frame.image[:, 1, 1]) for frame in env.watched[0]]
             assert sorted(scenes[:-1]) == sorted(synthetic.COLOURS) and scenes[-1] == "grey"
             named = [c for c in synthetic.COLOURS if f" {c} scene" in q["question"]]
-            at = 0 if "first" in q["question"] else 7 if "last" in q["question"] else scenes.index(named[0]) + 1
+            asked = q["question"]
+            at = 0 if "first" in asked else 7 if "last" in asked else scenes.index(named[0]) + 1
             assert right == scenes[at]
         seen[kind] += 1
     assert seen["count"] == seen["holistic"] == 10
