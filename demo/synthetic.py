@@ -2,8 +2,8 @@
 
     python data_prep.py synthetic --out runs/data --train 1200 --test 300 --seed 0
 
-writes videos/*.mp4 (H.264), train.jsonl and test.jsonl (questions) and sft.jsonl (trajectories). The same
-numbers and seed give the same bytes.
+writes videos/*.mp4 (H.264), train.jsonl and test.jsonl (questions), sft.jsonl (trajectories) and data.json,
+which remembers the numbers and the seed. The same of these give the same bytes.
 
 A video is a row of nine scenes in 2 to 2.3 minutes: eight background colours in random order, then grey.
 In each coloured scene a figure, which is a shape in some colour, flashes for 1.25 seconds: once in most
@@ -433,7 +433,7 @@ def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
 
 
 def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
-    """Writes videos, train.jsonl, test.jsonl and sft.jsonl into the folder `out`; prints what it wrote. The
+    """Writes the files that the module's docstring names into the folder `out`, and prints what it wrote. The
     numbers are of questions; the last video of a split may have fewer than others."""
     out = Path(out)
     (out / "videos").mkdir(parents=True, exist_ok=True)
@@ -473,8 +473,8 @@ def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
 
 
 def ensure_demo(data, seed):
-    """Makes the synthetic data of the demo in the folder `data` if it is not there. Raises UserError where there is data
-    of another seed: a run would train and test on that."""
+    """Makes the synthetic data of the demo in the folder `data` if it is not there. Raises UserError where
+    there is data of another seed: a run would train and test on that."""
     if not (Path(data) / "sft.jsonl").exists():
         print(f"no {data}/sft.jsonl: making it, as python data_prep.py synthetic --out {data} --seed {seed} "
               "would")
@@ -484,5 +484,6 @@ def ensure_demo(data, seed):
     except (UserError, ValueError, KeyError, TypeError):
         made = "unknown"
     if made != seed:
-        raise UserError(f"{data} holds data of seed {made}, not {seed}: work in another folder, remove it, or make other data "
-                        f"(python data_prep.py synthetic --out DIR --seed {seed}) and name its files with --data")
+        raise UserError(f"{data} holds data of seed {made}, not {seed}: work in another folder, remove it, "
+                        f"or make other data (python data_prep.py synthetic --out DIR --seed {seed}) and "
+                        "name its files with --data")
