@@ -1,1 +1,1 @@
-"""What only the demo needs: synthetic videos with a scripted teacher, and the tiny base model that learns from them."""
+"""What only the demo needs: synthetic videos with a scripted teacher, and the tiny base model."""

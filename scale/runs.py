@@ -83,7 +83,8 @@ def begin_run(out, config, may_differ, inputs, names):
         inputs: {what: path or None}, what is read; the content must be the same.
         names: a regular expression of the names of files that a run writes there, besides run.json.
     Returns: new, unfinished or finished. A finished run whose input has changed since, as a checkpoint that
-    was trained again, is moved aside, too. Raises UserError for a run with other settings, naming the first."""
+    was trained again, is moved aside, too. Raises UserError for a run with other settings, and names the
+    first."""
     may_differ = {*MAY_DIFFER, *may_differ}
     settings = {name: value for name, value in asdict(config).items() if name not in may_differ}
     now = {"settings": settings, "inputs": {what: fingerprint(path) for what, path in inputs.items() if path}}
