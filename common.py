@@ -29,7 +29,7 @@ class UserError(Exception):
 def fail(message):
     """One line, exit status 2. Of several processes one speaks: another than the first only if that goes on.
     torchrun ends the others, and shows the line once more at the end of its own report."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -40,7 +40,7 @@ def fail(message):
 
 def warn(message):
     """One line; of several processes the first one's."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
