@@ -1,20 +1,22 @@
-"""The policy: a Qwen2.5-VL checkpoint, dialogues as the model reads them, log-probabilities, weights for training.
+"""The policy: a Qwen2.5-VL checkpoint, dialogues as the model reads them, and log-probabilities for training.
 
 The decoder layers are transformers' own; what is ours is everything around them:
 
-- `encode` is the only function that turns messages into token ids, a mask and pixels. SFT, RL and evaluation all use
-  it. Ids that were sampled are appended as they are, never decoded and encoded again. The mask marks the tokens that
-  the policy produces: its text, and its end-of-turn token. After </video_zoom> generation stops, so there the
-  environment writes the end-of-turn token and it is not trained.
-- `pack` lays pieces of dialogues, prompts and replies, one behind the other as one sequence: for training, where the
-  prompt of a group is computed once for all its rollouts, and for the prefill of generation.
-- `Policy.forward` is the pass from a pack to log pi(token | everything before) at temperature T, for the trained
-  tokens only: the vocabulary's logits are computed at those positions, in chunks, and once more in the backward pass
-  instead of being kept.
+- `encode` is the only function that turns messages into token ids, a mask and pixels. SFT, RL and evaluation
+  all use it. Ids that were sampled are appended as they are, never decoded and encoded again. The mask marks
+  the tokens that the policy produces: its text, and its end-of-turn token. After </video_zoom> generation
+  stops, so there `encode` writes the end-of-turn token itself and it is not trained.
+- `pack` lays pieces of dialogues, prompts and replies, one behind the other as one sequence without padding:
+  for training, where the prompt of a group is computed once for all its rollouts, and for the prefill of
+  generation.
+- `Policy.forward` is the pass from a pack to log pi(token | everything before) at temperature T, for the
+  trained tokens only: the vocabulary's logits are computed at those positions, in chunks, and once more in
+  the backward pass instead of being kept.
 
-Precision: all compute weights and the residual stream are in one dtype, `--dtype`, for sampling, scoring, reference and
-evaluation alike. Float32 are norms, softmax and attention scores inside, everything from the logits on, and the
-`MasterWeights` that the optimizer changes, from which the compute weights are cast after each step. No autocast.
+Precision: all compute weights and the residual stream are in one dtype, `--dtype`, for sampling, scoring,
+reference and evaluation alike. Float32 are norms, softmax and attention scores inside, everything from the
+logits on, and the weights that the optimizer changes (scale/masters.py), from which the compute weights are
+cast after each step. No autocast.
 """
 
 import copy
@@ -43,18 +45,19 @@ class PolicyError(UserError):
     """A checkpoint that cannot be loaded; the message names it and what to do."""
 
 
-# ------------------------------------------------------------------------------------------------------ the policy
+# ------------------------------------------------------------------------------------------------- the policy
 class Policy(torch.nn.Module):
-    """A Qwen2.5-VL model with its tokenizer, image processor and the environment settings that it was trained with.
+    """A Qwen2.5-VL model with its tokenizer, image processor and the environment settings of its training.
 
-    `hf` is transformers' model and owns all weights, which are of one dtype. What another base model has otherwise
-    (names of its parts, the unit of a frame, sizes of heads) is said here and nowhere else."""
+    `hf` is transformers' model and owns all weights, which are of one dtype. What another base model has
+    otherwise (names of its parts, the unit of a frame, sizes of heads) is said here and nowhere else."""
 
     def __init__(self, hf, tokenizer, image_processor, env_config):
         super().__init__()
         self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
         self.env_config = replace(env_config, frame_unit=self.frame_unit)
-        self.language_model.config._attn_implementation = "zoom"
+        self.language_model.config._attn_implementation = "zoom"  # `_attention` below
+        # the tokens that frame a message and a picture
         special = {t: tokenizer.convert_tokens_to_ids(t) for t in
                    ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")}
         if missing := [t for t, i in special.items() if i is None or i == tokenizer.unk_token_id]:
@@ -65,7 +68,8 @@ class Policy(torch.nn.Module):
         if (largest := max(vocabulary.values())) >= rows:
             raise PolicyError(f"the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
                               "name the checkpoint with its own tokenizer")
-        self.can_close_tag = [False] * rows  # which tokens can end a tag
+        # where a turn may end: only a token with ">" in it makes us look for </video_zoom> in the text
+        self.can_close_tag = [False] * rows
         for token, i in vocabulary.items():
             self.can_close_tag[i] = ">" in token
         ends = hf.generation_config.eos_token_id  # None, an id or several
@@ -115,13 +119,14 @@ class Policy(torch.nn.Module):
 
     def checkpoint_layers(self):
         """Gradient checkpointing: each layer is computed again in the backward pass, not kept."""
-        enable = getattr(self.hf, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+        enable = getattr(self.hf, "activation_checkpointing_enable", None)  # its name from transformers 5.2x
         (enable or self.hf.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, pack, attend, predictors, targets, temperature=1.0, entropy=False):
-        """Log-probabilities of `targets`, each predicted at a place of the pack, and the distributions' entropies.
+        """Log-probabilities of `targets`, each predicted at a place of the pack, and the entropies there.
 
         Args:
+            pack: a Pack, see `pack`.
             attend: who sees whom, see `hidden_states`.
             predictors, targets: (N,) places in the pack, and the ids that are predicted there.
         Returns: two float32 tensors (N,), the second None without `entropy`."""
@@ -137,31 +142,35 @@ class Policy(torch.nn.Module):
         Args:
             ids: (B, T).
             positions: (3, B, T), time, row and column for the rotary embedding.
-            attend: attend(layer, query (B, heads, T, D), key and value (B, kv heads, T, D)) -> (B, T, heads, D).
+            attend: the attention of each layer, attend(number of the layer, query (B, heads, T, D), key and
+                value (B, kv heads, T, D)) -> (B, T, heads, D); queries and keys are rotated already.
             is_image, features: (B, T), and (number of image tokens, hidden) in reading order."""
         lm = self.language_model
+        # the embeddings, with the frames' features at their tokens
         hidden = lm.embed_tokens(ids)
         if features is not None:
             hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
+        # the layers
         rotary = lm.rotary_emb(hidden, positions)  # angles in float32, cosines and sines in the compute dtype
         for layer in lm.layers:
             hidden = layer(hidden, position_embeddings=rotary, attend=attend)
         return lm.norm(hidden)
 
     def logits(self, hidden, temperature=1.0):
-        """Float32 logits over the vocabulary, divided by the temperature: sampled and scored from the same ones."""
+        """Float32 logits over the vocabulary, divided by the temperature: sampling and scoring share them."""
         logits = self.head(hidden).float()
         return logits if temperature == 1 else logits / temperature
 
     def score(self, hidden, targets, temperature, entropy):
+        """One chunk of `forward`: log-probabilities of `targets` (N,) after `hidden` (N, hidden), entropies."""
         log_p = F.log_softmax(self.logits(hidden, temperature), dim=-1)  # (N, vocabulary)
         chosen = log_p.gather(1, targets[:, None])[:, 0]
         return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None
 
 
 def _attention(module, query, key, value, attention_mask=None, attend=None, **kwargs):
-    """What transformers' layers call: `attend` decides who sees whom. Without it, plain SDPA, so that transformers'
-    own forward and generate keep working on our model."""
+    """What transformers' layers call: `attend` decides who sees whom. Without it, plain SDPA, so that
+    transformers' own forward and generate keep working on our model."""
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attend(module.layer_idx, query, key, value), None
@@ -192,7 +201,7 @@ def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_f
     return policy
 
 
-# ------------------------------------------------------------------------------------- dialogue to ids and pixels
+# --------------------------------------------------------------------------------- dialogue to ids and pixels
 @dataclass
 class Dialogue:
     """A conversation as the model reads it. All lists but `frames` have one entry a token."""
@@ -203,7 +212,7 @@ class Dialogue:
     positions: list = field(default_factory=list)  # (temporal, height, width) for the rotary embedding
     next_position: int = 0
     frames: list = field(default_factory=list)  # Frame, in the order of their tokens
-    features: list = field(default_factory=list)  # (tokens of the frame, hidden) of the first frames, once computed
+    features: list = field(default_factory=list)  # (tokens, hidden) of each frame, as far as computed
     prompt_length: int = 0  # tokens before the first assistant turn: shared by the rollouts of a question
     sampled_log_probs: list = field(default_factory=list)  # of the sampled tokens, in order
     advantage: float = 0.0  # of all its sampled tokens, set by rl.py
@@ -220,7 +229,8 @@ class Dialogue:
         self.next_position += len(ids)
 
     def add_frame(self, frame, image_pad, unit):
-        """One image: its tokens share a time, and stand at their rows and columns (M-RoPE, arXiv 2409.12191)."""
+        """One image: its tokens share a time, and stand at their rows and columns (M-RoPE, arXiv 2409.12191);
+        what follows goes on after the largest of them."""
         rows, columns = (side // unit for side in frame.image.shape[1:])
         self.ids += [image_pad] * (rows * columns)
         self.trained += [False] * (rows * columns)
@@ -240,15 +250,18 @@ class Sampled:
 
 
 def encode(policy, messages, dialogue=None, learn=True):
-    """Appends messages to a dialogue (a new one by default) in Qwen's chat template and returns it.
+    """Appends messages to a dialogue (a new one by default) in Qwen's chat template and returns it:
 
-    After a system or user message that ends `messages`, the header of the assistant's turn follows, ready to generate.
-    An assistant message holds either its text or a Sampled. `learn` says whether what the assistant produced is
-    trained."""
+        <|im_start|>user\\n text and <|vision_start|> image tokens <|vision_end|> in turn <|im_end|>\\n
+
+    After a user message that ends `messages` the header of the assistant's turn follows, ready to generate.
+    An assistant message holds either its text or a Sampled. `learn` says whether what the assistant produced
+    is trained."""
     dialogue = Dialogue() if dialogue is None else dialogue
     # split_special_tokens: text, whoever wrote it, never turns into a special token
     tokenize = lambda text: policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     for i, message in enumerate(messages):
+        # what the policy said, without the header, which stands there already
         if message.role == "assistant":
             said = message.content[0]
             if isinstance(said, Sampled):
@@ -259,6 +272,7 @@ def encode(policy, messages, dialogue=None, learn=True):
             dialogue.add(ids, trained=learn)
             dialogue.add(([] if ids and ids[-1] == policy.im_end else [policy.im_end]) + tokenize("\n"))
             continue
+        # what it is told and shown: text in one piece between frames, as pieces would be other tokens
         dialogue.add([policy.im_start])
         text = message.role + "\n"
         for item in message.content:
@@ -270,6 +284,7 @@ def encode(policy, messages, dialogue=None, learn=True):
             else:
                 text += item
         dialogue.add((tokenize(text) if text else []) + [policy.im_end] + tokenize("\n"))
+        # the header of the assistant's turn
         if message.role == "user" and (i + 1 == len(messages) or messages[i + 1].role == "assistant"):
             dialogue.add([policy.im_start] + tokenize("assistant\n"))
             dialogue.prompt_length = dialogue.prompt_length or len(dialogue.ids)
@@ -277,8 +292,8 @@ def encode(policy, messages, dialogue=None, learn=True):
 
 
 def replay(policy, row, root="."):
-    """A trajectory row as a Dialogue: what the policy said is in the row, what it saw is replayed by the environment
-    (with the `max_zooms` of the row's provenance, where it names one).
+    """A trajectory row, for SFT, as a Dialogue: what the policy said is in the row, what it saw is replayed
+    by the environment (with the `max_zooms` of the row's provenance, where it names one).
 
     Returns (dialogue, env). Raises VideoError, and ValueError if the turns do not fit the episode."""
     max_zooms = (row.get("provenance") or {}).get("max_zooms", policy.env_config.max_zooms)
@@ -303,18 +318,20 @@ def frame_features(policy, frames):
     features = {}
     for i in range(0, len(distinct), VISION_BATCH):
         chunk = distinct[i:i + VISION_BATCH]
+        # to patches, without resizing: frames have the policy's sizes; then through encoder and projector
         pixels = policy.image_processor([f.image for f in chunk], do_resize=False, return_tensors="pt")
         grid = pixels["image_grid_thw"].to(policy.device)  # (frames, 3): time, height and width in patches
         output = policy.visual(pixels["pixel_values"].to(policy.device, policy.dtype), grid_thw=grid)
+        # a token is a square of patches, merged by the projector
         sizes = (grid.prod(-1) // policy.visual.config.spatial_merge_size ** 2).tolist()
         features.update(zip(map(id, chunk), output.pooler_output.split(sizes)))
     return [features[id(frame)] for frame in frames]
 
 
 def fill_features(policy, dialogues):
-    """Computes the features that the dialogues still lack and keeps them there. The vision tower is frozen in SFT and
-    RL, so they serve generation and every later pass."""
-    dialogues = list({id(d): d for d in dialogues}.values())  # one that is named twice takes its features once
+    """Computes the features that the dialogues still lack and keeps them there. The vision tower is frozen in
+    SFT and RL, so they serve generation and every later pass."""
+    dialogues = list({id(d): d for d in dialogues}.values())  # one that is named twice takes them once
     missing = [frame for d in dialogues for frame in d.frames[len(d.features):]]
     with torch.no_grad():
         features = iter(frame_features(policy, missing))
@@ -322,7 +339,7 @@ def fill_features(policy, dialogues):
         d.features += [next(features) for _ in d.frames[len(d.features):]]
 
 
-# -------------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------------------- packing
 @dataclass
 class Pack:
     """Pieces of dialogues, one behind the other, as one sequence of T tokens."""
@@ -335,11 +352,12 @@ class Pack:
 
 
 def pack(policy, pieces):
-    """Packs pieces (dialogue, start, stop): the tokens from `start` to `stop` of a dialogue, whose features are there.
+    """Packs pieces (dialogue, start, stop): tokens `start` to `stop` of a dialogue that has its features.
 
-    Token t of a dialogue is at place span.start + t - start. A piece keeps the positions that it has in its dialogue,
-    so where it stands in the pack does not matter; what it sees is decided by attention (`attend_pieces`). Features
-    are those of the piece's image tokens: the ones before `start` belong to another piece."""
+    Token t of a dialogue is at place span.start + t - start. A piece keeps the positions that it has in its
+    dialogue, so where it stands in the pack does not matter; what it sees is decided by attention
+    (`attend_pieces`). Features are those of the piece's image tokens: the ones before `start` belong to
+    another piece."""
     ids, is_image, positions, features, spans = [], [], [], [], []
     for d, start, stop in pieces:
         spans.append(slice(len(ids), len(ids) + stop - start))
@@ -366,19 +384,23 @@ def attend_pieces(query, key, value, spans, before):
         q, k, v = query[:, :, span], key[:, :, span], value[:, :, span]
         if (earlier := before(i)) is not None:
             k, v = (torch.cat(both, dim=2) for both in zip(earlier, (k, v)))
-        # the queries are the last ones of the keys; this mask takes no memory and lets CUDA use flash attention
+        # the queries are the last of the keys; this mask takes no memory and lets CUDA use flash attention
         seen = causal_lower_right(q.shape[2], k.shape[2])
         out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True))
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------- log-probabilities, for training
+# ---------------------------------------------------------------------------- log-probabilities, for training
 def token_log_probs(policy, groups, temperature=1.0, entropy=False):
-    """Log-probabilities of the trained tokens of dialogues, and the entropies of the distributions that they came from.
+    """Log-probabilities of the trained tokens of dialogues, and the entropies where they were predicted.
+
+    All of them run as one packed sequence, a group's prompt once, seen by all that follow from it:
+
+        prompt A | rest of A1 | rest of A2 | rest of A3 | prompt B | rest of B1 | ..
 
     Args:
-        groups: lists of dialogues that share their first `prompt_length` tokens; [[d] for d in dialogues] for no group.
-            All of them run as one packed sequence.
+        groups: lists of dialogues that share their first `prompt_length` tokens; [[d] for d in dialogues] for
+            no group.
         entropy: whether to compute entropies too (else None).
     Returns: (N,) tensors over all trained tokens, dialogue after dialogue."""
     pieces, prompt_of = [], []  # pieces of the pack, and for each the number of the piece that is its prompt
@@ -393,8 +415,8 @@ def token_log_probs(policy, groups, temperature=1.0, entropy=False):
             prompt_of.append(None)
             length += shared
         for d in group:
-            # what follows it: token t is at `base + t`, and of the prompt at `prompt_start + t`; token t is predicted
-            # by the place of t - 1, which for the first of a reply is the last of the prompt
+            # what follows it: token t is at `base + t`, and of the prompt at `prompt_start + t`; token t is
+            # predicted by the place of t - 1, which for the first of a reply is the last of the prompt
             assert d.ids[:shared] == group[0].ids[:shared] and not any(d.trained[:shared])
             base = length - shared
             for t, trained in enumerate(d.trained):
@@ -404,6 +426,7 @@ def token_log_probs(policy, groups, temperature=1.0, entropy=False):
             pieces.append((d, shared, len(d.ids)))
             prompt_of.append(prompt)
             length += len(d.ids) - shared
+    # one pass, in which each piece sees itself and its prompt
     packed = pack(policy, pieces)
 
     def attend(layer, query, key, value):
@@ -425,14 +448,17 @@ def packed_length(group):
 
 
 def split_by_tokens(groups, max_tokens):
-    """Batches of groups of at most `max_tokens` packed tokens each; a group that is larger is divided."""
+    """Batches of groups, each of at most `max_tokens` packed tokens, but of one dialogue at least; a group
+    that is larger is divided."""
     batches, room = [], 0
     for group in groups:
         while group:
+            # as many of the group as go into one batch
             size = len(group)
             while size > 1 and packed_length(group[:size]) > max_tokens:
                 size -= 1
             part, group = group[:size], group[size:]
+            # into the last batch, or a new one
             if packed_length(part) > room:
                 batches.append([])
                 room = max_tokens
