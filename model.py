@@ -162,7 +162,7 @@ class Policy(torch.nn.Module):
         return logits if temperature == 1 else logits / temperature
 
     def score(self, hidden, targets, temperature, entropy):
-        """One chunk of `forward`: log-probabilities of `targets` (N,) after `hidden` (N, hidden), entropies."""
+        """A chunk of `forward`: log-probabilities of `targets` (N,) after `hidden` (N, hidden), entropies."""
         log_p = F.log_softmax(self.logits(hidden, temperature), dim=-1)  # (N, vocabulary)
         chosen = log_p.gather(1, targets[:, None])[:, 0]
         return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None

@@ -1,7 +1,8 @@
 """Rollouts: episodes in which the policy looks, zooms and answers. First the plain way, then many at once.
 
-`play` is the whole agentic episode, one token after the other, each from a pass over everything before it. `Engine`
-plays the same episodes, many at once on one KV cache (generation.py); at temperature 0 both say the same tokens.
+`play` is the whole agentic episode, one token after the other, each from a pass over everything before it.
+`Engine` plays the same episodes, many at once on one KV cache (generation.py); at temperature 0 both say the
+same tokens.
 
     outside                          live: episode i has row i of the cache
     ┌───────────────────┐   enter    ┌──────────────────┬─────────────────────┐
@@ -10,10 +11,10 @@ plays the same episodes, many at once on one KV cache (generation.py); at temper
     │ they have no row  │ make_room  │ rows 0 .. d - 1  │ rows d ..           │
     └───────────────────┘            └──────────────────┴─────────────────────┘
 
-A question's group is admitted when there is room for it, and its prompt gets a place in the cache. An episode whose
-turn is over changes places with the last one that is decoding. When enough of them wait, their replies are taken and
-run as one packed sequence, and free rows go to episodes outside. What runs when depends on no clock, so a seed gives
-one result.
+A question's group is admitted when there is room for it, and its prompt gets a place in the cache. An
+episode whose turn is over changes places with the last one that is decoding. When enough of them wait, their
+replies are taken and run as one packed sequence, and free rows go to episodes outside. What runs when depends
+on no clock, so a seed gives one result.
 """
 
 from collections import deque
@@ -33,16 +34,16 @@ from zoom_env import Message, ZoomEnv, stop_strings
 class RolloutConfig:
     """Settings of rollouts."""
 
-    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss; 0 takes the most likely token
+    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss; 0: the likeliest token
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
-    max_response_tokens: int = 32_768  # an episode ends before a reply with which all after the prompt were longer
+    max_response_tokens: int = 32_768  # after the prompt; an episode ends before a reply that goes beyond
     max_rows: int = 64  # episodes that a process plays at one time, at most
-    cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; if it is too small, fewer are played at a time
-    compile: bool | None = None  # compile the decode step; by default on cuda, where it also becomes a CUDA graph
+    cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; if too small, fewer play at a time
+    compile: bool | None = None  # compile the decode step; by default on cuda, as a CUDA graph there
     look_every: int | None = None  # tokens between looks for ends of turns; by default 8 if compiled, else 1
 
 
-# ---------------------------------------------------------------------------------------------------- the episode
+# ------------------------------------------------------------------------------------------------ the episode
 @dataclass
 class Episode(Row):
     """One rollout: its environment, which records turns and rewards, and its dialogue."""
@@ -60,14 +61,14 @@ class Episode(Row):
         return policy.can_close_tag[token] and any(stop in policy.tokenizer.decode(tail) for stop in stops)
 
     def end_turn(self, policy):
-        """The turn becomes part of the dialogue, its ids as sampled. Returns its text, without an end token."""
+        """The turn becomes part of the dialogue, ids as sampled. Returns its text, without an end token."""
         ids, log_probs, self.turn_ids, self.turn_log_probs = self.turn_ids, self.turn_log_probs, [], []
         self.truncated = not Episode(self.dialogue, ids).turn_is_over(policy)
         encode(policy, [Message("assistant", [Sampled(ids, log_probs)])], self.dialogue)
         return policy.tokenizer.decode(ids[:-1] if ids[-1] in policy.end_tokens else ids)
 
     def take_reply(self, policy, reply, max_response_tokens):
-        """The environment's message is appended, unless the episode is over, or is now too long."""
+        """The environment's message is appended, unless the episode is over, or would be too long with it."""
         if not self.env.done and not self.truncated:
             longer = encode(policy, reply, self.dialogue.fork())
             self.truncated = len(longer.ids) - longer.prompt_length > max_response_tokens
@@ -89,11 +90,12 @@ def play(policy, question, config, root=".", generator=None):
         while not e.turn_ids or not e.turn_is_over(policy) and len(e.turn_ids) < config.max_turn_tokens:
             sequence = pack(policy, [(e.so_far(), 0, e.total)])
             attend = lambda layer, q, k, v: attend_pieces(q, k, v, sequence.spans, lambda piece: None)
-            hidden = policy.hidden_states(sequence.ids, sequence.positions, attend, sequence.is_image, sequence.features)
+            hidden = policy.hidden_states(sequence.ids, sequence.positions, attend, sequence.is_image,
+                                          sequence.features)
             token, log_prob = sample(policy, hidden[:, -1], config.temperature, generator)
             e.turn_ids.append(token.item())
             e.turn_log_probs.append(log_prob.item())
-        # what it said goes to the environment: a zoom, whose frames come back, or an answer, which ends the episode
+        # what it said goes to the environment: a zoom, whose frames come back, or an answer, the end
         reply = env.step(e.end_turn(policy))
         e.take_reply(policy, reply, config.max_response_tokens)
     return e
@@ -105,10 +107,13 @@ def rollout(policy, questions, group_size=1, config=RolloutConfig(), **how):
     return Engine(policy, group_size, config, generator).play(questions, **how)
 
 
-# ---------------------------------------------------------------------------------------------------- many at once
+# ----------------------------------------------------------------------------------------------- many at once
 class Engine:
-    """Plays episodes of a policy, many at once. It may play again after the policy's weights have changed: cache and
-    captured steps stay.
+    """Plays episodes of a policy, many at once. It may play again after the policy's weights have changed:
+    cache and captured steps stay.
+
+    live: the Episodes that have rows, `live[i]` row i of the cache. decoding: how many of them, the first
+    ones, are within a turn. outside: those that are admitted and have no row.
 
     Args:
         group_size: episodes a question.
@@ -130,8 +135,8 @@ class Engine:
             questions: question rows, their videos relative to `root`.
             env_config: other settings of the environment than the policy's.
             on_end: called with each episode that ended.
-        Returns: (groups, skipped): a list of Episode for each question, empty for one whose video cannot be read, and
-            the (question id, reason) of those."""
+        Returns: (groups, skipped): a list of Episode for each question, empty for one whose video cannot be
+            read, and the (question id, reason) of those."""
         self.live, self.decoding, self.outside, self.on_end = [], 0, deque(), on_end
         self.cache.clear()
 
@@ -148,6 +153,7 @@ class Engine:
         with ThreadPoolExecutor(4) as self.video_threads:
             try:
                 while upcoming or ahead or new or self.live or self.outside:
+                    # what the environment said, where a turn is over
                     self.take_replies()
                     # new groups, as long as there is room
                     admitted = []
@@ -171,16 +177,18 @@ class Engine:
                     while self.decoding and not self.should_pause():
                         self.decode()
             except BaseException:
-                self.video_threads.shutdown(wait=False, cancel_futures=True)  # else the videos ahead would be waited for
+                # else leaving the pool would wait for the videos ahead
+                self.video_threads.shutdown(wait=False, cancel_futures=True)
                 raise
         return groups, skipped
 
     def make_group(self, env, dialogue):
+        """The episodes of a question, which go apart after the prompt."""
         return [Episode(dialogue.fork(), number=number, cached=dialogue.prompt_length, env=env.fork())
                 for number in range(self.group_size)]
 
     def should_pause(self):
-        """Whether enough episodes wait for a reply, a quarter and at least 4, to stop decoding and run them."""
+        """Whether so many episodes wait for a reply, a quarter and at least 4, that they are to run first."""
         return len(self.live) - self.decoding >= max(4, len(self.live) // 4)
 
     def take_replies(self):
@@ -202,12 +210,14 @@ class Engine:
         return e.env.done
 
     def admit(self, group):
-        """Takes in a new group if there is room for it. Returns whether it did; where nothing else runs it always does."""
+        """Takes in a new group if there is room for it, or nothing else runs. Returns whether it did."""
+        # room for all that runs and the group, each row as long as the longest, or a turn
         rows, prompt_length = len(self.live) + len(self.outside) + len(group), group[0].prompt_length
         length = max(self.longest(*self.outside), self.config.max_turn_tokens)
         fits = rows <= self.config.max_rows and rows <= self.cache.most_rows(length, prompt_length)
         if (self.live or self.outside) and not fits:
             return False
+        # a place for the prompt, which `enter` computes; the episodes get rows there, too
         place = self.cache.add_prompt(prompt_length, len(group))
         for e in group:
             e.place = place
@@ -215,8 +225,10 @@ class Engine:
         return True
 
     def enter(self, new_groups):
-        """Gives episodes outside a row as long as there is room, runs all that the cache lacks of the prompts of the new
-        groups and of the episodes that are not decoding, and samples the first token of the latter's next turn."""
+        """Gives episodes outside a row as long as there is room, runs all that the cache lacks of the prompts of
+        the new groups and of the episodes that are not decoding, and samples the first token of the latter's
+        next turn."""
+        # rows for episodes outside
         while self.outside and len(self.live) < max(1, self.config.max_rows):
             e = self.outside[0]
             if self.take_reply(e):
@@ -226,10 +238,12 @@ class Engine:
             if self.live and len(self.live) + 1 > self.cache.most_rows(length):
                 break  # it would have to leave again soon
             self.live.append(self.outside.popleft())
+        # one pass over prompts and replies
         self.make_room()
         first, entering = self.decoding, self.live[self.decoding:]
         prompts = [(group[0].place, group[0].dialogue) for group in new_groups]
         hidden = prefill(self.policy, self.cache, prompts, entering, first)
+        # the first token of each turn; all rows decode now
         if entering:
             tokens, log_probs = sample(self.policy, hidden, self.config.temperature, self.decoder.generator)
             self.decoding = len(self.live)
@@ -240,8 +254,8 @@ class Engine:
         return max((e.own_length for e in (*self.live, *more)), default=0) + self.steps
 
     def make_room(self):
-        """Room for the longest row in each row; where the budget is too small for that, rows leave from the back, those
-        that wait first, and run again later."""
+        """Room for the longest row in each row; where the budget is too small for that, rows leave from the
+        back, those that wait first; all after their prompt is computed again later."""
         while len(self.live) > 1 and len(self.live) > self.cache.most_rows(self.longest()):
             e = self.live.pop()
             e.cached = e.prompt_length
@@ -259,9 +273,9 @@ class Engine:
         self.settle(0, *sampled)
 
     def settle(self, first, tokens, log_probs):
-        """Appends what was sampled for the rows from `first` to the last one that is decoding, lists of lists. Where a
-        turn is over, the environment gets it and answers in a thread. From the back: such a row changes places with the
-        last one that is decoding, which then is settled already."""
+        """Appends what was sampled for the rows from `first` to the last one that is decoding: lists of lists,
+        `steps` tokens a row. Where a turn is over, the environment gets it and answers in a thread."""
+        # from the back: such a row changes places with the last one that is decoding, settled already
         for i in reversed(range(first, self.decoding)):
             e, sampled = self.live[i], list(zip(tokens[i - first], log_probs[i - first]))
             for number, (token, log_prob) in enumerate(sampled, 1):
@@ -275,6 +289,7 @@ class Engine:
                     break
 
     def swap(self, a, b):
+        """Two rows change places, with what the cache holds of them."""
         live = self.live
         self.cache.swap(a, b, max(live[i].cached - live[i].prompt_length for i in (a, b)))
         live[a], live[b] = live[b], live[a]

@@ -33,14 +33,15 @@ from sources.answers import LETTERS, grade, option_texts, read_untagged
 from video import VideoError, open_video, read_frames
 
 # Trained checkpoints know these words, and those of the errors below: another text needs new training.
-SYSTEM_PROMPT = """You answer a question about a video. You first see a few frames of the whole video, each after a tag \
-with its number and its time in seconds. If they do not show what you need, look closer with the zoom tool: it returns \
-frames of one segment of the video, at the frame rate that you ask for.
+SYSTEM_PROMPT = """You answer a question about a video. You first see a few frames of the whole video, each \
+after a tag with its number and its time in seconds. If they do not show what you need, look closer with the \
+zoom tool: it returns frames of one segment of the video, at the frame rate that you ask for.
 
 In each turn, write your reasoning inside <think> and </think>, and after it exactly one of these:
-<video_zoom>{"segment": [start_sec, end_sec], "fps": n}</video_zoom> to look closer, with (end_sec - start_sec) * fps \
-not above ZOOM_MAX_FRAMES;
-<answer>your final answer</answer> to end. For a multiple-choice question answer with the letter of the option."""
+<video_zoom>{"segment": [start_sec, end_sec], "fps": n}</video_zoom> to look closer, with \
+(end_sec - start_sec) * fps not above ZOOM_MAX_FRAMES;
+<answer>your final answer</answer> to end. For a multiple-choice question answer with the letter of the \
+option."""
 MAY_ZOOM = "You may zoom in {left} more time(s), or answer now."
 LAST_TURN = "You cannot zoom in any more. Give your final answer now, without <video_zoom>."
 
@@ -198,7 +199,8 @@ class ZoomEnv:
         return "\n".join(lines)
 
     def _options(self):
-        return [f"{a}. {option}" for a, option in zip(LETTERS, option_texts(self.question.get("options") or []))]
+        options = option_texts(self.question.get("options") or [])
+        return [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
 
     def _overview(self):
         if chosen := self.question.get("overview_frames"):
