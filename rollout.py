@@ -225,8 +225,8 @@ class Engine:
         return True
 
     def enter(self, new_groups):
-        """Gives episodes outside a row as long as there is room, runs all that the cache lacks of the prompts of
-        the new groups and of the episodes that are not decoding, and samples the first token of the latter's
+        """Gives episodes outside a row as long as there is room, runs all that the cache lacks of the prompts
+        of new groups and of the episodes that are not decoding, and samples the first token of the latter's
         next turn."""
         # rows for episodes outside
         while self.outside and len(self.live) < max(1, self.config.max_rows):
@@ -273,8 +273,8 @@ class Engine:
         self.settle(0, *sampled)
 
     def settle(self, first, tokens, log_probs):
-        """Appends what was sampled for the rows from `first` to the last one that is decoding: lists of lists,
-        `steps` tokens a row. Where a turn is over, the environment gets it and answers in a thread."""
+        """Appends what was sampled for the rows from `first` to the last one that is decoding: lists, one a
+        row. Where a turn is over, the environment gets it and answers in a thread."""
         # from the back: such a row changes places with the last one that is decoding, settled already
         for i in reversed(range(first, self.decoding)):
             e, sampled = self.live[i], list(zip(tokens[i - first], log_probs[i - first]))

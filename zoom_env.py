@@ -203,8 +203,10 @@ class ZoomEnv:
         return [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
 
     def _overview(self):
+        # a data set may name the frames, by their numbers in the video
         if chosen := self.question.get("overview_frames"):
             return self.frames_at(open_video(self.path).times_of(tuple(chosen)))
+        # else uniform ones, or the key frames next to them
         times_s = overview_times(self.duration_s, self.config)
         how = self.config.overview
         by_key = how == "nearest_keyframe" or how == "auto" and self.duration_s > LONG_S
@@ -218,10 +220,12 @@ class ZoomEnv:
                 for item in ("\n" * (index > 0) + f"<frame{index}_time{frame.time_s:.2f}s>", frame)]
 
     def _go_on(self):
+        """What ends each message: may it zoom, or must it answer."""
         left = self.config.max_zooms - len(self.turns)
         return MAY_ZOOM.format(left=left) if left > 0 else LAST_TURN
 
     def _hits(self, segment):
+        """Whether a segment overlaps the question's evidence, [start_s, end_s] pairs; None if it has none."""
         evidence = self.question.get("evidence")
         return any(segment[0] < end and start < segment[1] for start, end in evidence) if evidence else None
 
@@ -358,6 +362,7 @@ def parse_zoom(text, duration_s, config):
 
 
 def run_zoom(env, arguments):
+    """The frames of a zoom: one in the middle of each of (end - start) * fps slices, and one at least."""
     (start_s, end_s), fps = arguments["segment"], arguments["fps"]
     num_frames = max(1, math.floor((end_s - start_s) * fps + 1e-6))
     return env.frames_at(slice_centres(start_s, end_s, num_frames))
@@ -376,5 +381,6 @@ def reward_parts(env):
     """{part: from 0 to 1} for each of REWARD_PARTS, of an episode that is over."""
     accuracy = grade(env.answer(), env.question)
     well_formed = env.answer() is not None and all(turn.well_formed for turn in env.turns)
+    # right from 0.5 on: a time segment may be partly right (sources/answers.py)
     used_tool = accuracy >= 0.5 and env.num_calls() > 0
     return {"accuracy": accuracy, "format": float(well_formed), "tool": float(used_tool)}
