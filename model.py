@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from common import UserError, read_text
 from video import Frame
-from zoom_env import Message, ZoomEnv
+from zoom_env import Message, ZoomEnv, stop_strings, until_call
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -68,7 +68,7 @@ class Policy(torch.nn.Module):
         if (largest := max(vocabulary.values())) >= rows:
             raise PolicyError(f"the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
                               "name the checkpoint with its own tokenizer")
-        # where a turn may end: only a token with ">" in it makes us look for </video_zoom> in the text
+        # where a turn may end: only a token with ">" in it makes us look for the end of a call in the text
         self.can_close_tag = [False] * rows
         for token, i in vocabulary.items():
             self.can_close_tag[i] = ">" in token
@@ -268,7 +268,7 @@ def encode(policy, messages, dialogue=None, learn=True):
                 ids = said.ids
                 dialogue.sampled_log_probs += said.log_probs
             else:
-                ids = tokenize(said) + ([] if said.endswith("</video_zoom>") else [policy.im_end])
+                ids = tokenize(said) + ([] if said.endswith(stop_strings()) else [policy.im_end])
             dialogue.add(ids, trained=learn)
             dialogue.add(([] if ids and ids[-1] == policy.im_end else [policy.im_end]) + tokenize("\n"))
             continue
@@ -303,8 +303,7 @@ def replay(policy, row, root="."):
     for i, (text, is_learned) in enumerate(zip(row["turns"], row["learn"], strict=True)):
         if env.done:
             raise ValueError(f"the episode is over after {i} of {len(row['turns'])} turns")
-        if "</video_zoom>" in text:  # where generation stops
-            text = text.partition("</video_zoom>")[0] + "</video_zoom>"
+        text = until_call(text)  # where generation stops
         encode(policy, [Message("assistant", [text])], dialogue, learn=is_learned)
         encode(policy, env.step(text), dialogue)
     if not env.done:

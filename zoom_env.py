@@ -376,6 +376,12 @@ def stop_strings():
     return tuple(f"</{tag}>" for tag in TOOLS)
 
 
+def until_call(text):
+    """A turn's text up to the end of its first call, all of it where there is none."""
+    ends = [text.index(stop) + len(stop) for stop in stop_strings() if stop in text]
+    return text[:min(ends, default=None)]
+
+
 # ---------------------------------------------------------------------------------------------------- rewards
 def reward_parts(env):
     """{part: from 0 to 1} for each of REWARD_PARTS, of an episode that is over."""

@@ -5,11 +5,14 @@ import random
 import re
 import struct
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import zoom_env
 from data_prep import question_error
+from tiny import random_policy
+from model import replay
 from test_video import BAD_FILES, FILES, decode_all, on_screen, write_video
 from video import Frame, Video, VideoError, open_video, scale
 from zoom_env import (LAST_TURN, REWARD_PARTS, EnvConfig, RewardWeights, Tool, ZoomEnv, grade, overview_times,
@@ -493,6 +496,19 @@ def crop(monkeypatch):
 
 def crop_call(time_s, box):
     return f'<think>I look closer.</think>\n<crop>{json.dumps({"time": time_s, "box": box})}</crop>'
+
+
+def test_a_trajectory_with_a_second_tool_is_replayed(folder, crop):
+    """A turn ends with its first call, whichever tool that calls; its end-of-turn token is the environment's."""
+    policy = random_policy()
+    policy.env_config = replace(policy.env_config, max_zooms=4)
+    calls = [crop_call(7.99, [0, 0.5, 0.5, 1]), zoom(4, 8, 1)]
+    turns = [calls[0] + " and" + calls[1], calls[1] + calls[0], ANSWER]
+    row = {"question": {"id": "q", "video": "20s.mp4", "question": "Which?", "options": ["red", "blue"], "answer": "B",
+                        "answer_type": "multiple_choice"}, "kind": "exemplar", "turns": turns, "learn": [True] * 3, "provenance": {}}
+    dialogue, env = replay(policy, row, folder)
+    said = policy.tokenizer.decode([i for i, trained in zip(dialogue.ids, dialogue.trained) if trained])
+    assert said == calls[0] + calls[1] + ANSWER + "<|im_end|>" and [t.tool for t in env.turns[:2]] == ["crop", "video_zoom"]
 
 
 def test_a_second_tool_plays_beside_the_first(folder, crop):
