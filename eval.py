@@ -35,7 +35,7 @@ from common import RunConfig, UserError, choose_dtype, parse_flags, run_main, st
 from data_prep import question_error, read_questions, use_overview
 from demo import synthetic
 from model import load_policy
-from rollout import Engine, RolloutConfig, rollout
+from rollout import Engine, RolloutConfig
 from scale import runs
 from scale.first_day import check_decoder
 from video import open_video
@@ -224,7 +224,9 @@ def ask(config, world, device):
     use_overview(EnvConfig(), [question], config.overview, config.max_bad)
     policy = load(checkpoints(config)[0 if config.model else -1], config, device)
     generator = torch.Generator(policy.device).manual_seed(config.seed)
-    groups, skipped = rollout(policy, [question], 1, config, generator=generator)
+    engine = Engine(policy, 1, config, generator)
+    check_decoder(engine.decoder)
+    groups, skipped = engine.play([question])
     if skipped:
         raise UserError(skipped[0][1])
     env = groups[0][0].env
@@ -245,14 +247,14 @@ def checkpoints(config):
 
 
 def strip(images):
-    """(3, H, W) images side by side, upper edges in line; a film's size may change, so some reach further down."""
+    """(3, H, W) images side by side, upper edges in line. A film's size may change: some reach further down."""
     height = max(image.shape[1] for image in images)
     return torch.cat([torch.nn.functional.pad(i, (0, 0, 0, height - i.shape[1])) for i in images], dim=2)
 
 
 def main():
     config = parse_flags(Config, __doc__, DEMO, ("max_questions", "max_turn_tokens", "max_rows"))
-    rank, world, device = start_processes(config.device)
+    rank, world, device = start_processes(config.device, config.timeout_min)
     for flag, known in (("mode", ("zoom", "uniform")), ("resume", ("auto", "never"))):
         if getattr(config, flag) not in known:
             raise UserError(f"--{flag} must be {' or '.join(known)}, not {getattr(config, flag)}")
@@ -277,7 +279,8 @@ def main():
     inputs = {"question file": config.data, "system prompt": config.system_prompt,
               "overview": config.overview if (config.overview or "").endswith(".json") else None}
     inputs |= {f"checkpoint {name}": name for name in names}
-    state, done = written.begin(replace(config, dtype=str(dtype)), MAY_DIFFER, inputs, FILES)
+    resolved = replace(config, dtype=str(dtype).removeprefix("torch."))
+    state, done = written.begin(resolved, MAY_DIFFER, inputs, FILES)
 
     # each process plays its share, and writes a line an episode
     for name in names if state != "finished" else []:

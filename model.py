@@ -50,7 +50,8 @@ class Policy(torch.nn.Module):
     """A Qwen2.5-VL model with its tokenizer, image processor and the environment settings of its training.
 
     `hf` is transformers' model and owns all weights, which are of one dtype. What another base model has
-    otherwise (names of its parts, the unit of a frame, sizes of heads) is said here and nowhere else."""
+    otherwise (names of its parts, the unit of a frame, sizes of heads) is said here, its chat template in
+    `encode`, what its vision tower takes and gives in `frame_features`."""
 
     def __init__(self, hf, tokenizer, image_processor, env_config):
         super().__init__()
@@ -204,7 +205,8 @@ def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_f
 # --------------------------------------------------------------------------------- dialogue to ids and pixels
 @dataclass
 class Dialogue:
-    """A conversation as the model reads it. All lists but `frames` have one entry a token."""
+    """A conversation as the model reads it. ids, trained, is_image and positions have one entry a token,
+    frames and features one a frame, sampled_log_probs one a sampled token."""
 
     ids: list = field(default_factory=list)
     trained: list = field(default_factory=list)  # True for a token that the policy produced

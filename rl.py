@@ -20,7 +20,7 @@ Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.js
 
 From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27, KL 0.001 (k3), entropy
 0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: log
-pi_old is noted while sampling, not computed in a second pass (they are the same to 1e-4, tested; the metric
+pi_old is noted while sampling, not computed in a second pass (the same to 1e-4 in float32, tested; the metric
 `gap` shows it in each run); k3 is clamped at 10 (above d = 2.61 its gradient is 0, where one token's would be
 thousands); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen.
 """
@@ -82,7 +82,7 @@ DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_
             gradient_checkpointing=False, show_every=5)
 
 
-# ---------------------------------------------------------------------------------------- the three functions
+# --------------------------------------------------------------------------------- rollouts, advantages, loss
 def play_batch(engine, questions, config, root, rank, world, device, bar):
     """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups of all processes
     have a spread of rewards, at most max_draws batches of them. Returns (this process's groups with a spread,

@@ -62,8 +62,8 @@ class Episode(Row):
 
     def end_turn(self, policy):
         """The turn becomes part of the dialogue, ids as sampled. Returns its text, without an end token."""
+        self.truncated = not self.turn_is_over(policy)
         ids, log_probs, self.turn_ids, self.turn_log_probs = self.turn_ids, self.turn_log_probs, [], []
-        self.truncated = not Episode(self.dialogue, ids).turn_is_over(policy)
         encode(policy, [Message("assistant", [Sampled(ids, log_probs)])], self.dialogue)
         return policy.tokenizer.decode(ids[:-1] if ids[-1] in policy.end_tokens else ids)
 
@@ -87,7 +87,7 @@ def play(policy, question, config, root=".", generator=None):
     while not env.done:
         # the policy's turn, each token from a pass over the whole dialogue
         fill_features(policy, [e.dialogue])
-        while not e.turn_ids or not e.turn_is_over(policy) and len(e.turn_ids) < config.max_turn_tokens:
+        while not e.turn_ids or (not e.turn_is_over(policy) and len(e.turn_ids) < config.max_turn_tokens):
             sequence = pack(policy, [(e.so_far(), 0, e.total)])
             attend = lambda layer, q, k, v: attend_pieces(q, k, v, sequence.spans, lambda piece: None)
             hidden = policy.hidden_states(sequence.ids, sequence.positions, attend, sequence.is_image,

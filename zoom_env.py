@@ -5,7 +5,8 @@ turn it thinks, then either calls the tool
 
     <video_zoom>{"segment": [start_s, end_s], "fps": n}</video_zoom>
 
-and gets that clip, at most 16 frames, or ends with <answer>...</answer>; after `max_zooms` calls it has to.
+and gets that clip, at most 16 frames, or ends with <answer>...</answer>; after `max_zooms` turns, failed
+calls among them, it has to.
 
     env = ZoomEnv(question, EnvConfig(), root="data")
     messages = env.reset()                      # system and user message, with the overview

@@ -69,7 +69,7 @@ def folder_fault(path):
 
 
 def object_fault(file):
-    """The same of a file that has to hold a JSON object."""
+    """Why a file cannot be used that has to hold a JSON object, or None."""
     with open(file, "rb") as opened:
         if opened.read(len(LFS)) == LFS:
             return f"{file.name} is a Git LFS pointer, not the file; run git lfs pull in its folder"
@@ -81,7 +81,7 @@ def object_fault(file):
 
 
 def config_fault(config):
-    """The same of what config.json says."""
+    """Why a checkpoint cannot be used, by its config.json, or None."""
     if (kind := config.get("model_type")) != "qwen2_5_vl":
         return f"it holds a model of type {kind}, not qwen2_5_vl; name a Qwen2.5-VL checkpoint"
     for part in (config, config.get("text_config")):
@@ -92,7 +92,7 @@ def config_fault(config):
 
 
 def weights_fault(path):
-    """The same of the files that hold the weights: those that transformers would read, in its order."""
+    """Why weights cannot be used, or None: of the files that transformers would read, in its order."""
     names = None
     for name in ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
         if (path / name).is_file():

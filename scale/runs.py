@@ -20,8 +20,8 @@ import torch.distributed as dist
 from common import UserError, write_jsonl
 
 # Settings of all scripts that may differ when a run goes on. Of files the content counts, see `fingerprint`.
-MAY_DIFFER = ("out", "resume", "device", "max_rows", "cache_gb", "compile", "look_every", "data",
-              "system_prompt")
+MAY_DIFFER = ("out", "resume", "device", "timeout_min", "max_rows", "cache_gb", "compile", "look_every",
+              "data", "system_prompt")
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -141,7 +141,7 @@ class Rows:
 
     def __init__(self, out, name, key, rank):
         self.out, self.name, self.key, self.rank = Path(out), name, key, rank
-        # one that waits for the slowest process, however long it plays
+        # processes wait for the slowest one, however long it plays
         self.group = None
         if dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
