@@ -247,7 +247,7 @@ def checkpoints(config):
 
 
 def strip(images):
-    """(3, H, W) images side by side, upper edges in line. A film's size may change: some reach further down."""
+    """(3, H, W) images side by side, upper edges in line; where a film's size changes, some are higher."""
     height = max(image.shape[1] for image in images)
     return torch.cat([torch.nn.functional.pad(i, (0, 0, 0, height - i.shape[1])) for i in images], dim=2)
 

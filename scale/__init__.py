@@ -1,1 +1,1 @@
-"""What only true size needs; the method reads whole without it."""
+"""What runs of true size need: weights for an optimizer, checkpoints, going on, a check of a new device."""

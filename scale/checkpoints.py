@@ -3,7 +3,9 @@
 A folder is Hugging Face's format plus zoom_config.json. Its weights are in files whose names are used once,
 and model.safetensors.index.json says which files they are. A save writes all of it beside the old checkpoint;
 that the new index takes the old one's place is the commit; then the old weights go. So at every moment the
-folder holds one whole checkpoint, and a save takes the room of a second one.
+folder loads with the whole weights of one save, and a save takes the room of a second one. The small files
+(config.json, tokenizer, zoom_config.json) come just before the index: a kill between them can leave new ones
+beside old weights, which matters only where one run saves over another run's.
 """
 
 import json
@@ -164,7 +166,7 @@ def first_line(error):
 # -------------------------------------------------------------------------------------------------- save
 def save_policy(policy, path):
     """Writes a checkpoint into the folder `path`, in the compute dtype; other files there stay. Raises
-    UserError, and then the old checkpoint is as it was.
+    UserError, and then the old weights are as they were.
 
     A model.safetensors would be read before the index: where there is one, its removal is the commit."""
     path, mark = Path(path), secrets.token_hex(4)

@@ -1,1 +1,1 @@
-"""Other people's formats; the method reads whole without them."""
+"""What other people write: so far, the ways in which models put their answers."""

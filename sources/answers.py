@@ -112,6 +112,7 @@ def option_texts(options):
 
 # A letter that stands for an option comes first, or after a sign or one of these words ...
 LETTER = r"([A-Za-z])(?![A-Za-z0-9'_+#])"
+# in these lists of words _ is a space and * a word's beginning
 any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
 LEADS = any_of("""
     is are be was it's that's like as that for to on of from go_with going_with or and nor else but then
@@ -168,19 +169,24 @@ def read_letter(text, options):
         if first and first[1] in (owner(SEPARATOR.sub("", first[2])), owner(first[2].removeprefix("-"))):
             return first[1]  # B red, B-red
 
+    # a letter, an option's text, or both are all that is said
     if letter := whole(said) or owner(text):
         return letter
+    # or all that is said after the last "answer"
     *_, last = [None, *re.finditer(r"(?i)\b(?:answer|option|choice)\b(?: is)?\s*:?|答案[是为]?:?", said)]
     if last and (letter := whole(said[last.end():])):  # The answer is red
         said = f"{said[:last.end()]} {letter}"
+    # an option that names letters itself counts as its own letter
     for letter, option in zip(letters, options):
         if len(option) > 1 and re.search(rf"\b{LETTER}", option):  # D. Both A and B
             said = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", letter, said, flags=re.IGNORECASE)
+    # one letter is mentioned and not denied
     denied = lambda start, end: DENIED.search(said[max(0, start - 60):start]) or DENIED_AFTER.match(said, end)
     mentions = [match for match in MENTION.finditer(said) if not denied(*match.span(1))]
     named = [m for m in mentions if m["weak"] is None]
     if len({m[1].upper() for m in mentions}) != 1 or not named or named[0][1].upper() not in letters:
         return None
+    # and no other option's text follows it
     letter = named[0][1].upper()
     rest = SEPARATOR.sub("", said[named[0].end(1):])
     parts = rest, rest.partition("\n")[0], re.split(r"[.;。](?:\s|$)", rest)[0]
