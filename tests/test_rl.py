@@ -142,6 +142,11 @@ def whole(folder):
     return one_update(folder)
 
 
+def test_an_update_counts_what_was_clamped_and_left_out(whole):
+    metrics = whole[1]
+    assert metrics["updates"] == 1 and metrics["bad_steps"] == 0 and 0 <= metrics["kl_clamped"] < 1 and metrics["kl"] > 0
+
+
 def test_update_in_bfloat16_goes_the_same_way(folder, whole):
     """Compute weights in bfloat16: nearly the same change of the float32 masters, however it is split."""
     changes = [one_update(folder, dtype=torch.bfloat16, max_tokens_per_pass=n)[0] for n in (100_000, 600)]
@@ -219,7 +224,7 @@ def test_two_steps_on_two_processes(folder, tmp_path, dtype):
     for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "no_spread", "truncated", "response_tokens",
                 "seconds_rollout", "seconds_update"):
         assert key in metrics[0]
-    assert metrics[0]["episodes"] == 6 and metrics[0]["bad_steps"] == 0 and metrics[0]["kl_clamped"] == 0
+    assert metrics[0]["episodes"] == 6
     assert load_policy(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
 
 
