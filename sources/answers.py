@@ -27,7 +27,7 @@ def grade(answer, question):
     truth, kind = question["answer"], question["answer_type"]
     answer = answer[:10_000]
     if kind == "multiple_choice":
-        return float(read_letter(answer, question["options"]) == str(truth).strip().upper())
+        return float(read_letter(answer, question.get("options") or []) == str(truth).strip().upper())
     if kind == "number":
         numbers = [float(n.replace(",", "")) for n in NUMBER.findall(MINUS.sub("-", plain(answer)))]
         return float(len(numbers) == 1 and math.isclose(numbers[0], float(truth), rel_tol=1e-6, abs_tol=1e-9))
