@@ -14,7 +14,7 @@ tokens of a mini-batch over all processes: not the prompt, tool text and frames.
 equal teaches nothing and is dropped; new questions are drawn until the batch is full.
 
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
-    torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-7b --data questions.jsonl
+    torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-3b --data questions.jsonl
 
 Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
 
@@ -22,7 +22,8 @@ From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27
 0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: log
 pi_old is noted while sampling, not computed in a second pass (the same to 1e-4 in float32, tested; the metric
 `gap` shows it in each run); k3 is clamped at 10 (above d = 2.61 its gradient is 0, where one token's would be
-thousands); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen.
+thousands); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen;
+AdamW has betas 0.9 / 0.95 and no weight decay; a turn has at most 1,024 tokens.
 """
 
 import json

@@ -7,13 +7,14 @@ over the whole batch on all processes, so the loss does not depend on how the ba
 saw is replayed from the video by the environment, through the same encoder as in RL.
 
     python sft.py                                           the tiny base on synthetic data, minutes on a CPU
-    torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data my_sft.jsonl
+    torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data my_sft.jsonl
 
 Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
 
 From the paper: 1 epoch, batch 64, cosine schedule with warm-up 0.1, vision encoder and projector frozen,
 bf16, context 32,768. The learning rate is the text's 5e-6 (its table says 5e-5). Departures: master weights
-stay in float32; trajectories that are longer than the context are skipped and named, not cut.
+stay in float32; AdamW has betas 0.9 / 0.95 and no weight decay; trajectories that are longer than the
+context are skipped and named, not cut.
 """
 
 import json

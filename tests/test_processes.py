@@ -38,6 +38,14 @@ def torchrun(script, *flags):
     return run.returncode, run.stderr, time.time() - began
 
 
+def two_processes(tmp_path, *lines, timeout_min=120):
+    """`torchrun` of a script that joins the process group, then does `lines`."""
+    (tmp_path / "run.py").write_text("\n".join([
+        f"import os, signal, sys, time, torch; sys.path.insert(0, {str(ROOT)!r}); import common",
+        f"rank, world, device = common.start_processes('cpu', timeout_min={timeout_min})", *lines]))
+    return torchrun(tmp_path / "run.py")
+
+
 def test_one_process_speaks_and_the_line_stands_last():
     status, said, _ = torchrun(ROOT / "rl.py", "--model", "runs/no_such_folder", "--group_size", "1")
     lines = [line for line in said.splitlines() if "--group_size must be at least 2" in line]
@@ -46,45 +54,35 @@ def test_one_process_speaks_and_the_line_stands_last():
 
 
 def test_a_process_that_dies_ends_the_others_with_its_name(tmp_path):
-    (tmp_path / "run.py").write_text(
-        f"import sys, os, signal; sys.path.insert(0, {str(ROOT)!r}); import common\n"
-        "rank, world, device = common.start_processes('cpu')\n"
-        "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "common.gather([rank])\n")
-    status, said, seconds = torchrun(tmp_path / "run.py")
+    status, said, seconds = two_processes(
+        tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)", "common.gather([rank])")
     assert status != 0 and "rank      : 1" in said and "SIGKILL" in said and seconds < 60
 
 
 def test_a_process_waits_no_longer_than_it_was_told(tmp_path):
-    (tmp_path / "run.py").write_text(
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import common\n"
-        "rank, world, device = common.start_processes('cpu', timeout_min=0.1)\n"
-        "if rank == 1: time.sleep(60)\n"
-        "common.gather([rank])\n")
-    status, _, seconds = torchrun(tmp_path / "run.py")
+    status, _, seconds = two_processes(
+        tmp_path, "if rank == 1: time.sleep(60)", "common.gather([rank])", timeout_min=0.1)
     assert status != 0 and seconds < 50
 
 
 @pytest.mark.parametrize("bucket_bytes, buckets", [(1, [12, 60, 24, 360, 12]), (70, [72, 384, 12]), (1e9, [468])])
 def test_gradients_add_up_in_buckets(tmp_path, bucket_bytes, buckets):
     """Of two processes, each of which lacks some; a bucket is full with the gradient that reaches its size."""
-    (tmp_path / "run.py").write_text(
-        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); import common\n"
-        "rank, world, device = common.start_processes('cpu')\n"
-        "ps = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 5, 2, 30, 1)]\n"
-        "for i, p in enumerate(ps):\n"
-        "    if rank == 1 and i != 2: p.grad = torch.full_like(p, i + 1.0)\n"
-        "    if rank == 0 and i > 2: p.grad = torch.full_like(p, 10.0)\n"
-        "sizes, reduce = [], torch.distributed.all_reduce\n"
-        "torch.distributed.all_reduce = lambda x: (sizes.append(x.nbytes), reduce(x))\n"
-        f"common.sync_gradients(ps, {bucket_bytes})\n"
-        "got = [p.grad.unique().tolist() for p in ps]\n"
-        "assert got == [[1.0], [2.0], [0.0], [14.0], [15.0]], got\n"
-        f"assert sizes == {buckets}, sizes\n"
-        "torch.distributed.barrier(), torch.distributed.destroy_process_group(), print('same')\n")
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          str(tmp_path / "run.py")], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0 and run.stdout.count("same") == 2, run.stderr[-2000:]
+    status, said, _ = two_processes(
+        tmp_path,
+        "ps = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 5, 2, 30, 1)]",
+        "for i, p in enumerate(ps):",
+        "    if rank == 1 and i != 2: p.grad = torch.full_like(p, i + 1.0)",
+        "    if rank == 0 and i > 2: p.grad = torch.full_like(p, 10.0)",
+        "sizes, reduce = [], torch.distributed.all_reduce",
+        "torch.distributed.all_reduce = lambda x: (sizes.append(x.nbytes), reduce(x))",
+        f"common.sync_gradients(ps, {bucket_bytes})",
+        "got = [p.grad.unique().tolist() for p in ps]",
+        "assert got == [[1.0], [2.0], [0.0], [14.0], [15.0]], got",
+        f"assert sizes == {buckets}, sizes",
+        "torch.distributed.barrier(), torch.distributed.destroy_process_group()",
+        "print('same', file=sys.stderr)")
+    assert status == 0 and said.count("same") == 2, said[-2000:]
 
 
 def test_metrics_of_an_earlier_run_are_kept(tmp_path):
