@@ -76,11 +76,11 @@ def make_model(vocab_size, layers=2, intermediate_size=256):
 
 @torch.no_grad()
 def never_end(hf):
-    """Weights with which <|im_end|> is never sampled, so that all turns are of full length: a direction that all tokens
-    share and it points against."""
+    """Weights with which <|im_end|> and <|endoftext|> are never sampled, so that all turns are of full length: a
+    direction that all tokens share and these two point against."""
     embedding = hf.model.language_model.embed_tokens.weight
     embedding[:, 0] = 3.0
-    embedding[hf.config.text_config.eos_token_id, 0] = -3.0
+    embedding[[hf.config.text_config.eos_token_id, hf.config.text_config.pad_token_id], 0] = -3.0
 
 
 def random_dialogue(policy, prompt, reply):
