@@ -136,8 +136,6 @@ def start_processes(device=None, timeout_min=120.0):
         raise UserError("RANK must be a number from 0 to below that in WORLD_SIZE; "
                         "start several processes by torchrun") from None
     device, backend = choose_device(device)
-    if device.type == "cpu" and world > 1:  # torchrun gives each process one thread; share the cores instead
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     if "RANK" in given and not dist.is_initialized():
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
@@ -194,6 +192,9 @@ def choose_device(name=None):
     if device.type not in ("cpu", "cuda") or device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: there is none here; use cpu or cuda")
     if device.type == "cpu":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+        if processes > 1:  # torchrun gives each one thread; share the cores instead
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
         return device, "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
     torch.cuda.set_device(device)
