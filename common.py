@@ -45,7 +45,9 @@ def warn(message):
 
 
 def run_main(main):
-    """Runs a script's main; wrong input ends it with one line and exit status 2."""
+    """Runs a script's main; wrong input ends it with one line and exit status 2. Of several processes those
+    that miss one that has ended say nothing: torchrun ends them while they wait. The first one's bug goes
+    before the others'."""
     try:
         main()
     except UserError as error:
@@ -56,6 +58,10 @@ def run_main(main):
         fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            time.sleep(5 if dist.get_rank() == 0 else 10)
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -126,7 +132,7 @@ def start_processes(device=None, timeout_min=120.0):
     needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     given = [name for name in needed if os.environ.get(name)]
     if ("RANK" in given or os.environ.get("WORLD_SIZE", "1") != "1") and len(given) < len(needed):
-        missing = ", ".join(set(needed) - {*given})
+        missing = ", ".join(name for name in needed if name not in given)
         raise UserError(f"{given[0]} is set, but not {missing}; start several processes by torchrun")
     try:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

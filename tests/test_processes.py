@@ -1,14 +1,22 @@
 """What the scripts do as one of several processes: torchrun's variables, one voice, gradients in buckets, old metrics."""
 
+import json
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import random_policy
 
 import common
+import eval as evaluation
+import rl
+import sft
+from demo import synthetic
+from scale.checkpoints import save_policy
 from scale.runs import move_aside
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +63,43 @@ def test_one_process_speaks_and_the_line_stands_last():
 
 def test_a_process_that_dies_ends_the_others_with_its_name(tmp_path):
     status, said, seconds = two_processes(
-        tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)", "common.gather([rank])")
+        tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)",
+        "common.run_main(lambda: common.gather([rank]))")
     assert status != 0 and "rank      : 1" in said and "SIGKILL" in said and seconds < 60
+    assert f'{tmp_path / "run.py"}", line' not in said  # the other one misses it, which is no news
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_wrong_input_that_one_process_finds_is_one_line(tmp_path, which):
+    """As the first one does that makes a folder or data, while the others wait for it."""
+    status, said, seconds = two_processes(
+        tmp_path, "def main():", f"    if rank == {which}: raise common.UserError('there is no such folder')",
+        "    common.gather([rank])", "common.run_main(main)")
+    assert status != 0 and said.count("error: there is no such folder") == 1 and seconds < 60
+    assert f'{tmp_path / "run.py"}", line' not in said
+    assert "there is no such folder" in [line for line in said.splitlines() if line.strip("= ")][-1]
+
+
+def test_a_bug_in_one_process_is_shown_once(tmp_path):
+    status, said, _ = two_processes(tmp_path, "def main():", "    common.gather([rank])",
+                                    "    if rank == 1: raise IndexError('a bug')", "    common.gather([rank])",
+                                    "common.run_main(main)")
+    assert status != 0 and said.count("IndexError: a bug") == 1 and "RuntimeError" not in said
+
+
+@pytest.mark.parametrize("script", [sft, rl, evaluation])
+@pytest.mark.parametrize("flags, minutes", [([], 120), (["--timeout_min", "7"], 7)])
+def test_each_script_says_how_long_a_process_waits(script, flags, minutes, monkeypatch):
+    """Longer than NCCL's ten minutes, which a slow rollout takes."""
+    seen = []
+    join = lambda *_, timeout: seen.append(timeout) or 1 / 0
+    monkeypatch.setattr("torch.distributed.init_process_group", join)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--model", "x", "--device", "cpu", *flags])
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ZeroDivisionError):
+        script.main()
+    assert seen == [timedelta(minutes=minutes)]
 
 
 def test_a_process_waits_no_longer_than_it_was_told(tmp_path):
@@ -91,3 +134,21 @@ def test_metrics_of_an_earlier_run_are_kept(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(text)
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {
         "metrics.jsonl": "third", "metrics.1.jsonl": "first", "metrics.2.jsonl": "second"}
+
+
+@pytest.mark.parametrize("script, rows, flags", [
+    (sft, "sft.jsonl", []),
+    (rl, "train.jsonl", ["--steps", "1", "--batch_size", "1", "--mini_batch_size", "1", "--max_draws", "1",
+                         "--group_size", "2", "--max_turn_tokens", "2"])])
+def test_a_second_run_in_a_folder_keeps_the_metrics_of_the_first(tmp_path, monkeypatch, script, rows, flags):
+    synthetic.synthetic(tmp_path, 1, 1, seed=2)
+    save_policy(random_policy(), tmp_path / "model")
+    command = ["script.py", "--model", "model", "--data", rows, "--out", "out", "--device", "cpu", *flags]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    script.main()
+    first = metrics.read_text()
+    script.main()
+    assert (tmp_path / "out" / "metrics.1.jsonl").read_text() == first != metrics.read_text()
+    assert [json.loads(line)["step"] for line in metrics.open()] == [1]
