@@ -126,10 +126,13 @@ def weights_fault(path):
 
 
 def parts_fault(policy):
-    """The same of a policy that was just loaded: tokenizer and image processor do their work once."""
+    """The same of a policy that was just loaded: weights are looked at, tokenizer and image processor do
+    their work once."""
     unit, vision = policy.frame_unit, policy.visual.config
     if not policy.tokenizer.encode("<answer>\n", add_special_tokens=False, split_special_tokens=True):
         return f"its tokenizer makes no tokens of a text; {AGAIN}"
+    if bad := [name for name, weight in policy.hf.named_parameters() if not weight.isfinite().all()]:
+        return f"its weights {', '.join(bad[:3])} are not finite ({len(bad)} in all); {AGAIN}"
     try:
         frame = torch.zeros(3, unit, unit, dtype=torch.uint8)
         pixels = policy.image_processor([frame], do_resize=False, return_tensors="pt")["pixel_values"]

@@ -115,6 +115,15 @@ def test_weights_that_are_none(folder, form):
     assert "weight" in refusal(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(folder, policy, value):
+    """Else an evaluation says that nothing is right, and sampling fails."""
+    policy = policy.frozen_copy()
+    policy.language_model.layers[0].mlp.up_proj.weight[1, 2] = value
+    save_policy(policy, folder)
+    assert "layers.0.mlp.up_proj.weight are not finite (1 in all)" in refusal(folder)
+
+
 def test_a_tokenizer_may_be_smaller_than_the_embedding_but_not_larger(folder, policy):
     tokenizer = load_policy(folder).tokenizer
     tokenizer.add_tokens(["<one more>"])
@@ -365,6 +374,30 @@ def test_every_step_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, b
     save_policy(old, folder)
     assert one_value(folder) == 1.0 and not list(folder.glob("*.tmp")) and not list(folder.glob("*.bin"))
     assert len(list(folder.glob("model*.safetensors"))) == 1
+
+
+def test_all_that_the_index_names_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    """Else a power cut could leave the new index and half of the new weights."""
+    save_policy(fill(small_policy(), 1.0), tmp_path)
+    on_disk, lacking, fsync, replace = set(), [], os.fsync, os.replace
+    inode = lambda file: os.stat(file).st_ino
+
+    def synced(descriptor):
+        on_disk.add(os.fstat(descriptor).st_ino)
+        return fsync(descriptor)
+
+    def replaced(source, target):
+        if Path(target).name == INDEX:
+            new = [file for file in tmp_path.glob("*.safetensors") if file not in old]
+            lacking.append([f for f in (source, tmp_path, *new) if inode(f) not in on_disk] if new else "all")
+        on_disk.discard(inode(tmp_path))  # it holds another name now
+        return replace(source, target)
+
+    old = set(tmp_path.glob("*.safetensors"))
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", replaced)
+    save_policy(fill(small_policy(), 2.0), tmp_path)
+    assert lacking == [[]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
