@@ -1,6 +1,7 @@
 """GRPO: the objective against NumPy, updates that do not depend on how they are split, and a run from end to end."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -192,6 +193,20 @@ def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(capsys):
     step([float("nan")] * 3), step([float("nan")] * 3)
     with pytest.raises(UserError, match="q1, q2; 3 such steps in a row"):
         step([float("nan")] * 3)
+
+
+def test_an_update_without_a_finite_gradient_changes_nothing_and_is_counted(folder, monkeypatch, capsys):
+    def poisoned(*args):
+        groups = make(*args)
+        groups[1][0].dialogue.sampled_log_probs[0] = math.nan
+        return groups
+
+    make = make_groups
+    monkeypatch.setattr(sys.modules[__name__], "make_groups", poisoned)
+    change, metrics = one_update(folder)
+    assert metrics["updates"] == metrics["bad_steps"] == 1 and metrics["grad_norm"] == 0 and not change.any()
+    said = capsys.readouterr().err
+    assert all(json.loads(line)["id"] in said for line in list(open(folder / "train.jsonl"))[:3])
 
 
 def test_the_frames_of_episodes_that_are_over_are_let_go(folder):

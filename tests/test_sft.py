@@ -53,6 +53,14 @@ def test_step_does_not_depend_on_the_micro_batch(folder, whole, max_tokens):
     assert_same(whole, one_step(folder, max_tokens_per_pass=max_tokens))
 
 
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(folder, monkeypatch, capsys):
+    log_probs = sft.token_log_probs
+    monkeypatch.setattr(sft, "token_log_probs", lambda *args: (log_probs(*args)[0] * torch.inf, None))
+    change, metrics = one_step(folder)
+    assert metrics["bad_steps"] == 1 and metrics["grad_norm"] == 0 and not change.any()
+    assert json.loads(open(folder / "sft.jsonl").readline())["question"]["id"] in capsys.readouterr().err
+
+
 def test_step_is_the_same_on_two_processes(folder, whole, tmp_path):
     """Seven trajectories on two processes: unequal numbers of rows and of tokens."""
     (tmp_path / "run.py").write_text(
