@@ -127,7 +127,7 @@ def start_processes(device=None, timeout_min=120.0):
     that waits for another one longer than `timeout_min` ends.
 
     Everything distributed here is: each process computes the gradient of its own share of a sum whose
-    denominator is counted over all processes, and `sync_gradients` adds the shares up. Raises UserError for a
+    denominator is counted over all processes, and scale/masters.py adds the shares up. Raises UserError for a
     device that is not there, and where only some of torchrun's variables are."""
     needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     given = [name for name in needed if os.environ.get(name)]
@@ -167,24 +167,6 @@ def gather(items):
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
-
-
-def sync_gradients(parameters, bucket_bytes=64e6):
-    """Adds the gradients of all processes up, in place, in buckets: small ones together, never a copy of all.
-    A process without tokens takes part with zeros."""
-    if not dist.is_initialized():
-        return
-    bucket = []
-    for i, p in enumerate(parameters):
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        bucket.append(p.grad)
-        if i + 1 == len(parameters) or sum(grad.nbytes for grad in bucket) >= bucket_bytes:
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat)
-            for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-                grad.copy_(total.view_as(grad))
-            bucket = []
 
 
 # ---------------------------------------------------------------------------------------------------- devices

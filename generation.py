@@ -297,8 +297,8 @@ class Decoder:
         state = self.state(rows, size)
         if self.capture:
             # a graph reads fixed memory: new tensors in the cache need new ones, a step's input is copied in
-            if self.version != cache.version:
-                self.graphs, self.version = {}, cache.version
+            if self.version != (version := (cache.version, self.policy.weights_version)):
+                self.graphs, self.version = {}, version
             if size not in self.graphs:
                 self.graphs[size] = self.captured(state)
             replay, graph_state, result = self.graphs[size]

@@ -26,7 +26,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
@@ -57,6 +56,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
         self.env_config = replace(env_config, frame_unit=self.frame_unit)
+        self.weights_version = 0  # changes when they come to lie elsewhere: captured steps read fixed memory
         self.language_model.config._attn_implementation = "zoom"  # `_attention` below
         # the tokens that frame a message and a picture
         special = {t: tokenizer.convert_tokens_to_ids(t) for t in
@@ -106,7 +106,8 @@ class Policy(torch.nn.Module):
 
     @property
     def dtype(self):
-        return self.head.weight.dtype
+        """Of the compute weights; the ones in shards of a policy that trains are float32 masters."""
+        return self.visual.dtype
 
     def freeze_vision(self):
         """The vision encoder and its projector are not trained. Returns the policy."""
@@ -132,10 +133,7 @@ class Policy(torch.nn.Module):
             predictors, targets: (N,) places in the pack, and the ids that are predicted there.
         Returns: two float32 tensors (N,), the second None without `entropy`."""
         hidden = self.hidden_states(pack.ids, pack.positions, attend, pack.is_image, pack.features)
-        hidden = hidden[0, predictors]  # (N, hidden)
-        parts = [checkpoint(self.score, h, t, temperature, entropy, use_reentrant=False)
-                 for h, t in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+        return ScoreChunks.apply(self, hidden[0, predictors], self.head.weight, targets, temperature, entropy)
 
     def hidden_states(self, ids, positions, attend, is_image=None, features=None):
         """The language model's last hidden states, (B, T, hidden).
@@ -169,6 +167,35 @@ class Policy(torch.nn.Module):
         return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None
 
 
+class ScoreChunks(torch.autograd.Function):
+    """`Policy.score`, LOGIT_CHUNK positions at a time, forward and once more backward. The head's gradient is
+    added up in float32: autograd would add the chunks in the compute dtype (1% off at 64 chunks)."""
+
+    @staticmethod
+    def forward(ctx, policy, hidden, weight, targets, *how):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.policy, ctx.how = policy, how
+        parts = zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))
+        log_probs, entropies = zip(*(policy.score(h, t, *how) for h, t in parts))
+        return torch.cat(log_probs), torch.cat(entropies) if how[-1] else None
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        hidden, weight, targets = ctx.saved_tensors
+        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for first in range(0, len(hidden), LOGIT_CHUNK):
+            chunk = slice(first, first + LOGIT_CHUNK)
+            with torch.enable_grad():
+                h = hidden[chunk].detach().requires_grad_()
+                scores = [x for x in ctx.policy.score(h, targets[chunk], *ctx.how) if x is not None]
+            given = [g[chunk] for g in gradients if g is not None]
+            inputs = (h, ctx.policy.head.weight) if weight.requires_grad else (h,)
+            of_hidden[chunk], *of_head = torch.autograd.grad(scores, inputs, given)
+            for g in of_head:
+                of_weight += g
+        return None, of_hidden, of_weight.to(weight.dtype) if weight.requires_grad else None, None, None, None
+
+
 def _attention(module, query, key, value, attention_mask=None, attend=None, **kwargs):
     """What transformers' layers call: `attend` decides who sees whom. Without it, plain SDPA, so that
     transformers' own forward and generate keep working on our model."""
@@ -180,23 +207,18 @@ def _attention(module, query, key, value, attention_mask=None, attend=None, **kw
 AttentionInterface.register("zoom", _attention)
 
 
-def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_file=None):
+def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_file=None, read=None):
     """Loads a Qwen2.5-VL checkpoint by its name on the Hugging Face hub or its folder.
 
     Environment settings come from the folder's zoom_config.json, else from the paper; the text of
-    `system_prompt_file` replaces its system prompt. Raises PolicyError, whatever is wrong with it."""
-    from scale.checkpoints import first_line, parts_fault, read_checkpoint
+    `system_prompt_file` replaces its system prompt. `read` makes the parts otherwise (scale/sharding.py).
+    Raises PolicyError, whatever is wrong with it."""
+    from scale.checkpoints import loading, parts_fault, read_checkpoint
 
-    try:
-        hf, *others = read_checkpoint(name_or_path, dtype)
-        policy = Policy(hf.to(device).eval(), *others)
+    with loading(name_or_path):
+        policy = Policy(*(read or read_checkpoint)(name_or_path, dtype, device))
         if fault := parts_fault(policy):
             raise PolicyError(fault)
-    except BaseException as error:  # the tokenizers' Rust code raises what is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        reason = error if isinstance(error, UserError) else f"{first_line(error)}; download or copy it again"
-        raise PolicyError(f"cannot load {name_or_path}: {reason}") from None
     if system_prompt_file:
         policy.env_config = replace(policy.env_config, system_prompt=read_text(system_prompt_file).strip())
     return policy

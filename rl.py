@@ -37,15 +37,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (RunConfig, UserError, check_bad, choose_dtype, gather, parse_flags, run_main,
-                    start_processes, sum_over_processes, write_jsonl)
+from common import (UserError, check_bad, gather, parse_flags, run_main, start_processes,
+                    sum_over_processes, write_jsonl)
 from data_prep import read_questions, use_overview
-from model import load_policy, split_by_tokens, token_log_probs
+from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
-from scale.checkpoints import save_policy
 from scale.first_day import check_decoder
-from scale.masters import MasterWeights
-from scale.runs import move_aside, open_folder
+from scale.runs import TrainConfig, move_aside, open_folder
+from scale.sharding import load_weights
 from zoom_env import REWARD_PARTS, RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
@@ -53,7 +52,7 @@ PER_TOKEN = "loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy"
 
 
 @dataclass(frozen=True)
-class Config(RolloutConfig, RewardWeights, RunConfig):
+class Config(RolloutConfig, RewardWeights, TrainConfig):
     model: str | None = None  # checkpoint to start from, and the reference; without it, runs/sft
     data: str = "runs/data/train.jsonl"  # questions
     out: str = "runs/rl"  # folder for the checkpoint and the metrics
@@ -64,16 +63,11 @@ class Config(RolloutConfig, RewardWeights, RunConfig):
     max_draws: int = 4  # draw at most this many times batch_size questions a step
     lr: float = 1e-6  # learning rate of AdamW, constant
     lr_warmup_steps: int = 0  # steps in which the learning rate rises
-    weight_decay: float = 0.0  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    max_bad_steps: int = 5  # the run ends after so many optimizer steps in a row whose gradient is not finite
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.27  # ... and up to 1 + clip_high
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
     entropy_weight: float = 0.001  # of the entropy bonus
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
-    max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
-    gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     save_every: int = 10  # steps between checkpoints
     show_every: int = 10  # steps between printed episodes
 
@@ -148,19 +142,20 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
     return loss, {k: v.item() for k, v in stats.items()}
 
 
-def update(policy, reference, groups, masters, optimizer, config, rank, device):
+def update(weights, groups, optimizer, config, rank, device):
     """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals
     its groups to the mini-batches in turn, starting at its rank, so that all of them are of about the same
     size. Returns metrics over all processes."""
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
-    metrics, updates = Counter(), 0
+    metrics, updates, policy, reference = Counter(), 0, weights.policy, weights.reference
     for m in range(num_batches):
         mini = groups[(m + rank) % num_batches::num_batches]
         tokens = sum_over_processes({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
         if not tokens:
             continue
         sums = Counter(dict.fromkeys((*PER_TOKEN, "gap", "gap_tokens"), 0.0))
-        for batch in split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass):
+        batches = split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass)
+        for batch in weights.passes(batches):
             # what was noted while sampling, token by token
             dialogues = [d for group in batch for d in group]
             old = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], device=device)
@@ -182,7 +177,7 @@ def update(policy, reference, groups, masters, optimizer, config, rank, device):
             sums.update(stats)
         # one optimizer step on the gradients of all processes
         ids = [g[0].env.question["id"] for g in mini]
-        norm = masters.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
+        norm = weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
         metrics["grad_norm" if math.isfinite(norm) else "bad_steps"] += norm if math.isfinite(norm) else 1
         updates += 1
         metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
@@ -218,16 +213,16 @@ def endless(rows, seed):
         yield from rng.sample(rows, len(rows))
 
 
-def train(policy, reference, rows, config, rank, world, device):
-    weights = {f.name: getattr(config, f.name) for f in fields(RewardWeights)}
+def train(weights, rows, config, rank, world, device):
+    policy, rewards = weights.policy, {f.name: getattr(config, f.name) for f in fields(RewardWeights)}
     max_zooms = policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms
-    policy.env_config = replace(policy.env_config, max_zooms=max_zooms, **weights)
-    masters = MasterWeights(policy.parameters())
-    optimizer = torch.optim.AdamW(masters.parameters, lr=config.lr, betas=(0.9, 0.95),
+    policy.env_config = replace(policy.env_config, max_zooms=max_zooms, **rewards)
+    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
-    engine = Engine(policy, config.group_size, config, generator)
-    check_decoder(engine.decoder)
+    engine = Engine(weights.player, config.group_size, config, generator)
+    with weights.gathered():
+        check_decoder(engine.decoder)
     if rank == 0:
         print(f"rl: rollouts in {policy.dtype}, decode step {engine.decoder.path}")
     questions, root, out = endless(rows, config.seed), Path(config.data).parent, Path(config.out)
@@ -238,7 +233,7 @@ def train(policy, reference, rows, config, rank, world, device):
         # rollouts
         policy.eval()
         with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0,
-                  leave=False) as bar:
+                  leave=False) as bar, weights.gathered():
             kept, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar)
         played, total_drawn = time.time(), total_drawn + drawn
         skipped += gather(bad)
@@ -247,13 +242,13 @@ def train(policy, reference, rows, config, rank, world, device):
         policy.train()
         metrics = {"step": step} | episode_metrics(episodes, len(kept), config.group_size, device)
         if metrics["groups"]:
-            metrics |= update(policy, reference, kept, masters, optimizer, config, rank, device)
+            metrics |= update(weights, kept, optimizer, config, rank, device)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
                     "seconds": time.time() - began, "lr": lr, "skipped": len(skipped)}
         if rank == 0:
             log(metrics, episodes, config, out)
-            if step % config.save_every == 0 or step == config.steps:
-                save_policy(policy, out)
+        if step % config.save_every == 0 or step == config.steps:
+            weights.save(out)
     return skipped
 
 
@@ -290,18 +285,15 @@ def main():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
     rows, bad = read_questions(config.data, config.max_bad)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model, device, choose_dtype(config.dtype, device), config.system_prompt)
-    policy.freeze_vision()
+    weights = load_weights(config.model, config, device, with_reference=config.kl_weight > 0)
+    policy = weights.policy
     policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
-    if config.gradient_checkpointing:
-        policy.checkpoint_layers()
-    reference = policy.frozen_copy() if config.kl_weight else None
     if rank == 0:
         move_aside(Path(config.out).glob("metrics.jsonl"))
         print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on "
               f"{device}; a step is {config.batch_size} questions x {config.group_size} episodes, "
               f"learning rate {config.lr}")
-    skipped = bad + without + train(policy, reference, rows, config, rank, world, device)
+    skipped = bad + without + train(weights, rows, config, rank, world, device)
     if rank == 0:
         write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
         print(f"rl: wrote {config.out}")

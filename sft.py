@@ -28,20 +28,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (RunConfig, check_bad, choose_dtype, gather, parse_flags, run_main,
-                    start_processes, sum_over_processes, write_jsonl)
+from common import check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes, write_jsonl
 from data_prep import read_trajectories, use_overview
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
-from model import fill_features, load_policy, replay, split_by_tokens, token_log_probs
-from scale.checkpoints import save_policy
-from scale.masters import MasterWeights
-from scale.runs import move_aside, open_folder
+from model import fill_features, replay, split_by_tokens, token_log_probs
+from scale.runs import TrainConfig, move_aside, open_folder
+from scale.sharding import load_weights
 from video import VideoError
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     model: str | None = None  # checkpoint folder or hub name; without it, the tiny base
     data: str = "runs/data/sft.jsonl"  # trajectories; made, if missing, in the demo
     out: str = "runs/sft"  # folder for the checkpoint and the metrics
@@ -49,12 +47,7 @@ class Config(RunConfig):
     batch_size: int = 64  # trajectories an optimizer step, over all processes
     lr: float = 5e-6  # peak learning rate of AdamW
     warmup: float = 0.1  # share of the steps in which the learning rate rises; then cosine to 0
-    weight_decay: float = 0.0  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    max_bad_steps: int = 5  # the run ends after so many steps in a row whose gradient is not finite
     max_length: int = 32_768  # longer trajectories are skipped
-    max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
-    gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
 
 
 DEMO = dict(lr=1e-3, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)
@@ -84,28 +77,28 @@ def load_dialogues(policy, rows, root, max_length):
     return [d for d in loaded if not isinstance(d, tuple)], [d for d in loaded if isinstance(d, tuple)]
 
 
-def train_step(policy, dialogues, ids, masters, optimizer, config, device):
+def train_step(weights, dialogues, ids, optimizer, config, device):
     """One optimizer step on this process's share of a batch, of questions `ids`. Returns metrics over all."""
     # tokens over all processes: the loss's denominator
     num_trained = sum(sum(d.trained) for d in dialogues)
     total = sum_over_processes({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
+    policy = weights.policy
     fill_features(policy, dialogues)
     # loss and gradient, pass after pass
     loss_sum = 0.0
-    for batch in split_by_tokens([[d] for d in dialogues], config.max_tokens_per_pass):
+    for batch in weights.passes(split_by_tokens([[d] for d in dialogues], config.max_tokens_per_pass)):
         log_probs, _ = token_log_probs(policy, batch)
         loss = -log_probs.sum() / max(1, total["tokens"])
         loss.backward()
         loss_sum += loss.item()
-    norm = masters.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
+    norm = weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
     step = {"grad_norm": norm, "bad_steps": 0} if math.isfinite(norm) else {"grad_norm": 0.0, "bad_steps": 1}
     return sum_over_processes({"loss": loss_sum}, device) | total | step
 
 
-def train(policy, rows, config, rank, world, device):
+def train(weights, rows, config, rank, world, device):
     out, root = Path(config.out), Path(config.data).parent
-    masters = MasterWeights(policy.parameters())
-    optimizer = torch.optim.AdamW(masters.parameters, lr=config.lr, betas=(0.9, 0.95),
+    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     bar = tqdm(total=steps, desc="sft", unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -117,12 +110,12 @@ def train(policy, rows, config, rank, world, device):
             # this process's share of the batch, replayed
             began = time.time()
             mine = order[start:start + config.batch_size][rank::world]
-            dialogues, bad = load_dialogues(policy, [rows[i] for i in mine], root, config.max_length)
+            dialogues, bad = load_dialogues(weights.policy, [rows[i] for i in mine], root, config.max_length)
             skipped += gather(bad)
             check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
             ids = [rows[i]["question"]["id"] for i in mine]
-            metrics = train_step(policy, dialogues, ids, masters, optimizer, config, device)
+            metrics = train_step(weights, dialogues, ids, optimizer, config, device)
             step += 1
             if rank == 0:
                 metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
@@ -150,23 +143,21 @@ def main():
         torch.distributed.barrier()
     rows, bad = read_trajectories(config.data, config.max_bad)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.model or TINY_BASE, device, choose_dtype(config.dtype, device),
-                         config.system_prompt).freeze_vision()
+    weights = load_weights(config.model or TINY_BASE, config, device)
+    policy = weights.policy
     policy.env_config, known, without = use_overview(
         policy.env_config, [row["question"] for row in rows], config.overview, config.max_bad)
     known = {id(question) for question in known}
     rows, bad = [row for row in rows if id(row["question"]) in known], bad + without
     policy.train()
-    if config.gradient_checkpointing:
-        policy.checkpoint_layers()
     if rank == 0:
         move_aside(Path(config.out).glob("metrics.jsonl"))
         print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or TINY_BASE}, "
               f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained parameters in "
               f"{policy.dtype}, {world} process(es) on {device}")
-    skipped = bad + train(policy, rows, config, rank, world, device)
+    skipped = bad + train(weights, rows, config, rank, world, device)
+    weights.save(config.out)
     if rank == 0:
-        save_policy(policy, config.out)
         write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
         print(f"sft: wrote {config.out}")
 

@@ -432,7 +432,7 @@ def pretrain(policy, lessons, curriculum, steps, lr, seed, out, batch_tokens=614
     AdamW; the learning rate rises for 50 steps, is `lr` until half of the steps, and then falls to almost 0.
     batch_tokens: of a step's dialogues over all processes; half as many before the last stage."""
     rank, world, device = start_processes("cpu")
-    masters = MasterWeights(policy.parameters())
+    masters = MasterWeights(policy)
     optimizer = torch.optim.AdamW(masters.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     lessons.rng.seed(f"{seed} {rank}")
     torch.manual_seed(seed * 1000 + rank)

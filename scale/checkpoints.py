@@ -14,15 +14,18 @@ import re
 import secrets
 import shutil
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import (AutoTokenizer, GenerationConfig, PreTrainedConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor)
 
 from common import UserError, read_text
+from model import PolicyError
 from zoom_env import EnvConfig
 
 INDEX = "model.safetensors.index.json"
@@ -34,22 +37,51 @@ AGAIN = "download or copy it again"
 
 
 # -------------------------------------------------------------------------------------------------- load
-def read_checkpoint(name_or_path, dtype):
+@contextmanager
+def loading(name):
+    """What goes wrong in it is a PolicyError: one line that names the checkpoint."""
+    try:
+        yield
+    except BaseException as error:  # the tokenizers' Rust code raises what is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = error if isinstance(error, UserError) else f"{first_line(error)}; {AGAIN}"
+        raise PolicyError(f"cannot load {name}: {reason}") from None
+
+
+def read_checkpoint(name_or_path, dtype, device):
     """What a Policy is made of: transformers' model, tokenizer, image processor, settings of the environment.
 
     `name_or_path` is a folder or a name on the Hugging Face hub. Raises what is wrong, mostly UserError."""
+    check_checkpoint(name_or_path)
+    hf, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"it lacks the weights {', '.join(missing[:3])} ({len(missing)} in all); {AGAIN}")
+    return hf.to(device).eval(), *read_parts(name_or_path)
+
+
+def read_parts(name_or_path):
+    """Tokenizer, image processor and settings of the environment."""
+    return (AutoTokenizer.from_pretrained(name_or_path), Qwen2VLImageProcessor.from_pretrained(name_or_path),
+            load_env_config(Path(name_or_path)))
+
+
+def check_checkpoint(name_or_path):
+    """Raises UserError for what can be seen to be wrong before it is loaded."""
     path, name = Path(name_or_path), str(name_or_path)
     if not path.exists() and (name.startswith((".", "/", "~", "runs/")) or "/" not in name):
         raise UserError("there is no checkpoint folder of that name")
     fault = folder_fault(path) if path.exists() else config_fault(PreTrainedConfig.get_config_dict(name)[0])
     if fault:
         raise UserError(fault)
-    hf, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        name_or_path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    if missing := sorted(loaded["missing_keys"]):
-        raise UserError(f"it lacks the weights {', '.join(missing[:3])} ({len(missing)} in all); {AGAIN}")
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    return hf, tokenizer, Qwen2VLImageProcessor.from_pretrained(name_or_path), load_env_config(path)
+
+
+def find_checkpoint(name_or_path):
+    """The folder of a checkpoint, which is downloaded if it is a name on the hub."""
+    check_checkpoint(name_or_path)
+    path = Path(name_or_path)
+    return path if path.exists() else Path(snapshot_download(str(name_or_path), ignore_patterns=["*.bin", "*.pth"]))
 
 
 def folder_fault(path):

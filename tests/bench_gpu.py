@@ -214,7 +214,7 @@ def main():
         trained = sum(sum(e.dialogue.trained) for e in group)
         policy.train()
         policy.checkpoint_layers()
-        masters = MasterWeights(policy.parameters())
+        masters = MasterWeights(policy)
 
         def update():
             log_probs, _ = token_log_probs(policy, [[e.dialogue for e in group]])

@@ -115,7 +115,7 @@ class Ours:
         self.config = Config(batch_size=QUESTIONS, mini_batch_size=QUESTIONS, group_size=GROUP, kl_weight=0.0,
                              entropy_weight=0.0, max_turn_tokens=NEW_TOKENS, max_rows=QUESTIONS * GROUP,
                              gradient_checkpointing=False)
-        self.masters = MasterWeights(self.policy.parameters())
+        self.masters = MasterWeights(self.policy)
         self.optimizer = torch.optim.AdamW(self.masters.parameters, lr=self.config.lr, betas=(0.9, 0.95),
                                            weight_decay=0.0)
         self.steps = 0
@@ -132,7 +132,7 @@ class Ours:
                 e.dialogue.advantage = advantage
         played = time.perf_counter()
         self.policy.train()
-        metrics = update(self.policy, None, groups, self.masters, self.optimizer, self.config, 0, cpu)
+        metrics = update(self.masters, groups, self.optimizer, self.config, 0, cpu)
         ended = time.perf_counter()
         assert not skipped and metrics["updates"] == 1 and metrics["gap"] < 1e-4, (skipped, metrics)
         return (played - began, ended - played), round(metrics["trained_tokens"])

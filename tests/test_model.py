@@ -184,8 +184,8 @@ def test_masters_add_gradients_up_in_float32_and_move_where_bfloat16_cannot(data
         token_log_probs(policy, [[d]])[0].mean().backward()
         each.append(weight.grad.float().clone())
     policy.zero_grad()
-    masters = MasterWeights(policy.parameters())
-    master = masters.parameters[[p is weight for p in masters.compute].index(True)]
+    masters = MasterWeights(policy)
+    master = masters.parameters[[p is weight for p in masters.compute.values()].index(True)]
     for d in dialogues:
         token_log_probs(policy, [[d]])[0].mean().backward()
     assert master.dtype == torch.float32 and torch.equal(master.grad, each[0] + each[1])
@@ -202,6 +202,6 @@ def test_masters_add_gradients_up_in_float32_and_move_where_bfloat16_cannot(data
 
 def test_float32_weights_are_their_own_masters(policy):
     policy = random_policy()
-    masters = MasterWeights(policy.parameters())
-    assert all(a is b for a, b in zip(masters.compute, masters.parameters))
-    assert {id(p) for p in masters.compute} == {id(p) for p in policy.parameters() if p.requires_grad}
+    masters = MasterWeights(policy)
+    assert all(a is b for a, b in zip(masters.compute.values(), masters.parameters))
+    assert {id(p) for p in masters.compute.values()} == {id(p) for p in policy.parameters() if p.requires_grad}

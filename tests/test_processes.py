@@ -49,7 +49,7 @@ def torchrun(script, *flags):
 def two_processes(tmp_path, *lines, timeout_min=120):
     """`torchrun` of a script that joins the process group, then does `lines`."""
     (tmp_path / "run.py").write_text("\n".join([
-        f"import os, signal, sys, time, torch; sys.path.insert(0, {str(ROOT)!r}); import common",
+        f"import os, signal, sys, time, torch; sys.path.insert(0, {str(ROOT)!r}); import common; from scale import masters",
         f"rank, world, device = common.start_processes('cpu', timeout_min={timeout_min})", *lines]))
     return torchrun(tmp_path / "run.py")
 
@@ -119,7 +119,7 @@ def test_gradients_add_up_in_buckets(tmp_path, bucket_bytes, buckets):
         "    if rank == 0 and i > 2: p.grad = torch.full_like(p, 10.0)",
         "sizes, reduce = [], torch.distributed.all_reduce",
         "torch.distributed.all_reduce = lambda x: (sizes.append(x.nbytes), reduce(x))",
-        f"common.sync_gradients(ps, {bucket_bytes})",
+        f"masters.sync_gradients(ps, {bucket_bytes})",
         "got = [p.grad.unique().tolist() for p in ps]",
         "assert got == [[1.0], [2.0], [0.0], [14.0], [15.0]], got",
         f"assert sizes == {buckets}, sizes",

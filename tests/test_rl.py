@@ -117,10 +117,10 @@ def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointi
     groups = make_groups(policy, folder, 3)[rank::world]
     config = rl.Config(batch_size=3, mini_batch_size=3, max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9,
                        kl_weight=0.1, entropy_weight=0.1)
-    masters = MasterWeights(policy.parameters())
+    masters = MasterWeights(policy, reference)
     before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
     optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
-    metrics = rl.update(policy, reference, groups, masters, optimizer, config, rank, torch.device("cpu"))
+    metrics = rl.update(masters, groups, optimizer, config, rank, torch.device("cpu"))
     return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
 
 
@@ -177,7 +177,7 @@ def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
 def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(capsys):
     """A warning names the questions; so many in a row end the run, a good one in between begins anew."""
     weight = torch.nn.Parameter(torch.ones(3))
-    masters, optimizer = MasterWeights([weight]), torch.optim.SGD([weight], lr=1.0)
+    masters, optimizer = MasterWeights(torch.nn.ParameterList([weight])), torch.optim.SGD([weight], lr=1.0)
 
     def step(gradient):
         weight.grad = torch.tensor(gradient)

@@ -36,10 +36,11 @@ def one_step(folder, rank=0, world=1, max_tokens_per_pass=100_000, rows=None):
     dialogues, bad = sft.load_dialogues(policy, rows[rank::world], folder, 10_000)
     assert not bad
     config = sft.Config(max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9)
-    masters = MasterWeights(policy.parameters())
+    masters = MasterWeights(policy)
     before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
     optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
-    metrics = sft.train_step(policy, dialogues, [row["question"]["id"] for row in rows], masters, optimizer, config, torch.device("cpu"))
+    metrics = sft.train_step(masters, dialogues, [row["question"]["id"] for row in rows], optimizer, config,
+                             torch.device("cpu"))
     return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
 
 
