@@ -16,7 +16,8 @@ equal teaches nothing and is dropped; new questions are drawn until the batch is
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-3b --data questions.jsonl
 
-Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
+Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl, and checkpoints/, from
+which the same command goes on when it was stopped.
 
 From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27, KL 0.001 (k3), entropy
 0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: log
@@ -26,25 +27,25 @@ thousands); drawing stops at `max_draws` batches; std is the sample's (n - 1); t
 AdamW has betas 0.9 / 0.95 and no weight decay; a turn has at most 1,024 tokens.
 """
 
-import json
 import math
 import random
 import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from common import (UserError, check_bad, gather, parse_flags, run_main, start_processes,
-                    sum_over_processes, write_jsonl)
+                    sum_over_processes)
 from data_prep import read_questions, use_overview
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
-from scale.runs import TrainConfig, move_aside, open_folder
 from scale.sharding import load_weights
+from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from zoom_env import REWARD_PARTS, RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
@@ -68,7 +69,6 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
     entropy_weight: float = 0.001  # of the entropy bonus
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
-    save_every: int = 10  # steps between checkpoints
     show_every: int = 10  # steps between printed episodes
 
 
@@ -78,11 +78,11 @@ DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_
 
 
 # --------------------------------------------------------------------------------- rollouts, advantages, loss
-def play_batch(engine, questions, config, root, rank, world, device, bar):
+def play_batch(engine, questions, config, root, rank, world, device, bar, play=None, total=sum_over_processes):
     """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups of all processes
     have a spread of rewards, at most max_draws batches of them. Returns (this process's groups with a spread,
     all its episodes, [(id, reason)] of unreadable videos, number of questions drawn over all processes)."""
-    kept, episodes, skipped = [], [], []
+    kept, episodes, skipped, play = [], [], [], play or engine.play
     missing, drawn = config.batch_size, 0
     while missing > 0 and drawn < config.max_draws * config.batch_size:
         draw = [next(questions) for _ in range(min(missing, config.max_draws * config.batch_size - drawn))]
@@ -93,7 +93,7 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
             bar.update()
 
         # each process plays its share, and keeps the groups with a spread
-        groups, bad = engine.play(draw[rank::world], root, on_end=ended)
+        groups, bad = play(draw[rank::world], root, on_end=ended)
         skipped += bad
         for group in groups:
             episodes += group
@@ -102,7 +102,7 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
             else:
                 for e in group:
                     e.dialogue.features = []  # no longer needed
-        missing = config.batch_size - round(sum_over_processes({"kept": len(kept)}, device)["kept"])
+        missing = config.batch_size - round(total({"kept": len(kept)}, device)["kept"])
     return kept, episodes, skipped, drawn
 
 
@@ -142,7 +142,7 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
     return loss, {k: v.item() for k, v in stats.items()}
 
 
-def update(weights, groups, optimizer, config, rank, device):
+def update(weights, groups, optimizer, config, rank, device, total=sum_over_processes):
     """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals
     its groups to the mini-batches in turn, starting at its rank, so that all of them are of about the same
     size. Returns metrics over all processes."""
@@ -150,7 +150,7 @@ def update(weights, groups, optimizer, config, rank, device):
     metrics, updates, policy, reference = Counter(), 0, weights.policy, weights.reference
     for m in range(num_batches):
         mini = groups[(m + rank) % num_batches::num_batches]
-        tokens = sum_over_processes({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
+        tokens = total({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
         if not tokens:
             continue
         sums = Counter(dict.fromkeys((*PER_TOKEN, "gap", "gap_tokens"), 0.0))
@@ -213,70 +213,67 @@ def endless(rows, seed):
         yield from rng.sample(rows, len(rows))
 
 
-def train(weights, rows, config, rank, world, device):
+def train(weights, rows, config, run, rank, world, device, val):
     policy, rewards = weights.policy, {f.name: getattr(config, f.name) for f in fields(RewardWeights)}
     max_zooms = policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms
     policy.env_config = replace(policy.env_config, max_zooms=max_zooms, **rewards)
     optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
+    progress = run.start(weights, optimizer, config.steps, {"step": 0, "drawn": 0, "skipped": []}, generator, val)
     engine = Engine(weights.player, config.group_size, config, generator)
     with weights.gathered():
         check_decoder(engine.decoder)
     if rank == 0:
         print(f"rl: rollouts in {policy.dtype}, decode step {engine.decoder.path}")
-    questions, root, out = endless(rows, config.seed), Path(config.data).parent, Path(config.out)
-    skipped, total_drawn = [], 0
-    for step in range(1, config.steps + 1):
+    root, skipped, total_drawn = Path(config.data).parent, progress["skipped"], progress["drawn"]
+    questions = islice(endless(rows, config.seed), total_drawn, None)
+    for step in range(progress["step"] + 1, config.steps + 1):
         began = time.time()
         lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
         # rollouts
         policy.eval()
         with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0,
                   leave=False) as bar, weights.gathered():
-            kept, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar)
+            kept, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar,
+                                                    run.interruptible(engine.play, ([], [])), run.total)
         played, total_drawn = time.time(), total_drawn + drawn
-        skipped += gather(bad)
+        skipped = skipped + gather(bad)
         check_bad(skipped, max(len(rows), total_drawn), config.max_bad, config.data)
         # the update
         policy.train()
         metrics = {"step": step} | episode_metrics(episodes, len(kept), config.group_size, device)
         if metrics["groups"]:
-            metrics |= update(weights, kept, optimizer, config, rank, device)
+            metrics |= update(weights, kept, optimizer, config, rank, device, run.total)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
                     "seconds": time.time() - began, "lr": lr, "skipped": len(skipped)}
-        if rank == 0:
-            log(metrics, episodes, config, out)
-        if step % config.save_every == 0 or step == config.steps:
-            weights.save(out)
+        show(metrics, episodes, config, run.metrics.print)
+        run.end_step(metrics, {"step": step, "drawn": total_drawn, "skipped": skipped})
     return skipped
 
 
-def log(metrics, episodes, config, out):
-    """One line a step, metrics.jsonl, an episode now and then, a warning when the tool is no longer used."""
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+def show(metrics, episodes, config, say):
+    """One line a step, an episode now and then, a warning when the tool is no longer used."""
     m = Counter(metrics)
     parts = ", ".join(f"{part} {m[part]:.2f}" for part in REWARD_PARTS)
-    print(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms {m['zooms']:.2f}  "
-          f"invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  clipped {m['clipped_low']:.2%}/"
-          f"{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
-          f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  gap {m['gap']:.0e}  "
-          f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s", flush=True)
+    say(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms {m['zooms']:.2f}  "
+        f"invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  clipped {m['clipped_low']:.2%}/"
+        f"{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
+        f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  gap {m['gap']:.0e}  "
+        f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s")
     if not m["groups"]:
-        print("  no group had a spread of rewards: nothing learned in this step")
+        say("  no group had a spread of rewards: nothing learned in this step")
     if m["zooms"] < 0.05:
-        print("  warning: the policy has stopped zooming (see tool_weight)")
+        say("  warning: the policy has stopped zooming (see tool_weight)")
     if episodes and (m["step"] - 1) % config.show_every == 0:
-        print(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.rewards}", flush=True)
+        say(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.rewards}")
 
 
 def main():
     config = parse_flags(Config, __doc__, DEMO, (
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
-        "max_rows", "max_tokens_per_pass", "max_bad_steps", "save_every", "show_every"))
+        "max_rows", "show_every", *AT_LEAST_ONE))
     rank, world, device = start_processes(config.device, config.timeout_min)
-    open_folder(config.out)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
     if not config.temperature > 0:
@@ -284,19 +281,19 @@ def main():
     if config.model == DEMO["model"] and not Path(config.model).exists():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
     rows, bad = read_questions(config.data, config.max_bad)
+    val = config.val and (read_questions(config.val, config.max_bad)[0], Path(config.val).parent, config)
+    run = TrainingRun("rl", config, {"model": config.model, "question file": config.data}, rank, world, device)
+    if run.finished:
+        return
     torch.manual_seed(config.seed)
     weights = load_weights(config.model, config, device, with_reference=config.kl_weight > 0)
     policy = weights.policy
     policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
     if rank == 0:
-        move_aside(Path(config.out).glob("metrics.jsonl"))
-        print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {world} process(es) on "
-              f"{device}; a step is {config.batch_size} questions x {config.group_size} episodes, "
-              f"learning rate {config.lr}")
-    skipped = bad + without + train(weights, rows, config, rank, world, device)
-    if rank == 0:
-        write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
-        print(f"rl: wrote {config.out}")
+        print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {weights.describe()}, "
+              f"{world} process(es) on {device}; a step is {config.batch_size} questions x {config.group_size} "
+              f"episodes, learning rate {config.lr}")
+    run.finish(bad + without + train(weights, rows, config, run, rank, world, device, val))
 
 
 if __name__ == "__main__":

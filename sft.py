@@ -9,7 +9,8 @@ saw is replayed from the video by the environment, through the same encoder as i
     python sft.py                                           the tiny base on synthetic data, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data my_sft.jsonl
 
-Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl.
+Writes to --out: the checkpoint (Hugging Face format), metrics.jsonl, skipped.jsonl, and checkpoints/, from
+which the same command goes on when it was stopped.
 
 From the paper: 1 epoch, batch 64, cosine schedule with warm-up 0.1, vision encoder and projector frozen,
 bf16, context 32,768. The learning rate is the text's 5e-6 (its table says 5e-5). Departures: master weights
@@ -17,24 +18,24 @@ stay in float32; AdamW has betas 0.9 / 0.95 and no weight decay; trajectories th
 context are skipped and named, not cut.
 """
 
-import json
 import math
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from common import check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes, write_jsonl
-from data_prep import read_trajectories, use_overview
+from common import check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes
+from data_prep import read_questions, read_trajectories, use_overview
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
 from model import fill_features, replay, split_by_tokens, token_log_probs
-from scale.runs import TrainConfig, move_aside, open_folder
+from rollout import RolloutConfig
+from scale.ahead import batches_ahead, in_threads
 from scale.sharding import load_weights
+from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from video import VideoError
 
 
@@ -48,6 +49,7 @@ class Config(TrainConfig):
     lr: float = 5e-6  # peak learning rate of AdamW
     warmup: float = 0.1  # share of the steps in which the learning rate rises; then cosine to 0
     max_length: int = 32_768  # longer trajectories are skipped
+    save_every: int = 50  # steps between checkpoints
 
 
 DEMO = dict(lr=1e-3, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)
@@ -72,78 +74,80 @@ def load_dialogues(policy, rows, root, max_length):
             return row["question"]["id"], f"{len(dialogue.ids)} tokens, above --max_length {max_length}"
         return dialogue
 
-    with ThreadPoolExecutor(4) as pool:  # videos decode side by side
-        loaded = list(pool.map(load, rows))
+    loaded = in_threads(load, rows)  # videos decode side by side
     return [d for d in loaded if not isinstance(d, tuple)], [d for d in loaded if isinstance(d, tuple)]
 
 
-def train_step(weights, dialogues, ids, optimizer, config, device):
+def train_step(weights, dialogues, ids, optimizer, config, device, total=sum_over_processes):
     """One optimizer step on this process's share of a batch, of questions `ids`. Returns metrics over all."""
     # tokens over all processes: the loss's denominator
     num_trained = sum(sum(d.trained) for d in dialogues)
-    total = sum_over_processes({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
+    counts = total({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
     policy = weights.policy
     fill_features(policy, dialogues)
     # loss and gradient, pass after pass
     loss_sum = 0.0
     for batch in weights.passes(split_by_tokens([[d] for d in dialogues], config.max_tokens_per_pass)):
         log_probs, _ = token_log_probs(policy, batch)
-        loss = -log_probs.sum() / max(1, total["tokens"])
+        loss = -log_probs.sum() / max(1, counts["tokens"])
         loss.backward()
         loss_sum += loss.item()
     norm = weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
     step = {"grad_norm": norm, "bad_steps": 0} if math.isfinite(norm) else {"grad_norm": 0.0, "bad_steps": 1}
-    return sum_over_processes({"loss": loss_sum}, device) | total | step
+    return sum_over_processes({"loss": loss_sum}, device) | counts | step
 
 
-def train(weights, rows, config, rank, world, device):
-    out, root = Path(config.out), Path(config.data).parent
+def batches(num_rows, config, rank, world):
+    """(epoch, numbers of this process's rows) of each batch of a run."""
+    for epoch in range(config.epochs):
+        order = list(range(num_rows))
+        random.Random(config.seed + epoch).shuffle(order)
+        for start in range(0, num_rows, config.batch_size):
+            yield epoch, order[start:start + config.batch_size][rank::world]
+
+
+def train(weights, rows, config, run, rank, world, device, val):
     optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
-    bar = tqdm(total=steps, desc="sft", unit="step", dynamic_ncols=True, disable=rank > 0)
-    skipped, step = [], 0
-    for epoch in range(config.epochs):
-        order = list(range(len(rows)))
-        random.Random(config.seed + epoch).shuffle(order)
-        for start in range(0, len(order), config.batch_size):
-            # this process's share of the batch, replayed
-            began = time.time()
-            mine = order[start:start + config.batch_size][rank::world]
-            dialogues, bad = load_dialogues(weights.policy, [rows[i] for i in mine], root, config.max_length)
-            skipped += gather(bad)
-            check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
-            ids = [rows[i]["question"]["id"] for i in mine]
-            metrics = train_step(weights, dialogues, ids, optimizer, config, device)
-            step += 1
-            if rank == 0:
-                metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
-                           "seconds": time.time() - began}
-                with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(metrics) + "\n")
-                bar.update()
-                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-                if step % max(1, steps // 10) == 0 or step == steps:
-                    tqdm.write(f"step {step}/{steps}  loss {metrics['loss']:.4f}  trained tokens "
-                               f"{metrics['tokens']:.0f} of {metrics['length']:.0f}  lr {lr:.1e}  grad norm "
-                               f"{metrics['grad_norm']:.2f}  {metrics['seconds']:.1f} s")
-    bar.close()
+    progress = run.start(weights, optimizer, steps, {"step": 0, "skipped": []}, val=val)
+    skipped, began = progress["skipped"], time.time()
+    # this process's share of a batch, replayed while the batch before is trained
+    load = lambda batch: load_dialogues(weights.policy, [rows[i] for i in batch[1]], Path(config.data).parent,
+                                        config.max_length)
+    left = islice(batches(len(rows), config, rank, world), progress["step"], None)
+    ahead = enumerate(batches_ahead(load, left), progress["step"] + 1)
+    for step, ((epoch, mine), (dialogues, bad), waited_s) in ahead:
+        skipped = skipped + gather(bad)
+        check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, config)
+        ids = [rows[i]["question"]["id"] for i in mine]
+        metrics = train_step(weights, dialogues, ids, optimizer, config, device, run.total)
+        metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
+                   "seconds_data": waited_s, "seconds": time.time() - began}
+        began = time.time()
+        if step % max(1, steps // 10) == 0 or step == steps:
+            run.metrics.print(f"step {step}/{steps}  loss {metrics['loss']:.4f}  trained tokens "
+                              f"{metrics['tokens']:.0f} of {metrics['length']:.0f}  lr {lr:.1e}  grad norm "
+                              f"{metrics['grad_norm']:.2f}  {metrics['seconds']:.1f} s")
+        run.end_step(metrics, {"step": step, "skipped": skipped})
     return skipped
 
 
 def main():
-    config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", "max_tokens_per_pass",
-                                             "max_bad_steps"))
+    config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", *AT_LEAST_ONE))
     rank, world, device = start_processes(config.device, config.timeout_min)
-    open_folder(config.out)
     if config.model is None and config.data == Config.data and rank == 0:
         ensure_demo(Path(config.data).parent, config.seed)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    rows, bad = read_trajectories(config.data, config.max_bad)
+    model, (rows, bad) = config.model or TINY_BASE, read_trajectories(config.data, config.max_bad)
+    val = config.val and (read_questions(config.val, config.max_bad)[0], Path(config.val).parent, RolloutConfig())
+    run = TrainingRun("sft", config, {"model": model, "trajectory file": config.data}, rank, world, device)
+    if run.finished:
+        return
     torch.manual_seed(config.seed)
-    weights = load_weights(config.model or TINY_BASE, config, device)
+    weights = load_weights(model, config, device)
     policy = weights.policy
     policy.env_config, known, without = use_overview(
         policy.env_config, [row["question"] for row in rows], config.overview, config.max_bad)
@@ -151,15 +155,9 @@ def main():
     rows, bad = [row for row in rows if id(row["question"]) in known], bad + without
     policy.train()
     if rank == 0:
-        move_aside(Path(config.out).glob("metrics.jsonl"))
-        print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model or TINY_BASE}, "
-              f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} trained parameters in "
-              f"{policy.dtype}, {world} process(es) on {device}")
-    skipped = bad + train(weights, rows, config, rank, world, device)
-    weights.save(config.out)
-    if rank == 0:
-        write_jsonl(Path(config.out) / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
-        print(f"sft: wrote {config.out}")
+        print(f"sft: {len(rows)} trajectories from {config.data}, model {model}, {weights.describe()}, "
+              f"{world} process(es) on {device}")
+    run.finish(bad + train(weights, rows, config, run, rank, world, device, val))
 
 
 if __name__ == "__main__":

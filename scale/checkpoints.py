@@ -1,4 +1,5 @@
-"""Checkpoints on disk: what is wrong with one that cannot be loaded, and a save that may be killed any time.
+"""Checkpoints on disk: what is wrong with one that cannot be loaded, and saves that may be killed any time, of
+a policy, and of a run that is to go on.
 
 A folder is Hugging Face's format plus zoom_config.json. Its weights are in files whose names are used once,
 and model.safetensors.index.json says which files they are. A save writes all of it beside the old checkpoint;
@@ -13,18 +14,22 @@ import os
 import re
 import secrets
 import shutil
+import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (AutoTokenizer, GenerationConfig, PreTrainedConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor)
 
-from common import UserError, read_text
+from common import UserError, gather, read_text
 from model import PolicyError
 from zoom_env import EnvConfig
 
@@ -34,6 +39,7 @@ OBJECTS = ("config.json", "generation_config.json", "preprocessor_config.json", 
            "pytorch_model.bin.index.json")
 LFS = b"version https://git-lfs"
 AGAIN = "download or copy it again"
+FILE_BYTES = 256e6  # of tensors in a file of a run's checkpoint
 
 
 # -------------------------------------------------------------------------------------------------- load
@@ -285,3 +291,142 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------- checkpoints of a run, to go on
+class Shard(NamedTuple):
+    """Rows of a tensor that one process writes: rows `start` .. of a tensor of `shape`."""
+
+    name: str
+    rows: torch.Tensor
+    start: int
+    shape: tuple
+
+
+def save_run(out, step, shards, state, rank_state, keep):
+    """Writes out/checkpoints/step_N, in which a run can go on with any number of processes. All processes call
+    it. What stands there is safetensors and JSON; nothing is ever unpickled.
+
+    Args:
+        shards: Shards, made one at a time; of all processes together each row once.
+        state: a dict for JSON, the first process's counts. rank_state: the same, of each process.
+        keep: how many checkpoints stay, the newest.
+    Returns the seconds it took. Its commit is that the folder gets its name, so a kill at any moment leaves
+    the last one whole. Raises UserError, on all processes, if one of them cannot write."""
+    began = time.time()
+    rank, folder = (dist.get_rank() if dist.is_initialized() else 0), Path(out) / "checkpoints"
+    temporary, target = folder / f"step_{step}.tmp", folder / f"step_{step}"
+    parts, error = [], None
+    try:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("*.tmp"):
+                shutil.rmtree(left)
+            temporary.mkdir()
+    except OSError as failed:
+        error = failed.strerror
+    agree(error, target)
+    # each process its rows
+    try:
+        for number, group in enumerate(grouped(shards), 1):
+            file = temporary / f"rank{rank}-{number:05d}.safetensors"
+            save_file({f"{i}": shard.rows for i, shard in enumerate(group)}, file)
+            sync(file)
+            parts += [(shard.name, list(shard.shape), file.name, f"{i}", shard.start, len(shard.rows))
+                      for i, shard in enumerate(group)]
+            del group
+    except Exception as failed:  # safetensors has errors of its own
+        error = getattr(failed, "strerror", None) or first_line(failed)
+    agree(error, target)
+    parts, rank_states = gather(parts), gather([rank_state])
+    # the first one says what stands where, and gives the folder its name
+    try:
+        if rank == 0:
+            tensors = {}
+            for name, shape, *part in parts:
+                tensors.setdefault(name, {"shape": shape, "parts": []})["parts"].append(part)
+            index = {"step": step, "state": state, "rank_states": rank_states, "tensors": tensors}
+            (temporary / "checkpoint.json").write_text(json.dumps(index), encoding="utf-8")
+            sync(temporary / "checkpoint.json")
+            sync(temporary)
+            if target.exists():
+                os.replace(target, folder / f"replaced_{step}.tmp")
+            os.replace(temporary, target)
+            sync(folder)
+            for old in run_folders(out)[:-keep]:
+                os.replace(old, old.with_suffix(".tmp"))  # half of it never stands under its name
+            for left in folder.glob("*.tmp"):
+                shutil.rmtree(left)
+    except OSError as failed:
+        error = failed.strerror
+    agree(error, target)
+    return time.time() - began
+
+
+def grouped(shards):
+    """Lists of shards, on the CPU, of at most FILE_BYTES or one: a file is made in memory before it is
+    written. A larger shard is cut into several. Tensors without rows are left out."""
+    group, size = [], 0
+    for name, rows, start, shape in shards:
+        most = max(1, int(FILE_BYTES // max(1, rows[:1].nbytes)))  # rows in a file
+        for first in range(0, len(rows), most):
+            part = rows[first:first + most].detach().cpu().contiguous()
+            if group and size + part.nbytes > FILE_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(Shard(name, part, start + first, shape))
+            size += part.nbytes
+    if group:
+        yield group
+
+
+def agree(error, target):
+    """Raises UserError on all processes if one of them has an error, and removes what is half written."""
+    errors = gather([error] if error else [])
+    if errors:
+        shutil.rmtree(target.with_suffix(".tmp"), ignore_errors=True)
+        last = run_folders(target.parents[1])
+        stays = f"{last[-1].name} stays, from which the run can go on" if last else "there is no earlier one"
+        raise UserError(f"cannot save {target}: {errors[0]}; {stays}; make room and start again")
+
+
+def run_folders(out):
+    """The checkpoints of a run, the newest last."""
+    number = lambda path: int(path.name.removeprefix("step_"))
+    return sorted((path for path in (Path(out) / "checkpoints").glob("step_*")
+                   if re.fullmatch(r"step_\d+", path.name)), key=number)
+
+
+class SavedRun:
+    """A checkpoint of a run: `step`, `state` and `rank_states` as they were given, and rows of tensors."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            index = json.loads(read_text(self.folder / "checkpoint.json"))
+            self.step, self.state, self.rank_states = index["step"], index["state"], index["rank_states"]
+            self.tensors = index["tensors"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder} cannot be read: {first_line(error)}; remove that folder") from None
+        self.files = {}
+
+    def read_into(self, name, rows, start, shape):
+        """Fills `rows` with rows `start` .. of a tensor. Raises UserError if it is not there or another one."""
+        try:
+            saved = self.tensors[name]
+            if tuple(saved["shape"]) != tuple(shape):
+                raise ValueError(f"{name} has shape {saved['shape']}, not {list(shape)}")
+            missing = len(rows)
+            for file, key, first, length in saved["parts"]:
+                low, high = max(first, start), min(first + length, start + len(rows))
+                if low < high:
+                    if file not in self.files:
+                        self.files[file] = safe_open(self.folder / file, "pt")
+                    part = self.files[file].get_slice(key)[low - first:high - first]
+                    rows[low - start:high - start].copy_(part)
+                    missing -= high - low
+            if missing:
+                raise ValueError(f"{missing} rows of {name} are missing")
+        except Exception as error:  # safetensors has errors of its own
+            raise UserError(f"{self.folder} cannot be read: {first_line(error)}; remove that folder, and the "
+                            "run goes on from the one before") from None

@@ -24,7 +24,7 @@ class MasterWeights:
         reference: a frozen policy, or None.
     player: the policy that plays and is saved, within `gathered`: here the same."""
 
-    gathered_bytes, seconds_gather = 0, 0.0  # of the weights for rollouts, so far
+    gathered_bytes, seconds_gather = 0, 0.0
 
     def __init__(self, policy, reference=None):
         self.policy, self.player, self.reference, self.bad_steps = policy, policy, reference, 0
@@ -45,6 +45,12 @@ class MasterWeights:
             master.grad += p.grad
         p.grad = None
 
+    def gathering(self):
+        """Metrics of what rollouts needed since the last call: bytes that this process got, seconds."""
+        metrics = {"gathered_gb": self.gathered_bytes / 1e9, "seconds_gather": self.seconds_gather}
+        self.gathered_bytes, self.seconds_gather = 0, 0.0
+        return metrics
+
     @contextmanager
     def gathered(self):
         """In it, `player` has its weights."""
@@ -61,6 +67,9 @@ class MasterWeights:
                     error = failed
             if errors := gather([error] if error else []):
                 raise errors[0]
+
+    def describe(self):
+        return f"{sum(p.numel() for p in self.parameters):,} trained parameters in {self.policy.dtype}"
 
     def passes(self, batches, backward=True):
         """The batches, one after the other, of each of which the caller makes a pass. Where a pass needs all

@@ -11,29 +11,17 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from common import RunConfig, UserError, write_jsonl
+from common import UserError, write_jsonl
 
 # Settings of all scripts that may differ when a run goes on. Of files the content counts, see `fingerprint`.
 MAY_DIFFER = ("out", "resume", "device", "timeout_min", "max_rows", "cache_gb", "compile", "look_every",
               "data", "system_prompt")
-
-
-@dataclass(frozen=True)
-class TrainConfig(RunConfig):
-    """Settings of both scripts that train."""
-
-    weight_decay: float = 0.0  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    max_bad_steps: int = 5  # the run ends after so many optimizer steps in a row whose gradient is not finite
-    max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
-    gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
-    shard: str | None = None  # none, all, node: who shares one copy of the weights; by default all in bfloat16
 
 
 # ------------------------------------------------------------------------------------------------- the folder

@@ -179,6 +179,9 @@ class ShardedWeights(MasterWeights):
         nothing.add([policy.im_end], trained=True)
         self.nothing = [[nothing]]
 
+    def describe(self):
+        return f"{super().describe()}, in {shard_of(self.mesh)[1]} shards"
+
     def sum_gradients(self):
         """Each pass has done so."""
 

@@ -94,6 +94,34 @@ def test_schedule_warms_up_and_ends_near_zero():
     assert sft.learning_rate(0, 1, config) == 1.0
 
 
+def test_what_is_prepared_ahead_changes_nothing_but_times(folder, tmp_path, monkeypatch):
+    """Two epochs with rows that cannot be replayed: metrics, order and skipped rows of a plain loop, to the bit."""
+    rows = [json.loads(line) for line in open(folder / "sft.jsonl")][:8]
+    rows[2]["turns"] = rows[2]["turns"] + ["more"]
+    rows[5]["question"] = rows[5]["question"] | {"id": "gone", "video": "missing.mp4"}
+    trained, step = [], sft.train_step
+
+    def recorded(policy, dialogues, ids, *rest):
+        trained.append((ids, [d.ids for d in dialogues]))
+        return step(policy, dialogues, ids, *rest)
+
+    def run(name):
+        trained.clear()
+        (tmp_path / name).mkdir()
+        config = sft.Config(data=str(folder / "sft.jsonl"), out=str(tmp_path / name), epochs=2, batch_size=3, lr=1e-3, max_bad=0.5)
+        skipped = sft.train(make_policy(), rows, config, 0, 1, torch.device("cpu"))
+        metrics = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+        assert all(0 <= m.pop("seconds_data") <= m.pop("seconds") for m in metrics)
+        return metrics, skipped, trained.copy()
+
+    monkeypatch.setattr(sft, "train_step", recorded)
+    ahead = run("ahead")
+    monkeypatch.setattr(sft, "batches_ahead", lambda load, batches: ((batch, load(batch), 0.0) for batch in batches))
+    assert ahead == run("plain")
+    assert len(ahead[0]) == 6 and len(ahead[1]) == 4 and {"gone"} < {where for where, _ in ahead[1]}
+    assert [m["skipped"] for m in ahead[0]][-1] == 4 and ahead[0][0]["loss"] != ahead[0][1]["loss"]
+
+
 def run(*flags, script="sft.py"):
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=300)
 

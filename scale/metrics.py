@@ -1,0 +1,155 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and a bar with the time left.
+
+    metrics = Metrics(out, total_steps, "rl", config.tensorboard, config.wandb, done, rank)
+    metrics.write({"step": 1, "loss": 0.5, ...})        once a step
+    metrics.print("...")                                a line above the bar
+    metrics.close()
+
+A run that goes on after step N calls `Metrics.cut(out, N)` first and gives N as `done`: then each step stands
+once in all three. TensorBoard hides what was made again. Weights & Biases gets the steps that it lacks; what
+its server has already cannot be taken back and stays. A run offline loses what was not on the disk when it
+was killed, so its folder is made anew, of metrics.jsonl, and the old one renamed (replaced-...): only the
+numbers of the machine in it (GPU, memory) are lost to the curves.
+"""
+
+import importlib
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import UserError
+from scale.runs import write_json
+
+FILES = r"metrics\.jsonl|tensorboard|wandb|wandb_run\.json"  # that it writes
+
+
+class Metrics:
+    """Writes a run's numbers; does nothing but on the first process.
+
+    Args:
+        out: the run's folder: metrics.jsonl, tensorboard/, wandb/ and wandb_run.json are in it.
+        total_steps: of the whole run.
+        name: of the bar, and of the run in Weights & Biases.
+        tensorboard: whether to write for TensorBoard, too.
+        wandb: project in Weights & Biases, or None. WANDB_MODE=offline writes into `out` alone.
+        done: steps that are there already.
+    Raises UserError where a package is missing or Weights & Biases refuses."""
+
+    def __init__(self, out, total_steps, name, tensorboard=False, wandb=None, done=0, rank=0):
+        self.out, self.rank, self.board, self.run = Path(out), rank, None, None
+        if rank == 0:
+            check_installed(tensorboard, wandb)
+        if rank == 0 and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            # later steps of before, which a run that goes on makes again, are not shown
+            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=done + 1)
+        if rank == 0 and wandb is not None:
+            self.run = begin_wandb(self.out, wandb, name, done)
+            for earlier in read_steps(self.out, done):
+                self._log(earlier)
+        self.bar = tqdm(total=total_steps, initial=done, desc=name, unit="step", dynamic_ncols=True,
+                        disable=rank > 0)
+
+    def write(self, metrics):
+        """The numbers of a step: a dict with "step". What is no number goes to metrics.jsonl alone."""
+        if self.rank > 0:
+            return
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        step, numbers = metrics["step"], numbers_of(metrics)
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+            self.board.flush()
+        if self.run:
+            self._log(metrics)
+        shown = {key: f"{numbers[key]:.4f}" for key in ("loss", "reward") if key in numbers}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def _log(self, metrics):
+        """To Weights & Biases, which has the steps before its starting_step already."""
+        if metrics["step"] >= self.run.starting_step:
+            self.run.log(numbers_of(metrics), step=metrics["step"])
+
+    def print(self, text):
+        """A line, or several, above the bar; of the first process."""
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def close(self):
+        """The run has ended."""
+        self.bar.close()
+        if self.board:
+            self.board.close()
+        if self.run:
+            self.run.finish()
+
+    @staticmethod
+    def cut(out, step):
+        """Takes the lines after `step` out of metrics.jsonl, and one that a kill has cut. All other bytes
+        stay; the file is never seen half written."""
+        path = Path(out) / "metrics.jsonl"
+        if path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(b"".join(line for line in read_lines(out) if line_step(line) <= step))
+            os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+def numbers_of(metrics):
+    """What can be drawn."""
+    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+
+
+def read_lines(out):
+    return (Path(out) / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def line_step(line):
+    """The step of a line of metrics.jsonl; infinity where it is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, TypeError, KeyError):  # after a power cut
+        return float("inf")
+
+
+def read_steps(out, done):
+    """The metrics of the first `done` steps."""
+    return [json.loads(line) for line in read_lines(out) if line_step(line) <= done] if done else []
+
+
+def check_installed(tensorboard, wandb):
+    """Raises UserError where a package that a flag needs is missing."""
+    for package, module, wanted in (("tensorboard", "torch.utils.tensorboard", tensorboard),
+                                    ("wandb", "wandb.sdk", wandb is not None)):
+        try:
+            if wanted:
+                importlib.import_module(module)
+        except ImportError:
+            raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
+
+
+def begin_wandb(out, project, name, done):
+    """Begins a run in Weights & Biases, or goes on with the one of wandb_run.json where `done` is above 0.
+    Raises UserError."""
+    import wandb
+    try:
+        run_id = json.loads((out / "wandb_run.json").read_text(encoding="utf-8"))["id"] if done else None
+    except (OSError, ValueError, LookupError, TypeError):  # none yet: the flag is new
+        run_id = None
+    run_id = run_id or secrets.token_hex(4)
+    write_json(out / "wandb_run.json", {"id": run_id})
+    for folder in (out / "wandb").glob(f"offline-run-*-{run_id}"):
+        folder.rename(folder.with_name(f"replaced-{folder.name}"))
+    try:
+        return wandb.init(project=project, name=name, id=run_id, resume="allow" if done else None,
+                          dir=str(out), settings=wandb.Settings(console="off"))
+    except Exception as error:  # of many types: no key, no network, a name that it refuses
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--wandb {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None

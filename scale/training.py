@@ -1,0 +1,213 @@
+"""What both scripts that train do beside training: begin or go on, save, stop, and say how it goes.
+
+    run = TrainingRun("rl", config, inputs, rank, world, device)     before anything is loaded; may be finished
+    progress = run.start(weights, optimizer, total_steps, {"step": 0, ...})
+    for step in range(progress["step"] + 1, total_steps + 1):
+        run.interruptible(function, otherwise)(...)        what SIGTERM ends at once, as nothing has moved yet
+        run.total(values, device)               a sum over all processes; if one was told to stop, all do
+        run.end_step(metrics, {"step": step, ...})
+    run.finish(skipped)
+
+A checkpoint is of the time between two steps: the weights, the optimizer, `progress` and the random states as
+they were then. It is saved after every `save_every` steps, and at a SIGTERM as long as the weights have not
+moved since.
+"""
+
+import base64
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import RunConfig, UserError, sum_over_processes, write_jsonl
+from scale import runs
+from scale.checkpoints import SavedRun, Shard, run_folders, save_run
+from scale.held_out import held_out
+from scale.metrics import FILES, Metrics, check_installed
+from scale.stopping import Stopping
+
+# Settings that may differ when a run goes on: how often is saved and shown, and what bounds memory alone.
+MAY_DIFFER = ("model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb",
+              "shard", "max_tokens_per_pass", "gradient_checkpointing")
+NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the exported checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Settings of both scripts that train."""
+
+    weight_decay: float = 0.0  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_bad_steps: int = 5  # the run ends after so many optimizer steps in a row whose gradient is not finite
+    max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
+    gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
+    shard: str | None = None  # none, all, node: who shares one copy of the weights; by default all in bfloat16
+    resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
+    save_every: int = 10  # steps between checkpoints
+    keep: int = 2  # so many checkpoints to go on from stay in --out/checkpoints
+    grace_s: float = 20.0  # seconds from SIGTERM to the end, to save in
+    val: str | None = None  # questions that are played now and then, at temperature 0
+    val_every: int = 10  # steps between that
+    tensorboard: bool = False  # write the metrics for TensorBoard, too (--out/tensorboard)
+    wandb: str | None = None  # ... and to this project in Weights & Biases
+
+
+AT_LEAST_ONE = ("max_tokens_per_pass", "max_bad_steps", "save_every", "keep", "val_every")
+
+
+class TrainingRun:
+    """One run in the folder `config.out`. `finished` says whether there is nothing left to do.
+
+    Args:
+        name: of the script. config: a TrainConfig.
+        inputs: {what: path or None}, see `runs.begin_run`.
+    Raises UserError."""
+
+    def __init__(self, name, config, inputs, rank, world, device):
+        if config.resume not in ("auto", "never"):
+            raise UserError(f"--resume must be auto or never, not {config.resume}")
+        self.name, self.config, self.out = name, config, Path(config.out)
+        self.rank, self.world, self.device = rank, world, device
+        check_installed(config.tensorboard, config.wandb)
+        by_file = (config.overview or "").endswith(".json")
+        inputs = inputs | {"system prompt": config.system_prompt, "overview": config.overview if by_file else None}
+        box = [None]
+        if rank == 0:
+            box = [runs.begin_run(runs.open_folder(self.out), config, MAY_DIFFER, inputs, NAMES)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, 0, device=device)
+        self.finished, self.stopping = box[0] == "finished", Stopping(config.grace_s, self._lost)
+        if self.finished and rank == 0:
+            print(f"{name}: the run in {self.out} is finished; --resume never makes it again")
+        folders = run_folders(self.out) if box[0] == "unfinished" else []
+        self.before = SavedRun(folders[-1]) if folders else None
+        self.saved_step, self.moved, self.idle_s, self.last_save_s, self.seconds_save = 0, False, 0.0, 0.0, 0.0
+
+    def start(self, weights, optimizer, total_steps, progress, generator=None, val=None):
+        """Makes weights, optimizer and random generators what they were, if the run goes on.
+
+        Args:
+            progress: a dict for JSON with "step": what the run has done so far.
+            generator: of the sampling.
+            val: (question rows, root folder, RolloutConfig) of held-out questions, or None.
+        Returns the progress that was saved, else the one that is given."""
+        self.weights, self.optimizer, self.val, self.total_steps = weights, optimizer, val, total_steps
+        self.generators = [torch.default_generator, *([generator] if generator else [])]
+        self.progress = self.before.state if self.before else progress
+        if self.before:
+            self._read(self.before)
+        done = self.saved_step = self.progress["step"]
+        if self.rank == 0:
+            Metrics.cut(self.out, done)
+            if self.before:
+                print(f"{self.name}: goes on after step {done}")
+        self.metrics = Metrics(self.out, total_steps, self.name, self.config.tensorboard, self.config.wandb,
+                               done, self.rank)
+        self.rank_state = self._random_states()
+        optimizer.register_step_post_hook(self._has_moved)
+        self.stopping.armed = True
+        return self.progress
+
+    def _has_moved(self, *_):
+        self.moved = True
+
+    def interruptible(self, function, otherwise):
+        """The function, but that SIGTERM ends it at once; then `otherwise` is what it returns."""
+        def call(*args, **how):
+            returned = self.stopping.interruptibly(function, *args, **how)
+            return otherwise if returned is None else returned
+        return call
+
+    def total(self, values, device):
+        """`sum_over_processes`. If one of them was told to stop, all of them save the start of the step, unless
+        the weights have moved since or there is no time, and end."""
+        began = time.monotonic()
+        total = sum_over_processes(values | {"stop": self.stopping.requested}, device)
+        self.idle_s += time.monotonic() - began
+        if total.pop("stop"):
+            in_time = self.last_save_s <= self.config.grace_s / 2
+            if self.saved_step != self.progress["step"] and not self.moved and in_time:
+                self._save(export=False)
+            self.stopping.leave(self._lost())
+        return total
+
+    def _lost(self):
+        lost = self.progress["step"] - self.saved_step
+        return (f"stopped; the same command goes on after step {self.saved_step}"
+                + f", {lost} finished step{'s are' if lost > 1 else ' is'} lost" * (lost > 0))
+
+    def end_step(self, metrics, progress):
+        """Writes a step's metrics, plays the held-out questions and saves where it is time to."""
+        step, last = progress["step"], progress["step"] == self.total_steps
+        if self.val and (step % self.config.val_every == 0 or last):
+            with self.weights.gathered():
+                metrics |= held_out(self.weights.player, *self.val, self.rank, self.world, self.device)
+        idle_s = sum_over_processes({"idle": self.idle_s}, self.device)["idle"] / self.world
+        self.metrics.write(metrics | self.weights.gathering() | {"seconds_idle": idle_s,
+                                                                 "seconds_save": self.seconds_save})
+        self.progress, self.rank_state = progress, self._random_states()
+        self.moved, self.idle_s, self.seconds_save = False, 0.0, 0.0
+        if step % self.config.save_every == 0 or last:
+            self._save()
+
+    def finish(self, skipped):
+        """The run is over: its checkpoint is in the folder."""
+        self.metrics.close()
+        self.stopping.armed = False
+        if self.rank == 0:
+            write_jsonl(self.out / "skipped.jsonl", [{"row": w, "reason": r} for w, r in skipped])
+            runs.finish_run(self.out)
+            print(f"{self.name}: wrote {self.out}")
+
+    # ------------------------------------------------------------------------------------------ state on disk
+    def _save(self, export=True):
+        """The policy as others load it, and a checkpoint to go on from."""
+        began = time.time()
+        if export:
+            self.weights.save(self.out)
+        save_run(self.out, self.progress["step"], self._shards(),
+                 self.progress | {"bad_steps": self.weights.bad_steps, "optimizer_steps": self._steps_taken()},
+                 self.rank_state, self.config.keep)
+        self.saved_step = self.progress["step"]
+        self.seconds_save = self.last_save_s = time.time() - began
+
+    def _steps_taken(self):
+        return max([int(state["step"]) for state in self.optimizer.state.values()], default=0)
+
+    def _shards(self):
+        """The rows of masters and moments that this process writes."""
+        for name, master in self.weights.masters.items():
+            for what, tensor in {"": master, **self.optimizer.state.get(master, {})}.items():
+                if what != "step":
+                    rows, first = self.weights.mine(tensor)
+                    yield Shard(f"{name} {what}".strip(), rows, first, tuple(tensor.shape))
+
+    @torch.no_grad()
+    def _read(self, saved):
+        """Masters and moments of a checkpoint, and random states."""
+        state = saved.state
+        steps = state["optimizer_steps"]
+        for name, master in self.weights.masters.items():
+            moments = {what: torch.zeros_like(master) for what in ("exp_avg", "exp_avg_sq") if steps}
+            for what, tensor in {"": master, **moments}.items():
+                rows, first = self.weights.held(tensor)
+                saved.read_into(f"{name} {what}".strip(), rows, first, tensor.shape)
+            if steps:
+                count = torch.tensor(float(steps), dtype=torch.float32, device=self.device)
+                self.optimizer.state[master] = {"step": count} | moments
+        self.weights.cast()
+        self.weights.bad_steps = state["bad_steps"]
+        if len(saved.rank_states) == self.world:
+            for generator, text in zip(self.generators, saved.rank_states[self.rank]["random"], strict=True):
+                generator.set_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))
+            return
+        for number, generator in enumerate(self.generators):
+            generator.manual_seed(hash((self.config.seed, state["step"], self.rank, self.world, number)) % 2 ** 63)
+        if self.rank == 0:
+            print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now: random numbers are "
+                  "drawn from new seeds")
+
+    def _random_states(self):
+        return {"random": [base64.b64encode(bytes(g.get_state().numpy())).decode() for g in self.generators]}

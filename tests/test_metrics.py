@@ -1,0 +1,218 @@
+"""A run's numbers: the same in metrics.jsonl, TensorBoard and Weights & Biases, each step once however often the run is
+killed. TensorBoard's and Weights & Biases' parts need their packages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import common
+from common import UserError
+from scale.metrics import Metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def numbers(step):
+    """Of all kinds: what is no number is not for a curve."""
+    return {"step": step, "loss": 1 / step, "tokens": 1000 * step, "skipped": step > 2, "kind": "demo", "gap": None}
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(out):
+    """{tag: {step: value}} as TensorBoard shows it; fails where a step stands twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    shown = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for values in shown.values():
+        assert len(dict(values)) == len(values)
+    return {tag: dict(values) for tag, values in shown.items()}
+
+
+def wandb_steps(out):
+    """(ids of runs, [(step, {name: value})]) from all .wandb files. These are logs as LevelDB's: after a header of 7 bytes,
+    blocks of 32 KiB of pieces of records, each with checksum (4 bytes), length (2) and kind (1: 1 a whole record, 2 its
+    first, 3 a middle, 4 its last piece)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    ids, steps = set(), []
+    for path in sorted((out / "wandb").glob("offline-run-*/*.wandb")):
+        data, at, record = path.read_bytes(), 7, b""
+        ids.add(path.stem.removeprefix("run-"))
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:
+                at += 32768 - at % 32768
+                continue
+            length, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+            record, at = record + data[at + 7:at + 7 + length], at + 7 + length
+            if kind in (1, 4):
+                history = Record.FromString(record).history
+                record = b""
+                items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in history.item}
+                if items:
+                    steps.append((items["_step"], {k: v for k, v in items.items() if not k.startswith("_")}))
+    return ids, steps
+
+
+def curves(metrics):
+    """What the services must have: {step: numbers}."""
+    return {m["step"]: {k: v for k, v in m.items() if k in ("loss", "tokens", "skipped")} for m in metrics}
+
+
+def check_services(out, tensorboard, wandb):
+    """TensorBoard and Weights & Biases have what metrics.jsonl has, each step once."""
+    expected = curves(lines(out))
+    if tensorboard:
+        shown = board(out)
+        assert set(shown) == {"loss", "tokens", "skipped"}
+        for tag, values in shown.items():
+            assert values == pytest.approx({step: float(m[tag]) for step, m in expected.items()}, rel=1e-6)
+    if wandb:
+        ids, steps = wandb_steps(out)
+        assert len(ids) == 1 and len(dict(steps)) == len(steps) and dict(steps) == expected
+
+
+def process(*code):
+    """A Python process that runs lines of code; of what Weights & Biases has here it knows nothing."""
+    head = f"import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; from test_metrics import *"
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return subprocess.run([sys.executable, "-c", "\n".join([head, *code])], capture_output=True, text=True, timeout=120,
+                          env=environment, stdin=subprocess.DEVNULL)
+
+
+def write_and_die(out, first, last, done, **services):
+    """A process that writes steps and is killed, then half a line, as a kill may leave it."""
+    run = process(f"metrics = Metrics({str(out)!r}, 9, 'test', done={done}, **{services})",
+                  f"for step in range({first}, {last} + 1): metrics.write(numbers(step))",
+                  f"os.kill(os.getpid(), {signal.SIGKILL:d})")
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+
+
+@pytest.fixture(params=["metrics.jsonl alone", "all"])
+def services(request, monkeypatch):
+    """Flags of Metrics: none, or both services, where their packages are there."""
+    if request.param != "all":
+        return {"tensorboard": False, "wandb": None}
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return {"tensorboard": True, "wandb": "videozoomer"}
+
+
+def test_all_have_the_same_numbers(tmp_path, services, capsys):
+    metrics = Metrics(tmp_path, 5, "test", **services)
+    for step in range(1, 6):
+        metrics.write(numbers(step))
+        assert lines(tmp_path)[-1] == numbers(step)  # at once
+    metrics.close()
+    assert lines(tmp_path) == [numbers(step) for step in range(1, 6)]
+    check_services(tmp_path, **services)
+
+
+def test_a_run_that_is_killed_twice_has_each_step_once(tmp_path, services):
+    """Seven steps, killed, on from step 4 to 6, killed, on from step 5: then no gap and no double anywhere."""
+    write_and_die(tmp_path, 1, 7, 0, **services)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    Metrics.cut(tmp_path, 4)
+    assert before.startswith((tmp_path / "metrics.jsonl").read_bytes())
+    assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3, 4]
+    write_and_die(tmp_path, 5, 6, 4, **services)
+    Metrics.cut(tmp_path, 5)
+    time.sleep(1)  # TensorBoard's files have the second in their names, and are read in that order
+    metrics = Metrics(tmp_path, 9, "test", done=5, **services)
+    for step in range(6, 10):
+        metrics.write(numbers(step))
+    metrics.close()
+    assert lines(tmp_path) == [numbers(step) for step in range(1, 10)]
+    check_services(tmp_path, **services)
+
+
+def test_services_that_are_asked_for_later(tmp_path, services):
+    """TensorBoard has the steps from then on, Weights & Biases all."""
+    for done, flags in ((0, {}), (2, services)):
+        metrics = Metrics(tmp_path, 4, "test", done=done, **flags)
+        for step in (done + 1, done + 2):
+            metrics.write(numbers(step))
+        metrics.close()
+    check_services(tmp_path, False, services["wandb"])
+    assert not services["tensorboard"] or set(board(tmp_path)["loss"]) == {3, 4}
+
+
+def test_a_new_run_in_the_same_folder_is_another_one(tmp_path, services):
+    for number in range(2):
+        time.sleep(number * services["tensorboard"])  # as above
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        metrics = Metrics(tmp_path, 3, "test", **services)
+        for step in range(1, 4):
+            metrics.write(numbers(step))
+        metrics.close()
+    if services["wandb"]:
+        check_services(tmp_path, True, None)
+        ids, steps = wandb_steps(tmp_path)
+        assert len(ids) == 2 and len(steps) == 6
+
+
+def test_only_the_first_process_writes(tmp_path, services, capsys):
+    metrics = Metrics(tmp_path, 3, "test", rank=1, **services)
+    metrics.write(numbers(1))
+    metrics.print("a line")
+    metrics.close()
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_one_line(tmp_path, package, monkeypatch):
+    for name in [package, *(name for name in sys.modules if name.startswith((package + ".", "torch.utils.tensorboard")))]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(UserError, match=f"^--{package} needs the package {package}: pip install {package}$"):
+        Metrics(tmp_path, 3, "test", **{package: "project" if package == "wandb" else True})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode, project, word", [("offline", "a/b", "a/b"), ("online", "videozoomer", "key")])
+def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch, mode, project, word):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": mode, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = process(f"common.run_main(lambda: Metrics({str(tmp_path)!r}, 3, 'test', wandb={project!r}))")
+    said = run.stderr.strip().splitlines()
+    assert run.returncode == 2 and f"error: --wandb {project}: " in said[-1] and word in said[-1], run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"step": 3, "loss"', b'{"step": 3}', b"\0" * 30, b'\n[1]\n{"no": 1}\n'])
+def test_cutting_keeps_whole_lines_only(tmp_path, damage):
+    whole = b'{"step": 1, "loss": 0.10000000000000001}\n{"step": 2, "loss": NaN}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + damage)
+    Metrics.cut(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    Metrics.cut(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_nothing_to_cut(tmp_path):
+    Metrics.cut(tmp_path, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bar_goes_on_where_the_run_was(tmp_path, capsys):
+    """It shows the steps of the whole run, the time left, and stays whole when something is printed."""
+    metrics = Metrics(tmp_path, 10, "rl", done=4)
+    metrics.write(numbers(5))
+    metrics.print("two\nlines")
+    assert metrics.bar.n == 5 and metrics.bar.total == 10
+    metrics.close()
+    said = capsys.readouterr()
+    assert said.out == "two\nlines\n" and "5/10" in said.err and "loss=0.2000" in said.err
