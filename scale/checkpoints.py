@@ -169,7 +169,8 @@ def parts_fault(policy):
     unit, vision = policy.frame_unit, policy.visual.config
     if not policy.tokenizer.encode("<answer>\n", add_special_tokens=False, split_special_tokens=True):
         return f"its tokenizer makes no tokens of a text; {AGAIN}"
-    if bad := [name for name, weight in policy.hf.named_parameters() if not weight.isfinite().all()]:
+    weights = [(name, weight) for name, weight in policy.hf.named_parameters() if not weight.is_meta]
+    if bad := [name for name, weight in weights if not weight.isfinite().all()]:
         return f"its weights {', '.join(bad[:3])} are not finite ({len(bad)} in all); {AGAIN}"
     try:
         frame = torch.zeros(3, unit, unit, dtype=torch.uint8)

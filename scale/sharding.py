@@ -129,6 +129,8 @@ def fill(policy, files, mesh):
         rows = files.read(name, start, stop)
         if rows.shape != local.shape:
             raise UserError(f"{name} does not have the shape that config.json says")
+        if not rows.isfinite().all():
+            raise UserError(f"its weights {name} are not finite; download or copy it again")
         local.copy_(rows)
 
 

@@ -17,6 +17,7 @@ from demo import synthetic
 from model import load_policy
 from scale.checkpoints import save_policy
 from scale.masters import MasterWeights
+from scale.training import TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,9 +110,11 @@ def test_what_is_prepared_ahead_changes_nothing_but_times(folder, tmp_path, monk
         trained.clear()
         (tmp_path / name).mkdir()
         config = sft.Config(data=str(folder / "sft.jsonl"), out=str(tmp_path / name), epochs=2, batch_size=3, lr=1e-3, max_bad=0.5)
-        skipped = sft.train(make_policy(), rows, config, 0, 1, torch.device("cpu"))
+        training = TrainingRun("sft", config, {}, 0, 1, torch.device("cpu"))
+        skipped = sft.train(MasterWeights(make_policy()), rows, config, training, 0, 1, torch.device("cpu"), None)
         metrics = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
         assert all(0 <= m.pop("seconds_data") <= m.pop("seconds") for m in metrics)
+        [m.pop(key) for m in metrics for key in ("seconds_save", "seconds_idle", "seconds_gather")]
         return metrics, skipped, trained.copy()
 
     monkeypatch.setattr(sft, "train_step", recorded)

@@ -1,6 +1,5 @@
 """Shards: an update, rollouts, loading and export with FSDP2 are those of one process that has everything."""
 
-import json
 import os
 import subprocess
 import sys
