@@ -67,6 +67,7 @@ class MasterWeights:
                     error = failed
             if errors := gather([error] if error else []):
                 raise errors[0]
+        self.gathering()  # not for rollouts
 
     def describe(self):
         return f"{sum(p.numel() for p in self.parameters):,} trained parameters in {self.policy.dtype}"

@@ -1,12 +1,10 @@
 """Shards: an update, rollouts, loading and export with FSDP2 are those of one process that has everything."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launcher import launch
 from test_rl import make_groups
 from tiny import random_policy
 
@@ -16,26 +14,6 @@ from demo.synthetic import synthetic
 from model import load_policy
 from scale.checkpoints import save_policy
 from scale.sharding import load_weights
-
-ROOT = Path(__file__).resolve().parent.parent
-FIGURES = "import sys; sys.path[:0] = [{root!r}, {tests!r}]; import test_sharding; test_sharding.{function}(*sys.argv[1:])"
-
-
-def torchrun(tmp_path, processes, function, *args, nodes=1):
-    """Runs a function of this file in several processes, of as many machines as are asked for."""
-    script = tmp_path / f"{function}.py"
-    script.write_text(FIGURES.format(root=str(ROOT), tests=str(ROOT / "tests"), function=function))
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    port = 29600 + os.getpid() % 2000
-    how = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
-                                               "--local-addr=127.0.0.1"]
-    runs = [subprocess.Popen([*command, *how, f"--nproc_per_node={processes // nodes}", str(script), *map(str, args)],
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(nodes)]
-    said = [run.communicate(timeout=300)[0] for run in runs]
-    assert not any(run.returncode for run in runs), "\n".join(said)[-4000:]
-    return said[0]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -88,7 +66,7 @@ def alone(place, tmp_path_factory):
     results = {}
     for model in ("tied", "untied"):
         out = tmp_path_factory.mktemp("alone")
-        torchrun(out, 1, "three_updates", place, model, "none", "float32", out)
+        launch(1, "test_sharding:three_updates", [place, model, "none", "float32", out]).wait()
         results[model] = torch.load(out / "result.pt")
     return results
 
@@ -110,7 +88,7 @@ def assert_same_updates(result, expected, gradient=1e-5, weights=1e-6):
 @pytest.mark.parametrize("processes, nodes, shard", [(1, 1, "all"), (2, 1, "all"), (3, 1, "all"), (4, 2, "node"), (2, 1, "none")])
 def test_updates_are_those_of_one_process(place, alone, tmp_path, model, processes, nodes, shard):
     """Float32. Gradients, weights after three steps, metrics; what is exported is what was trained."""
-    torchrun(tmp_path, processes, "three_updates", place, model, shard, "float32", tmp_path, nodes=nodes)
+    launch(processes, "test_sharding:three_updates", [place, model, shard, "float32", tmp_path], nodes=nodes).wait()
     result = torch.load(tmp_path / "result.pt")
     assert_same_updates(result, alone[model])
     policy = load_policy(tmp_path / "export")
