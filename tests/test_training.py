@@ -37,6 +37,7 @@ def place(tmp_path_factory):
 def make_place(folder):
     """Questions, trajectories and a small random checkpoint."""
     synthetic(folder, 20, 5, seed=3)
+    (folder / "few.jsonl").write_text("\n".join((folder / "sft.jsonl").read_text().splitlines()[:11]))
     policy = random_policy(layers=2)
     text = policy.hf.config.text_config
     text.num_hidden_layers, text.layer_types = 2, text.layer_types[:2]
@@ -47,7 +48,7 @@ def flags(place, out, script, shard, *more):
     """Of some steps of rl.py or sft.py that change the weights a lot, with a save every two of them."""
     own = {"rl.py": ["--data", place / "train.jsonl", "--steps", 5, "--batch_size", 4, "--mini_batch_size", 2, "--group_size", 3,
                      "--max_turn_tokens", 6, "--max_draws", 2, "--temperature", 4, "--lr", 1e-4],
-           "sft.py": ["--data", place / "sft.jsonl", "--epochs", 2, "--batch_size", 6, "--lr", 1e-3]}
+           "sft.py": ["--data", place / "few.jsonl", "--epochs", 2, "--batch_size", 4, "--lr", 1e-3]}
     return [*own[script], "--model", place / "model", "--out", out, "--device", "cpu", "--save_every", 2, "--shard", shard, *more]
 
 
