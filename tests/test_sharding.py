@@ -211,6 +211,7 @@ def loading(folder, out):
     with counted:
         policy = load_sharded(config.model, device, torch.bfloat16, mesh, True, config)
     kept = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in policy.parameters())
+    kept += 2 * sum(buffer.nbytes for buffer in policy.buffers())
     largest = max(p.numel() for p in policy.parameters()) * 4
     reference = load_sharded(config.model, device, torch.bfloat16, mesh, False, config)
     plain = load_policy(config.model)
