@@ -13,6 +13,11 @@ pi_old is the policy that played the episodes, pi_ref the SFT model, H the entro
 tokens of a mini-batch over all processes: not the prompt, tool text and frames. A group whose rewards are all
 equal teaches nothing and is dropped; new questions are drawn until the batch is full.
 
+The metrics `gap`, `gap_max`, `gap_turn_1`, .. tell |log pi - log pi as sampled| before the first update of a
+step (scale/gap.py). --old_log_probs recomputed: log pi_old is what a pass says then, not what was noted while
+sampling. --max_gap: an episode whose mean gap is larger is left out of the loss and of N (its advantage and
+those of its group are of all rewards).
+
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-3b --data questions.jsonl
 
@@ -21,10 +26,10 @@ which the same command goes on when it was stopped.
 
 From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27, KL 0.001 (k3), entropy
 0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: log
-pi_old is noted while sampling, not computed in a second pass (the same to 1e-4 in float32, tested; the metric
-`gap` shows it in each run); k3 is clamped at 10 (above d = 2.61 its gradient is 0, where one token's would be
-thousands); drawing stops at `max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen;
-AdamW has betas 0.9 / 0.95 and no weight decay; a turn has at most 1,024 tokens.
+pi_old is noted while sampling, not computed in a second pass (the same to 1e-4 in float32, tested); k3 is
+clamped at 10 (above d = 2.61 its gradient is 0, where one token's would be thousands); drawing stops at
+`max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen; AdamW has betas 0.9 / 0.95 and
+no weight decay; a turn has at most 1,024 tokens.
 """
 
 import math
@@ -44,6 +49,7 @@ from data_prep import read_questions, use_overview
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
+from scale.gap import Gap, check_flags, find_old_log_probs
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from zoom_env import REWARD_PARTS, RewardWeights
@@ -68,6 +74,8 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     clip_high: float = 0.27  # ... and up to 1 + clip_high
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
     entropy_weight: float = 0.001  # of the entropy bonus
+    old_log_probs: str = "sampled"  # log pi_old: as sampled, or recomputed by a pass before the first update
+    max_gap: float | None = None  # with recomputed: an episode of a larger mean gap a token is left out
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
     show_every: int = 10  # steps between printed episodes
 
@@ -148,19 +156,21 @@ def update(weights, groups, optimizer, config, rank, device, total=sum_over_proc
     size. Returns metrics over all processes."""
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
     metrics, updates, policy, reference = Counter(), 0, weights.policy, weights.reference
+    gap = Gap(policy.env_config.max_zooms + 1)
+    groups, old_log_probs = find_old_log_probs(weights, groups, config, gap)
     for m in range(num_batches):
         mini = groups[(m + rank) % num_batches::num_batches]
         tokens = total({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
         if not tokens:
             continue
-        sums = Counter(dict.fromkeys((*PER_TOKEN, "gap", "gap_tokens"), 0.0))
+        sums = Counter(dict.fromkeys(PER_TOKEN, 0.0))
         batches = split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass)
         for batch in weights.passes(batches):
-            # what was noted while sampling, token by token
+            # log pi_old and the advantages
             dialogues = [d for group in batch for d in group]
-            old = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], device=device)
+            old = torch.tensor([p for d in dialogues for p in old_log_probs[id(d)]], device=device)
             advantages = torch.tensor([d.advantage for d in dialogues], device=device)
-            episode = torch.tensor([i for i, d in enumerate(dialogues) for _ in d.sampled_log_probs])
+            episode = torch.tensor([i for i, d in enumerate(dialogues) for _ in old_log_probs[id(d)]])
             # what policy and reference say now
             temperature, with_entropy, ref = config.temperature, config.entropy_weight != 0, None
             log_probs, entropies = token_log_probs(policy, batch, temperature, with_entropy)
@@ -172,19 +182,19 @@ def update(weights, groups, optimizer, config, rank, device, total=sum_over_proc
             loss = loss.sum() / tokens
             loss.backward()
             stats["loss"] = loss.item() * tokens
-            if updates == 0:  # the policy has not moved yet: only rounding may part sampling from this pass
-                stats["gap"], stats["gap_tokens"] = (log_probs.detach() - old).abs().sum().item(), len(old)
+            if updates == 0 and config.old_log_probs == "sampled":  # the policy has not moved yet
+                gap.add(log_probs, dialogues)
             sums.update(stats)
         # one optimizer step on the gradients of all processes
-        ids = [g[0].env.question["id"] for g in mini]
+        ids = [g[0].env.question["id"] for g in mini if g]
         norm = weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
         metrics["grad_norm" if math.isfinite(norm) else "bad_steps"] += norm if math.isfinite(norm) else 1
         updates += 1
         metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
     bad_steps = metrics["bad_steps"]
     return {k: metrics[k] / max(1, metrics["tokens"]) for k in PER_TOKEN} | {
-        "updates": updates, "bad_steps": bad_steps, "gap": metrics["gap"] / max(1, metrics["gap_tokens"]),
-        "trained_tokens": metrics["tokens"], "grad_norm": metrics["grad_norm"] / max(1, updates - bad_steps)}
+        "updates": updates, "bad_steps": bad_steps, "trained_tokens": metrics["tokens"],
+        "grad_norm": metrics["grad_norm"] / max(1, updates - bad_steps)} | gap.metrics(device)
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -264,6 +274,9 @@ def show(metrics, episodes, config, say):
         f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s")
     if not m["groups"]:
         say("  no group had a spread of rewards: nothing learned in this step")
+    if m["episodes_left_out"]:
+        say(f"  {m['episodes_left_out']:.0f} episodes of a gap above --max_gap left out"
+            + ", all there were: nothing learned in this step" * (not m["updates"]))
     if m["zooms"] < 0.05:
         say("  warning: the policy has stopped zooming (see tool_weight)")
     if episodes and (m["step"] - 1) % config.show_every == 0:
@@ -279,6 +292,7 @@ def main():
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
     if not config.temperature > 0:
         raise UserError("--temperature must be above 0: at 0 all episodes of a question are the same")
+    check_flags(config)
     if config.model == DEMO["model"] and not Path(config.model).exists():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
     rows, bad = read_questions(config.data, config.max_bad)
