@@ -13,10 +13,9 @@ pi_old is the policy that played the episodes, pi_ref the SFT model, H the entro
 tokens of a mini-batch over all processes: not the prompt, tool text and frames. A group whose rewards are all
 equal teaches nothing and is dropped; new questions are drawn until the batch is full.
 
-The metrics `gap`, `gap_max`, `gap_turn_1`, .. tell |log pi - log pi as sampled| before the first update of a
-step (scale/gap.py). --old_log_probs recomputed: log pi_old is what a pass says then, not what was noted while
-sampling. --max_gap: an episode whose mean gap is larger is left out of the loss and of N (its advantage and
-those of its group are of all rewards).
+Metrics `gap`, `gap_max`, `gap_turn_1`, ..: |log pi - log pi as sampled| before a step's first update, by turn
+(scale/gap.py). --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling. --max_gap:
+an episode of a larger mean gap is left out of the loss and of N; its reward counted in its group's mean.
 
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-3b --data questions.jsonl

@@ -6,7 +6,7 @@ largest over the sampled tokens, and `gap_turn_1`, `gap_max_turn_1`, .. of each 
 is 0 where no episode came to a turn; a largest one is inf where a log-probability is nan.
 
     --old_log_probs sampled      log pi_old in the loss is what was noted while sampling
-    --old_log_probs recomputed   it is what a pass without gradient says before the first update: one more pass
+    --old_log_probs recomputed   it is what a pass without gradient says before the first update
     --max_gap X                  with it: an episode whose mean gap a token is above X (or nan) is left out of
                                  the loss and of the number of tokens. Its reward still counted in its group's
                                  mean and spread: the advantages of the others stay as they are

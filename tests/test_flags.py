@@ -20,6 +20,7 @@ from scale.checkpoints import save_policy
 
 SCRIPTS = {"sft": sft, "rl": rl, "eval": evaluation}
 WRONG_WORDS = {"device": ["gpu", "cuda:x", "meta"], "dtype": ["float16", "x"], "mode": ["x"], "resume": ["x", "always"],
+               "old_log_probs": ["x", "Sampled"],
                "overview": ["sometimes", "missing.json", "folder.json", "bytes.json"],
                "system_prompt": ["missing", "folder", "bytes"], "data": ["missing", "folder", "bytes", "empty"],
                "model": ["missing", "folder", "rows", "bytes"], "out": ["rows", "rows/below"],
@@ -43,6 +44,8 @@ def wrong_values():
     for name in SCRIPTS:
         yield name, ["--no_such_flag", "1"]
         yield name, ["stray"]
+    yield "rl", ["--max_gap", "0.1"]
+    yield "rl", ["--max_gap", "0.1", "--old_log_probs", "sampled"]
     for flags in (["--options", "one", "--question", "What?"], ["--question", " "], ["--question", "What?"],
                   ["--options", "a", "a", "--question", "What?"]):
         yield "eval", flags

@@ -17,9 +17,10 @@ from tiny import random_policy as make_policy
 import rl
 from common import UserError
 from demo import synthetic
-from model import Sampled, encode, fill_features, load_policy, token_log_probs
+from model import Dialogue, Sampled, encode, fill_features, load_policy, token_log_probs
 from rollout import Episode
 from scale.checkpoints import save_policy
+from scale.gap import Gap
 from scale.masters import MasterWeights
 from zoom_env import Message, ZoomEnv
 
@@ -108,19 +109,23 @@ def make_groups(policy, folder, num_groups):
     return groups
 
 
-def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointing=False, dtype=torch.float32):
-    """Master weights' change in one update by plain gradient descent, and the metrics."""
+def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointing=False, dtype=torch.float32,
+               prepare=lambda policy, groups: None, lr=1.0, **settings):
+    """Master weights' change in one update by plain gradient descent, and the metrics. prepare(policy, groups) changes the
+    groups before."""
     policy, reference = make_policy().to(dtype), make_policy(seed=1).to(dtype)
     if checkpointing:
         policy.checkpoint_layers()
     policy.train()
-    groups = make_groups(policy, folder, 3)[rank::world]
-    config = rl.Config(batch_size=3, mini_batch_size=3, max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9,
-                       kl_weight=0.1, entropy_weight=0.1)
+    groups = make_groups(policy, folder, 3)
+    prepare(policy, groups)
+    settings = {"mini_batch_size": 3} | settings
+    config = rl.Config(batch_size=3, max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9, kl_weight=0.1,
+                       entropy_weight=0.1, **settings)
     masters = MasterWeights(policy, reference)
     before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
-    optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
-    metrics = rl.update(masters, groups, optimizer, config, rank, torch.device("cpu"))
+    optimizer = torch.optim.SGD(masters.parameters, lr=lr)
+    metrics = rl.update(masters, groups[rank::world], optimizer, config, rank, torch.device("cpu"))
     return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
 
 
@@ -207,6 +212,130 @@ def test_an_update_without_a_finite_gradient_changes_nothing_and_is_counted(fold
     assert metrics["updates"] == metrics["bad_steps"] == 1 and metrics["grad_norm"] == 0 and not change.any()
     said = capsys.readouterr().err
     assert all(json.loads(line)["id"] in said for line in list(open(folder / "train.jsonl"))[:3])
+
+
+# ------------------------------------------------------------------------------------------ between sampling and training
+@torch.no_grad()
+def exact(policy, groups):
+    """Log-probabilities as if sampling had computed what training does."""
+    for e in (e for group in groups for e in group):
+        e.dialogue.sampled_log_probs = token_log_probs(policy, [[e.dialogue]])[0].tolist()
+
+
+def shift(episode, offset, start=0, stop=None):
+    said = episode.dialogue.sampled_log_probs
+    said[start:stop] = [p + offset for p in said[start:stop]]
+
+
+def turn_lengths(policy, episode):
+    """Sampled tokens of each turn."""
+    return [len(policy.tokenizer.encode(turn.text)) + (turn.kind == "answer") for turn in episode.env.turns]
+
+
+@pytest.mark.parametrize("old_log_probs", ["sampled", "recomputed"])
+def test_gap_by_turn(folder, old_log_probs):
+    """Of noisy log-probabilities, those of second turns off by 2 and one in a third turn by 9: as counted turn by turn."""
+    gaps = {}
+
+    def prepare(policy, groups):
+        for e in (e for group in groups for e in group):
+            first, *later = turn_lengths(policy, e)
+            if later:
+                shift(e, 2, first, first + later[0])
+            if len(later) > 1:
+                shift(e, 9, first + later[0], first + later[0] + 1)
+            with torch.no_grad():
+                trained = token_log_probs(policy, [[e.dialogue]])[0].tolist()
+            both = iter(zip(trained, e.dialogue.sampled_log_probs, strict=True))
+            for turn, length in enumerate([first, *later], 1):
+                gaps.setdefault(turn, []).extend(abs(a - b) for a, b in (next(both) for _ in range(length)))
+            assert next(both, None) is None
+
+    _, metrics = one_update(folder, prepare=prepare, old_log_probs=old_log_probs, max_tokens_per_pass=600)
+    assert set(gaps) == {1, 2, 3} and make_policy().env_config.max_zooms == 4
+    gaps |= {0: [gap for turn in gaps.values() for gap in turn], 4: [0.0], 5: [0.0]}
+    expected = {}
+    for turn, values in gaps.items():
+        name = f"_turn_{turn}" if turn else ""
+        expected |= {f"gap{name}": sum(values) / len(values), f"gap_max{name}": max(values)}
+    found = {key: value for key, value in metrics.items() if key.startswith("gap")}
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert found["gap_turn_1"] < 0.5 < 1.5 < found["gap_turn_2"] < 2.5 and found["gap_max"] > 7
+
+
+def test_gap_of_turns_beyond_the_last_one_and_of_nan():
+    """They count to the last one; a mean is nan where a log-probability is, a largest one inf."""
+    dialogue = Dialogue()
+    for length in (1, 2, 3):
+        dialogue.add([0] * 2)
+        dialogue.add([0] * length, trained=True)
+    dialogue.sampled_log_probs = [-1.0] * 6
+    gap = Gap(2)
+    gap.add(torch.tensor([-1.5, -1.0, -1.0, -1.0, -1.0, -4.0]), [dialogue])
+    found = gap.metrics(torch.device("cpu"))
+    assert found == pytest.approx({"gap": 3.5 / 6, "gap_max": 3, "gap_turn_1": 0.5, "gap_max_turn_1": 0.5,
+                                   "gap_turn_2": 0.6, "gap_max_turn_2": 3, "episodes_left_out": 0})
+    gap.add(torch.tensor([-1.0, -1.0, math.nan, -1.0, -1.0, -1.0]), [dialogue])
+    found = gap.metrics(torch.device("cpu"))
+    assert found["gap_turn_1"] == 0.25 and math.isnan(found["gap_turn_2"]) and found["gap_max_turn_2"] == math.inf
+
+
+def assert_same_training(a, b):
+    """`assert_same`, but of what is said of the gap."""
+    trained = lambda metrics: {k: v for k, v in metrics.items() if not k.startswith("gap") and k != "episodes_left_out"}
+    assert_same((a[0], trained(a[1])), (b[0], trained(b[1])))
+
+
+@pytest.mark.parametrize("mini_batch_size", [3, 1])
+def test_recomputed_old_log_probabilities_are_those_before_the_first_update(folder, mini_batch_size):
+    """The update is that of exactly sampled ones, whatever was noted; also where a step has many updates."""
+    how = dict(mini_batch_size=mini_batch_size, lr=0.03, max_tokens_per_pass=600)
+    right = one_update(folder, prepare=exact, **how)
+    assert right[1]["updates"] == 3 // mini_batch_size and right[1]["gap_max"] < 1e-4
+    same = one_update(folder, prepare=exact, old_log_probs="recomputed", **how)
+    assert_same_training(right, same)
+    assert same[1]["gap_max"] < 1e-4
+    noisy, corrected = one_update(folder, **how), one_update(folder, old_log_probs="recomputed", **how)
+    assert_same_training(right, corrected)
+    assert (noisy[0] - right[0]).norm() > 0.05 * right[0].norm()  # the noise does matter
+    assert 0.2 < corrected[1]["gap"] < 0.3  # of all groups, whose noise has a spread of 0.3
+
+
+@pytest.mark.parametrize("which", ["an episode", "a group"])
+def test_an_episode_above_the_largest_gap_is_left_out(folder, which):
+    """As if it were not there, from the advantages on."""
+    def far(policy, groups):
+        for e in groups[1][:1] if which == "an episode" else groups[1]:
+            shift(e, 3)
+
+    def without(policy, groups):
+        groups[1][:1 if which == "an episode" else None] = []
+
+    how = dict(old_log_probs="recomputed", max_gap=1.0)
+    left_out, removed, all_of_them = (one_update(folder, prepare=p, **how) for p in (far, without, exact))
+    assert_same_training(left_out, removed)
+    assert [m["episodes_left_out"] for _, m in (left_out, removed, all_of_them)] == [1 if which == "an episode" else 3, 0, 0]
+    assert left_out[1]["trained_tokens"] < all_of_them[1]["trained_tokens"]
+    assert left_out[1]["gap_max"] > 2 > removed[1]["gap_max"]  # it is measured all the same
+    assert (left_out[0] - all_of_them[0]).norm() > 0.01 * left_out[0].norm()
+
+
+def test_a_step_that_leaves_all_episodes_out_learns_nothing_and_says_so(folder):
+    change, metrics = one_update(folder, old_log_probs="recomputed", max_gap=0.0)
+    assert not change.any() and metrics["updates"] == metrics["trained_tokens"] == metrics["loss"] == 0
+    assert metrics["episodes_left_out"] == 9 and metrics["gap"] > 0.2
+    said = []
+    rl.show(metrics | {"step": 1, "groups": 3}, [], rl.Config(), said.append)
+    assert "9 episodes" in said[1] and "--max_gap" in said[1] and "nothing learned" in said[1]
+
+
+def test_an_episode_without_a_gap_is_left_out(folder):
+    """A nan that was noted while sampling."""
+    def poisoned(policy, groups):
+        groups[1][0].dialogue.sampled_log_probs[0] = math.nan
+
+    change, metrics = one_update(folder, prepare=poisoned, old_log_probs="recomputed", max_gap=1.0)
+    assert metrics["episodes_left_out"] == 1 and metrics["bad_steps"] == 0 and change.isfinite().all() and change.any()
 
 
 def test_the_frames_of_episodes_that_are_over_are_let_go(folder):

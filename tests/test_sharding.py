@@ -1,14 +1,18 @@
 """Shards: an update, rollouts, loading and export with FSDP2 are those of one process that has everything."""
 
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from launcher import launch
-from test_rl import make_groups
+from test_rl import make_groups, shift
 from tiny import random_policy
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.distributed.tensor import DTensor
@@ -25,6 +29,10 @@ from model import load_policy, token_log_probs
 from scale.checkpoints import save_policy
 from scale.masters import rows_of
 from scale.sharding import load_sharded, load_weights, make_mesh
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_GAPS = 0.0, 15.0, 5.0  # of three updates, after each of which the policy is farther off
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -46,9 +54,11 @@ def place(tmp_path_factory):
     return folder
 
 
-def three_updates(folder, model, shard, dtype, out):
+def three_updates(folder, model, shard, dtype, out, *max_gaps):
     """Three AdamW steps on the same groups, in passes of unequal number. Writes the first gradient, the weights
-    before and after, metrics, and the exported checkpoint."""
+    before and after, metrics, and the exported checkpoint. With `max_gaps`, one an update, the old log-probabilities are
+    recomputed; an episode of the first group has a gap of 20, all of the second one, which the second of two processes has
+    alone, of 10."""
     folder, out = Path(folder), Path(out)
     rank, world, device = start_processes("cpu")
     config = rl.Config(model=str(folder / model), batch_size=3, mini_batch_size=3, max_tokens_per_pass=900, max_grad_norm=0.1,
@@ -58,12 +68,17 @@ def three_updates(folder, model, shard, dtype, out):
     weights.reference = other.reference
     weights.policy.train()
     plain = load_policy(config.model, dtype=weights.policy.dtype)
-    groups = make_groups(plain, folder, 3)[rank::world]
+    groups = make_groups(plain, folder, 3)
+    for e, offset in [(groups[0][0], 20), *((e, 10) for e in groups[1])] if max_gaps else []:
+        shift(e, offset)
+    groups = groups[rank::world]
     whole = lambda tensor: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
     optimizer = torch.optim.AdamW(weights.parameters, lr=1e-3, eps=1e-3, weight_decay=0.0, fused=True)
     gradients, before, metrics = [], {name: whole(p) for name, p in weights.masters.items()}, []
     optimizer.register_step_pre_hook(lambda *_: gradients.append({n: whole(p.grad) for n, p in weights.masters.items()}))
-    for _ in range(3):
+    for number in range(3):
+        if max_gaps:
+            config = replace(config, old_log_probs="recomputed", max_gap=float(max_gaps[number]))
         metrics.append(rl.update(weights, groups, optimizer, config, rank, device))
     after = {name: whole(p) for name, p in weights.masters.items()}
     weights.save(out / "export")
@@ -108,6 +123,24 @@ def test_updates_are_those_of_one_process(place, alone, tmp_path, model, process
     for name, p in policy.named_parameters():
         if name in result["after"]:
             assert torch.equal(p, result["after"][name]), name
+
+
+def test_two_machines(place, alone, tmp_path):
+    """Two torchrun agents that meet at an address, as the README has it; shards within each, replicas across."""
+    script = tmp_path / "run.py"
+    script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      "import test_sharding; test_sharding.three_updates(*sys.argv[1:])\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=1", "--local_addr=127.0.0.1", script, place, "tied", "node",
+               "float32", tmp_path]
+    agents = [subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    said = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)[-4000:]
+    assert_same_updates(torch.load(tmp_path / "result.pt"), alone["tied"])
 
 
 def random_splits(folder, out, seed, cases):
@@ -324,3 +357,21 @@ def test_gradients_in_bfloat16_are_the_same_with_shards_and_for_any_chunks(place
     head = next(name for name in many["float32"] if name.endswith("lm_head.weight"))
     off = [(found["bfloat16"][head] - found["float32"][head]).norm() / found["float32"][head].norm() for found in (one, many)]
     assert 0 < off[1] <= 1.5 * off[0]
+
+
+@pytest.fixture(scope="module")
+def alone_without_some(place, tmp_path_factory):
+    """Updates that leave out all episodes, one, and four of nine."""
+    out = tmp_path_factory.mktemp("alone")
+    three_updates(place, "tied", "none", "float32", out, *MAX_GAPS)
+    result = torch.load(out / "result.pt")
+    assert [m["episodes_left_out"] for m in result["metrics"]] == [9, 1, 4] and len(result["gradients"]) == 2
+    assert all(m["gap_max"] > 5 for m in result["metrics"])
+    return result
+
+
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_episodes_left_out_are_those_of_one_process(place, alone_without_some, tmp_path, shard):
+    """All of them at first, then one, then all that the second process has: nothing hangs, and the updates are the same."""
+    launch(2, "test_sharding:three_updates", [place, "tied", shard, "float32", tmp_path, *MAX_GAPS]).wait()
+    assert_same_updates(torch.load(tmp_path / "result.pt"), alone_without_some)
