@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +130,11 @@ def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointi
     return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
 
 
-def assert_same(a, b):
+def assert_same(a, b, rel=1e-5):
     """The same for any split and with packing: 1e-5 relative."""
-    assert (a[0] - b[0]).norm() <= 1e-5 * a[0].norm() and a[0].norm() > 0
+    assert (a[0] - b[0]).norm() <= rel * a[0].norm() and a[0].norm() > 0
     for key in a[1]:
-        assert a[1][key] == pytest.approx(b[1][key], rel=1e-5, abs=1e-6), key
+        assert a[1][key] == pytest.approx(b[1][key], rel=rel, abs=1e-6), key
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +217,10 @@ def test_an_update_without_a_finite_gradient_changes_nothing_and_is_counted(fold
 
 # ------------------------------------------------------------------------------------------ between sampling and training
 @torch.no_grad()
-def exact(policy, groups):
+def exact(policy, groups, temperature=1.0):
     """Log-probabilities as if sampling had computed what training does."""
     for e in (e for group in groups for e in group):
-        e.dialogue.sampled_log_probs = token_log_probs(policy, [[e.dialogue]])[0].tolist()
+        e.dialogue.sampled_log_probs = token_log_probs(policy, [[e.dialogue]], temperature)[0].tolist()
 
 
 def shift(episode, offset, start=0, stop=None):
@@ -232,9 +233,10 @@ def turn_lengths(policy, episode):
     return [len(policy.tokenizer.encode(turn.text)) + (turn.kind == "answer") for turn in episode.env.turns]
 
 
-@pytest.mark.parametrize("old_log_probs", ["sampled", "recomputed"])
-def test_gap_by_turn(folder, old_log_probs):
-    """Of noisy log-probabilities, those of second turns off by 2 and one in a third turn by 9: as counted turn by turn."""
+@pytest.mark.parametrize("old_log_probs, mini_batch_size", [("sampled", 3), ("recomputed", 1)])
+def test_gap_by_turn(folder, old_log_probs, mini_batch_size):
+    """Of noisy log-probabilities, those of second turns off by 2 and one in a third turn by 9: as counted turn by turn.
+    Recomputed ones tell it of all groups, not only of the first mini-batch's."""
     gaps = {}
 
     def prepare(policy, groups):
@@ -251,7 +253,8 @@ def test_gap_by_turn(folder, old_log_probs):
                 gaps.setdefault(turn, []).extend(abs(a - b) for a, b in (next(both) for _ in range(length)))
             assert next(both, None) is None
 
-    _, metrics = one_update(folder, prepare=prepare, old_log_probs=old_log_probs, max_tokens_per_pass=600)
+    _, metrics = one_update(folder, prepare=prepare, old_log_probs=old_log_probs, mini_batch_size=mini_batch_size, lr=1e-4,
+                            max_tokens_per_pass=600)
     assert set(gaps) == {1, 2, 3} and make_policy().env_config.max_zooms == 4
     gaps |= {0: [gap for turn in gaps.values() for gap in turn], 4: [0.0], 5: [0.0]}
     expected = {}
@@ -280,35 +283,39 @@ def test_gap_of_turns_beyond_the_last_one_and_of_nan():
     assert found["gap_turn_1"] == 0.25 and math.isnan(found["gap_turn_2"]) and found["gap_max_turn_2"] == math.inf
 
 
-def assert_same_training(a, b):
+def assert_same_training(a, b, rel=1e-5):
     """`assert_same`, but of what is said of the gap."""
     trained = lambda metrics: {k: v for k, v in metrics.items() if not k.startswith("gap") and k != "episodes_left_out"}
-    assert_same((a[0], trained(a[1])), (b[0], trained(b[1])))
+    assert_same((a[0], trained(a[1])), (b[0], trained(b[1])), rel)
 
 
-@pytest.mark.parametrize("mini_batch_size", [3, 1])
-def test_recomputed_old_log_probabilities_are_those_before_the_first_update(folder, mini_batch_size):
-    """The update is that of exactly sampled ones, whatever was noted; also where a step has many updates."""
-    how = dict(mini_batch_size=mini_batch_size, lr=0.03, max_tokens_per_pass=600)
-    right = one_update(folder, prepare=exact, **how)
+@pytest.mark.parametrize("mini_batch_size, lr, rel", [(3, 1.0, 1e-5), (1, 1e-3, 1e-4)])
+def test_recomputed_old_log_probabilities_are_those_before_the_first_update(folder, mini_batch_size, lr, rel):
+    """The update is that of exactly sampled ones, whatever was noted; also where a step has several updates, with small
+    steps, which weights in float32 round."""
+    how = dict(mini_batch_size=mini_batch_size, lr=lr, max_tokens_per_pass=600, temperature=0.7)
+    exactly = partial(exact, temperature=0.7)
+    right = one_update(folder, prepare=exactly, **how)
     assert right[1]["updates"] == 3 // mini_batch_size and right[1]["gap_max"] < 1e-4
-    same = one_update(folder, prepare=exact, old_log_probs="recomputed", **how)
-    assert_same_training(right, same)
+    same = one_update(folder, prepare=exactly, old_log_probs="recomputed", **how)
+    assert_same_training(right, same, rel)
     assert same[1]["gap_max"] < 1e-4
     noisy, corrected = one_update(folder, **how), one_update(folder, old_log_probs="recomputed", **how)
-    assert_same_training(right, corrected)
-    assert (noisy[0] - right[0]).norm() > 0.05 * right[0].norm()  # the noise does matter
-    assert 0.2 < corrected[1]["gap"] < 0.3  # of all groups, whose noise has a spread of 0.3
+    assert_same_training(right, corrected, rel)
+    assert (noisy[0] - right[0]).norm() > 0.5 * right[0].norm()  # the noise does matter
+    assert corrected[1]["gap"] > 0.2  # of what was noted, not of what is used
 
 
 @pytest.mark.parametrize("which", ["an episode", "a group"])
 def test_an_episode_above_the_largest_gap_is_left_out(folder, which):
-    """As if it were not there, from the advantages on."""
+    """As if it were not there, from the advantages on. One token far off in another one does not matter: the mean does."""
     def far(policy, groups):
         for e in groups[1][:1] if which == "an episode" else groups[1]:
             shift(e, 3)
+        shift(groups[2][0], 3, 0, 1)
 
     def without(policy, groups):
+        shift(groups[2][0], 3, 0, 1)
         groups[1][:1 if which == "an episode" else None] = []
 
     how = dict(old_log_probs="recomputed", max_gap=1.0)
@@ -316,7 +323,7 @@ def test_an_episode_above_the_largest_gap_is_left_out(folder, which):
     assert_same_training(left_out, removed)
     assert [m["episodes_left_out"] for _, m in (left_out, removed, all_of_them)] == [1 if which == "an episode" else 3, 0, 0]
     assert left_out[1]["trained_tokens"] < all_of_them[1]["trained_tokens"]
-    assert left_out[1]["gap_max"] > 2 > removed[1]["gap_max"]  # it is measured all the same
+    assert left_out[1]["gap"] > 1.1 * removed[1]["gap"]  # it is measured all the same
     assert (left_out[0] - all_of_them[0]).norm() > 0.01 * left_out[0].norm()
 
 

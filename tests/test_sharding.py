@@ -277,7 +277,7 @@ def test_loading_needs_a_shard_and_one_tensor_more(place, tmp_path):
     launch(2, "test_sharding:loading", [place, tmp_path]).wait()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert found["kept"] * 0.9 < found["peak"] <= found["kept"] + found["largest"], found
+        assert found["kept"] * 0.9 < found["peak"] <= found["kept"] + found["largest"] + 256, found  # and some scalars
         assert found["same_buffers"] and found["dtypes"] == {"torch.bfloat16"}
         assert all(share < 0.52 for share in found["shares"].values())
 
