@@ -144,7 +144,8 @@ def start_processes(device=None, timeout_min=120.0):
     device, backend = choose_device(device)
     if "RANK" in given and not dist.is_initialized():
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
+            own = {"device_id": device} if backend == "nccl" else {}  # else it guesses by the rank
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_min), **own)
         except (RuntimeError, ValueError, OSError) as error:  # no such address, a port in use
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).strip().splitlines()[0]
