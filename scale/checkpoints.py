@@ -313,7 +313,8 @@ def save_run(out, step, shards, state, rank_state, keep):
         state: a dict for JSON, the first process's counts. rank_state: the same, of each process.
         keep: how many checkpoints stay, the newest.
     Returns the seconds it took. Its commit is that the folder gets its name, so a kill at any moment leaves
-    the last one whole. Raises UserError, on all processes, if one of them cannot write."""
+    the last one whole; one of the same step stays as it is, as no folder can take the place of another at
+    once. Raises UserError, on all processes, if one of them cannot write."""
     began = time.time()
     rank, folder = (dist.get_rank() if dist.is_initialized() else 0), Path(out) / "checkpoints"
     temporary, target = folder / f"step_{step}.tmp", folder / f"step_{step}"
@@ -325,7 +326,7 @@ def save_run(out, step, shards, state, rank_state, keep):
                 shutil.rmtree(left)
             temporary.mkdir()
     except OSError as failed:
-        error = failed.strerror
+        error = failed.strerror or first_line(failed)
     agree(error, target)
     # each process its rows
     try:
@@ -335,7 +336,7 @@ def save_run(out, step, shards, state, rank_state, keep):
             sync(file)
             parts += [(shard.name, list(shard.shape), file.name, f"{i}", shard.start, len(shard.rows))
                       for i, shard in enumerate(group)]
-            del group
+            group.clear()  # enumerate holds it while the next one is made
     except Exception as failed:  # safetensors has errors of its own
         error = getattr(failed, "strerror", None) or first_line(failed)
     agree(error, target)
@@ -350,16 +351,15 @@ def save_run(out, step, shards, state, rank_state, keep):
             (temporary / "checkpoint.json").write_text(json.dumps(index), encoding="utf-8")
             sync(temporary / "checkpoint.json")
             sync(temporary)
-            if target.exists():
-                os.replace(target, folder / f"replaced_{step}.tmp")
-            os.replace(temporary, target)
+            if not target.is_dir():
+                os.replace(temporary, target)
             sync(folder)
             for old in run_folders(out)[:-keep]:
                 os.replace(old, old.with_suffix(".tmp"))  # half of it never stands under its name
             for left in folder.glob("*.tmp"):
                 shutil.rmtree(left)
     except OSError as failed:
-        error = failed.strerror
+        error = failed.strerror or first_line(failed)
     agree(error, target)
     return time.time() - began
 
@@ -371,21 +371,23 @@ def grouped(shards):
     for name, rows, start, shape in shards:
         most = max(1, int(FILE_BYTES // max(1, rows[:1].nbytes)))  # rows in a file
         for first in range(0, len(rows), most):
-            part = rows[first:first + most].detach().cpu().contiguous()
+            part = rows[first:first + most].detach()
             if group and size + part.nbytes > FILE_BYTES:
                 yield group
                 group, size = [], 0
-            group.append(Shard(name, part, start + first, shape))
+            group.append(Shard(name, part.cpu().contiguous(), start + first, shape))  # one file is in memory
             size += part.nbytes
     if group:
         yield group
 
 
 def agree(error, target):
-    """Raises UserError on all processes if one of them has an error, and removes what is half written."""
+    """Raises UserError on all processes if one of them has an error. The first one removes what is half
+    written: another one might be late, and remove what the next save has begun."""
     errors = gather([error] if error else [])
     if errors:
-        shutil.rmtree(target.with_suffix(".tmp"), ignore_errors=True)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shutil.rmtree(target.with_suffix(".tmp"), ignore_errors=True)
         last = run_folders(target.parents[1])
         stays = f"{last[-1].name} stays, from which the run can go on" if last else "there is no earlier one"
         raise UserError(f"cannot save {target}: {errors[0]}; {stays}; make room and start again")
@@ -402,32 +404,45 @@ class SavedRun:
     """A checkpoint of a run: `step`, `state` and `rank_states` as they were given, and rows of tensors."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
-        try:
+        self.folder, self.files = Path(folder), {}
+        with self._reading():
             index = json.loads(read_text(self.folder / "checkpoint.json"))
             self.step, self.state, self.rank_states = index["step"], index["state"], index["rank_states"]
             self.tensors = index["tensors"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder} cannot be read: {first_line(error)}; remove that folder") from None
-        self.files = {}
+
+    @contextmanager
+    def _reading(self):
+        try:
+            yield
+        except Exception as error:  # safetensors has errors of its own
+            reason = error if isinstance(error, UserError) else first_line(error)
+            raise UserError(f"{self.folder} cannot be read: {reason}; remove that folder, and the run goes on "
+                            "from the one before") from None
 
     def read_into(self, name, rows, start, shape):
         """Fills `rows` with rows `start` .. of a tensor. Raises UserError if it is not there or another one."""
-        try:
-            saved = self.tensors[name]
-            if tuple(saved["shape"]) != tuple(shape):
-                raise ValueError(f"{name} has shape {saved['shape']}, not {list(shape)}")
-            missing = len(rows)
-            for file, key, first, length in saved["parts"]:
+        with self._reading():
+            if name not in self.tensors:
+                raise UserError(f"it has no {name}")
+            saved, at = self.tensors[name], start
+            if saved["shape"] != list(shape):
+                raise UserError(f"{name} has shape {saved['shape']}, not {list(shape)}")
+            for file, key, first, length in sorted(saved["parts"], key=lambda part: part[2]):
                 low, high = max(first, start), min(first + length, start + len(rows))
-                if low < high:
-                    if file not in self.files:
-                        self.files[file] = safe_open(self.folder / file, "pt")
-                    part = self.files[file].get_slice(key)[low - first:high - first]
-                    rows[low - start:high - start].copy_(part)
-                    missing -= high - low
-            if missing:
-                raise ValueError(f"{missing} rows of {name} are missing")
-        except Exception as error:  # safetensors has errors of its own
-            raise UserError(f"{self.folder} cannot be read: {first_line(error)}; remove that folder, and the "
-                            "run goes on from the one before") from None
+                if low == at < high:
+                    part, target = self._read(file, key, low - first, high - first), rows[low - start:high - start]
+                    if (part.shape, part.dtype) != (target.shape, target.dtype):
+                        raise UserError(f"rows of {name} are {part.dtype} {list(part.shape)} in {file}, not "
+                                        f"{target.dtype} {list(target.shape)}")
+                    target.copy_(part)
+                    at = high
+            if at < start + len(rows):
+                raise UserError(f"row {at} of {name} is missing")
+
+    def _read(self, file, key, start, stop):
+        try:
+            if file not in self.files:
+                self.files[file] = safe_open(self.folder / file, "pt")
+            return self.files[file].get_slice(key)[start:stop]
+        except Exception as error:
+            raise UserError(f"{file}: {first_line(error)}") from None

@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -23,3 +24,13 @@ def policy():
     from tiny import random_policy
 
     return random_policy()
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run in this process takes SIGTERM over; after the test it is pytest's again."""
+    handler, wake = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wake)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(wake)

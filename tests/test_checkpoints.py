@@ -297,12 +297,12 @@ def fill(policy, value):
     return policy
 
 
-def kill_saves(root, delays_s):
+def kill_saves(root, delays_s, program=SAVE_FOREVER):
     """Kills a save at so many seconds after the first checkpoint stood, in a folder of its own each time.
 
     Yields (folder, number of the last save that was reported)."""
     folders = [Path(root) / f"killed{number}" for number in range(len(delays_s))]
-    command = [sys.executable, "-c", SAVE_FOREVER, ROOT, ROOT / "tests", *folders]
+    command = [sys.executable, "-c", program, ROOT, ROOT / "tests", *folders]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for folder, delay_s in zip(folders, delays_s):
