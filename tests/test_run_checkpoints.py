@@ -93,8 +93,9 @@ def write_and_read(out, file_bytes, *others):
     for other in others:
         assert_reads(other, rank, world)
     state = {"step": 3, "order": [3, 1, 2], "rate": 1e-7, "nothing": None, "of": "é"}
-    small_files(float(file_bytes))
-    assert save_run(out, 3, shards_of(rank, world), state, {"rank": rank}, keep=1) > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale.checkpoints, "FILE_BYTES", float(file_bytes))
+        assert save_run(out, 3, shards_of(rank, world), state, {"rank": rank}, keep=1) > 0
     saved = SavedRun(run_folders(out)[-1])
     assert (saved.step, saved.state) == (3, state)
     assert saved.rank_states == [{"rank": r} for r in range(world)]
@@ -103,7 +104,6 @@ def write_and_read(out, file_bytes, *others):
 
 def write_read_and_fail(out, file_bytes, one, three, full):
     write_and_read(out, file_bytes, one, three)
-    small_files(256e6)
     fill_disk(full)
     dist.destroy_process_group()
 
@@ -130,7 +130,7 @@ def test_any_number_of_processes_reads_what_another_number_wrote(written, writer
     assert set(files) == {f"rank{rank}" for rank in range(writers)} and (len(files) > 15) == (writers == 3)
 
 
-@pytest.mark.parametrize("file_bytes", [1, 500, 2000, 9000])
+@pytest.mark.parametrize("file_bytes", [360, 2000, 9000])
 def test_a_file_holds_at_most_the_limit_or_one_row(tmp_path, monkeypatch, file_bytes):
     monkeypatch.setattr(scale.checkpoints, "FILE_BYTES", file_bytes)
     save_run(tmp_path, 1, shards_of(0, 1), {}, {}, keep=1)
@@ -333,7 +333,7 @@ def test_every_step_of_a_save_leaves_a_whole_checkpoint_of_the_run(tmp_path, mon
         save_numbered(out, 6, keep)
         assert newest_step(out) == 6 and len(names(out)) == keep
         if ended:
-            assert stops > 8
+            assert stops > 5
             return
         stops += 1
 
@@ -353,8 +353,7 @@ def fill_disk(out):
             except UserError as error:
                 print(f"{before} {full} {rank} {error}\n", end="", flush=True)
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            dist.barrier()
-            assert names(out) == ["step_4"] * before
+            assert rank or names(out) == ["step_4"] * before  # the first one begins the next save
         if not before:
             save(4)
     save(10)
@@ -433,16 +432,20 @@ def peak_bytes(function):
     return 1024 * (kilobytes("VmHWM") - before)
 
 
+# In a file of 30 MB, blocks of less than 32 MB that malloc keeps are a part of what is measured.
+MEMORY = {"contiguous": ((1000, 12_500), 30e6, 0.5), "copied, in many files": ((1000, 1000), 30e6, 3),
+          "copied": ((12_500, 1000), 100e6, 1.5), "copied, long rows": ((10_000_000, 2), 60e6, 1.5)}
+
+
 def measure_saves(out):
-    """Of each case, in a process of its own: [name, peak without a save, with it, bytes of the largest file]."""
+    """Of each case, in a process of its own: name, peak without a save, with it, bytes of the largest file."""
     torch.set_num_threads(1)
-    small_files(30e6)
-    for name, shape, transposed in (("contiguous", (1000, 12_500), False), ("rows of 50 kB", (12_500, 1000), True),
-                                    ("many tensors", (1000, 1000), True), ("long rows", (5_000_000, 4), True)):
+    for name, (shape, file_bytes, _) in MEMORY.items():
         if child := os.fork():
             assert os.waitpid(child, 0)[1] == 0
             continue
-        make = lambda i: torch.full(shape, float(i)).t() if transposed else torch.full(shape, float(i))
+        small_files(file_bytes)
+        make = lambda i: torch.full(shape, float(i)) if name == "contiguous" else torch.full(shape, float(i)).t()
         number = 300_000_000 // make(0).nbytes
         shards = [Shard(f"{i}", make(i), 0, tuple(make(0).shape)) for i in range(number)]
         nothing = peak_bytes(lambda: sum(range(1_000_000)))
@@ -453,14 +456,15 @@ def measure_saves(out):
         os._exit(0)
 
 
-def test_a_save_needs_three_times_its_largest_file_at_most(tmp_path):
+def test_a_save_needs_little_more_than_its_largest_file(tmp_path):
     """With 300 MB of tensors. Those that are not contiguous are copied first, as those on a GPU are; a row may
     fill two thirds of a file."""
     run = subprocess.run([sys.executable, "-c", f"{BEGIN}import test_run_checkpoints as t; t.measure_saves(sys.argv[1])",
                           tmp_path / "out"], capture_output=True, text=True, timeout=100)
     cases = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(cases) == 4, run.stderr
+    assert [name for name, *_ in cases] == list(MEMORY), run.stderr
     for name, nothing, save, largest in cases:
+        _, file_bytes, times = MEMORY[name]
         print(f"{name}: {save / 1e6:.1f} MB, {save / largest:.2f} x the largest file")
-        assert nothing < 1e6 and 19e6 < largest < 31e6 and save <= 3 * largest, name
-        assert name == "contiguous" or save > 0.9 * largest, name
+        assert nothing < 1e6 and 0.6 * file_bytes < largest < file_bytes + 1e4 and save <= times * largest, name
+        assert name == "contiguous" or save > 0.9 * largest, name  # it is seen

@@ -171,7 +171,7 @@ def test_exceptions_pass_through_and_a_stop_takes_the_place_of_what_was_returned
     assert stop_while_cleaning_up.__defaults__ == ([None],) and stopping.requested
 
 
-@pytest.mark.parametrize("grace_s", [1.5, 3])
+@pytest.mark.parametrize("grace_s", [1.5, 2.5])
 @pytest.mark.parametrize("times", [1, 4])
 def test_it_ends_in_time_whatever_the_main_thread_does(grace_s, times):
     """As if the save took too long. More signals change neither when nor how, nor does work in other threads."""
