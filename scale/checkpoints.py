@@ -430,7 +430,8 @@ class SavedRun:
             for file, key, first, length in sorted(saved["parts"], key=lambda part: part[2]):
                 low, high = max(first, start), min(first + length, start + len(rows))
                 if low == at < high:
-                    part, target = self._read(file, key, low - first, high - first), rows[low - start:high - start]
+                    target = rows[low - start:high - start]
+                    part = self._read(file, key, low - first, high - first)
                     if (part.shape, part.dtype) != (target.shape, target.dtype):
                         raise UserError(f"rows of {name} are {part.dtype} {list(part.shape)} in {file}, not "
                                         f"{target.dtype} {list(target.shape)}")
