@@ -36,8 +36,13 @@ MAX_GAPS = 0.0, 15.0, 5.0  # of three updates, after each of which the policy is
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Data, and two random checkpoints, whose embedding and head are one tensor, and are not."""
     folder = tmp_path_factory.mktemp("place")
+    make_place(folder)
+    return folder
+
+
+def make_place(folder):
+    """Data, and two random checkpoints, whose embedding and head are one tensor, and are not."""
     synthetic(folder, 10, 5, seed=3)
     for name in ("tied", "untied"):
         policy = random_policy(layers=2)
@@ -51,7 +56,6 @@ def place(tmp_path_factory):
             for p in policy.parameters():
                 p += 0.02 * p.std() * torch.randn_like(p)
         save_policy(policy, folder / f"{name}-reference")
-    return folder
 
 
 def three_updates(folder, model, shard, dtype, out, *max_gaps):

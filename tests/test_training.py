@@ -208,6 +208,20 @@ def test_other_settings_are_refused_and_never_moves_aside(place, tmp_path):
     assert (out / "checkpoints.1").is_dir() and run_folders(out)
 
 
+@pytest.mark.parametrize("script", ["sft.py", "rl.py"])
+def test_a_bad_video_on_one_process_is_left_out_by_all(place, tmp_path, script):
+    """With shards each pass needs all processes; the one with nothing to do must not keep the others waiting."""
+    rows = [json.loads(line) for line in open(place / ("few.jsonl" if script == "sft.py" else "train.jsonl"))][:4]
+    for row in rows:
+        question = row.get("question") if script == "sft.py" else row
+        question["video"] = str(place / question["video"])
+    question["video"] = "missing.mp4"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finish(place, tmp_path / "out", script, "all", 2, "--data", tmp_path / "rows.jsonl", "--batch_size", 2, "--max_bad", 0.5)
+    skipped = (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert "missing.mp4" in skipped and lines(tmp_path / "out")
+
+
 def test_nothing_is_unpickled_when_a_run_goes_on(place, tmp_path, monkeypatch):
     finish(place, tmp_path / "run", "sft.py", "none", 1)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
