@@ -14,8 +14,8 @@ tokens of a mini-batch over all processes: not the prompt, tool text and frames.
 equal teaches nothing and is dropped; new questions are drawn until the batch is full.
 
 Metrics `gap`, `gap_max`, `gap_turn_1`, ..: |log pi - log pi as sampled| before a step's first update, by turn
-(scale/gap.py). --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling. --max_gap:
-an episode of a larger mean gap is left out of the loss and of N; its reward counted in its group's mean.
+(scale/gap.py). --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling.
+--max_gap: an episode of a larger mean gap is left out of the loss and of N, not of its group's mean.
 
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-3b --data questions.jsonl
@@ -42,8 +42,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (UserError, check_bad, gather, parse_flags, run_main, start_processes,
-                    sum_over_processes)
+from common import UserError, check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes
 from data_prep import read_questions, use_overview
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
@@ -85,7 +84,8 @@ DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_
 
 
 # --------------------------------------------------------------------------------- rollouts, advantages, loss
-def play_batch(engine, questions, config, root, rank, world, device, bar, play=None, total=sum_over_processes):
+def play_batch(engine, questions, config, root, rank, world, device, bar,
+               play=None, total=sum_over_processes):
     """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups of all processes
     have a spread of rewards, at most max_draws batches of them. Returns (this process's groups with a spread,
     all its episodes, [(id, reason)] of unreadable videos, number of questions drawn over all processes)."""
@@ -229,7 +229,8 @@ def train(weights, rows, config, run, rank, world, device, val):
     optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
-    progress = run.start(weights, optimizer, config.steps, {"step": 0, "drawn": 0, "skipped": []}, generator, val)
+    progress = run.start(weights, optimizer, config.steps, {"step": 0, "drawn": 0, "skipped": []},
+                         generator, val)
     engine = Engine(weights.player, config.group_size, config, generator)
     with weights.gathered():
         check_decoder(engine.decoder)
@@ -296,7 +297,7 @@ def main():
         raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
     rows, bad = read_questions(config.data, config.max_bad)
     val = config.val and (read_questions(config.val, config.max_bad)[0], Path(config.val).parent, config)
-    run = TrainingRun("rl", config, {"model": config.model, "question file": config.data}, rank, world, device)
+    run = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     if run.finished:
         return
     torch.manual_seed(config.seed)
@@ -305,8 +306,8 @@ def main():
     policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
     if rank == 0:
         print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {weights.describe()}, "
-              f"{world} process(es) on {device}; a step is {config.batch_size} questions x {config.group_size} "
-              f"episodes, learning rate {config.lr}")
+              f"{world} process(es) on {device}; a step is {config.batch_size} questions x "
+              f"{config.group_size} episodes, learning rate {config.lr}")
     run.finish(bad + without + train(weights, rows, config, run, rank, world, device, val))
 
 

@@ -142,8 +142,9 @@ def main():
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     model, (rows, bad) = config.model or TINY_BASE, read_trajectories(config.data, config.max_bad)
-    val = config.val and (read_questions(config.val, config.max_bad)[0], Path(config.val).parent, RolloutConfig())
-    run = TrainingRun("sft", config, {"model": model, "trajectory file": config.data}, rank, world, device)
+    val = config.val and (read_questions(config.val, config.max_bad)[0], Path(config.val).parent,
+                          RolloutConfig())
+    run = TrainingRun("sft", config, {"model": model, "trajectories": config.data}, rank, world, device)
     if run.finished:
         return
     torch.manual_seed(config.seed)

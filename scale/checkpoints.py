@@ -1,5 +1,5 @@
-"""Checkpoints on disk: what is wrong with one that cannot be loaded, and saves that may be killed any time, of
-a policy, and of a run that is to go on.
+"""Checkpoints on disk: what is wrong with one that cannot be loaded, and saves that may be killed any time,
+of a policy, and of a run that is to go on.
 
 A folder is Hugging Face's format plus zoom_config.json. Its weights are in files whose names are used once,
 and model.safetensors.index.json says which files they are. A save writes all of it beside the old checkpoint;
@@ -87,7 +87,9 @@ def find_checkpoint(name_or_path):
     """The folder of a checkpoint, which is downloaded if it is a name on the hub."""
     check_checkpoint(name_or_path)
     path = Path(name_or_path)
-    return path if path.exists() else Path(snapshot_download(str(name_or_path), ignore_patterns=["*.bin", "*.pth"]))
+    if path.exists():
+        return path
+    return Path(snapshot_download(str(name_or_path), ignore_patterns=["*.bin", "*.pth"]))
 
 
 def folder_fault(path):
@@ -294,7 +296,7 @@ def sync(path):
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------- checkpoints of a run, to go on
+# ----------------------------------------------------------------------------- checkpoints of a run, to go on
 class Shard(NamedTuple):
     """Rows of a tensor that one process writes: rows `start` .. of a tensor of `shape`."""
 
@@ -305,8 +307,8 @@ class Shard(NamedTuple):
 
 
 def save_run(out, step, shards, state, rank_state, keep):
-    """Writes out/checkpoints/step_N, in which a run can go on with any number of processes. All processes call
-    it. What stands there is safetensors and JSON; nothing is ever unpickled.
+    """Writes out/checkpoints/step_N, from which a run can go on with any number of processes. All of them
+    call it. What stands there is safetensors and JSON; nothing is ever unpickled.
 
     Args:
         shards: Shards, made one at a time; of all processes together each row once.
@@ -416,11 +418,11 @@ class SavedRun:
             yield
         except Exception as error:  # safetensors has errors of its own
             reason = error if isinstance(error, UserError) else first_line(error)
-            raise UserError(f"{self.folder} cannot be read: {reason}; remove that folder, and the run goes on "
-                            "from the one before") from None
+            raise UserError(f"{self.folder} cannot be read: {reason}; remove that folder, and the run goes "
+                            "on from the one before") from None
 
     def read_into(self, name, rows, start, shape):
-        """Fills `rows` with rows `start` .. of a tensor. Raises UserError if it is not there or another one."""
+        """Fills `rows` with rows `start` .. of a tensor. Raises UserError if it is not there, or another."""
         with self._reading():
             if name not in self.tensors:
                 raise UserError(f"it has no {name}")

@@ -12,7 +12,7 @@ from scale.checkpoints import save_policy
 
 
 class MasterWeights:
-    """Float32 weights, `parameters`, that an optimizer changes, and the compute weights, cast from them. Every
+    """Float32 weights, `parameters`, that an optimizer changes, and the compute weights, cast from them. Each
     process has all of them (scale/sharding.py: a part).
 
     Where the compute weights are float32 they are the masters themselves. Else each backward pass adds their

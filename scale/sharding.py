@@ -36,15 +36,16 @@ from model import Dialogue, load_policy, token_log_probs
 from scale.checkpoints import INDEX, find_checkpoint, loading, read_parts
 from scale.masters import MasterWeights, rows_of
 
+SHARDS = "none", "all", "node"  # what --shard may be
 # Names in published checkpoints, and what transformers' class calls them today.
 OLD_NAMES = (("visual.", "model.visual."), ("model.layers.", "model.language_model.layers."),
              ("model.embed_tokens.", "model.language_model.embed_tokens."),
              ("model.norm.", "model.language_model.norm."))
 
 
-# ----------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------- loading
 class WeightFiles:
-    """The weights of a checkpoint folder in safetensors files, of which rows can be read. Raises UserError."""
+    """The weights in a checkpoint folder's safetensors files, of which rows can be read. Raises UserError."""
 
     def __init__(self, folder):
         files = [folder / "model.safetensors"]
@@ -75,8 +76,8 @@ def today(name):
 
 @contextmanager
 def no_parameters():
-    """Modules that are made in it have parameters without memory (on the meta device), but true buffers: those
-    that are in no file, as the frequencies of the rotary embedding, are as transformers computes them."""
+    """Modules that are made in it have parameters without memory (on the meta device), but true buffers:
+    those that are in no file, as the rotary embedding's frequencies, are as transformers computes them."""
     register = torch.nn.Module.register_parameter
 
     def on_meta(module, name, parameter):
@@ -135,7 +136,7 @@ def fill(policy, files, mesh):
             raise UserError(f"its weights {name} are not finite; download or copy it again")
 
 
-# ---------------------------------------------------------------------------------------------------- sharding
+# --------------------------------------------------------------------------------------------------- sharding
 def make_mesh(shard, device):
     """The processes as (replicas, shards), a DeviceMesh. Raises UserError."""
     if not dist.is_initialized():  # one process, started without torchrun
@@ -198,7 +199,8 @@ class ShardedWeights(MasterWeights):
             for p, whole in zip(self.parameters, self.whole, strict=True):
                 whole.untyped_storage().resize_(whole.numel() * whole.itemsize)
                 whole.copy_(p.to(whole.dtype).full_tensor())  # cast before it is sent
-                self.gathered_bytes += whole.nbytes * (self.mesh["shard"].size() - 1) // self.mesh["shard"].size()
+                parts = self.mesh["shard"].size()
+                self.gathered_bytes += whole.nbytes * (parts - 1) // parts
         self.player.weights_version += 1
         self.player.env_config = self.policy.env_config
         self.seconds_gather += time.time() - began
@@ -262,8 +264,6 @@ def load_weights(name, config, device, with_reference=False):
     policy, and the reference if it is asked for. Raises UserError."""
     dtype, world = choose_dtype(config.dtype, device), int(os.environ.get("WORLD_SIZE", 1))
     shard = config.shard or ("none" if world == 1 or dtype == torch.float32 else "all")
-    if shard not in ("none", "all", "node"):
-        raise UserError(f"--shard must be none, all or node, not {shard}")
     if shard == "none":
         policy = load_policy(name, device, dtype, config.system_prompt).freeze_vision()
         if config.gradient_checkpointing:

@@ -18,8 +18,8 @@ class Stopping:
     within `interruptibly` Stopped is raised at once; before `armed` is set, the process ends right away. In
     any case it ends after `grace_s` seconds (a little earlier), with the line that `lost()` returns.
 
-    It is made in the main thread, whose handlers signals call: between two of its instructions, so not while it
-    waits for another process or for a kernel. The time runs in a thread of its own, which is woken by a pipe."""
+    It is made in the main thread, in which signals' handlers run: between two of its instructions, so not
+    while it waits for another process or a kernel. The time runs in a thread, which a pipe wakes."""
 
     def __init__(self, grace_s, lost=lambda: "stopped"):
         self.grace_s, self.lost = grace_s, lost

@@ -1,6 +1,6 @@
 """What both scripts that train do beside training: begin or go on, save, stop, and say how it goes.
 
-    run = TrainingRun("rl", config, inputs, rank, world, device)     before anything is loaded; may be finished
+    run = TrainingRun("rl", config, inputs, rank, world, device)    before anything is loaded; may be finished
     progress = run.start(weights, optimizer, total_steps, {"step": 0, ...})
     for step in range(progress["step"] + 1, total_steps + 1):
         run.interruptible(function, otherwise)(...)        what SIGTERM ends at once, as nothing has moved yet
@@ -21,16 +21,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import RunConfig, UserError, sum_over_processes, write_jsonl
+from common import RunConfig, UserError, choose_dtype, sum_over_processes, write_jsonl
 from scale import runs
 from scale.checkpoints import SavedRun, Shard, run_folders, save_run
 from scale.held_out import held_out
 from scale.metrics import FILES, Metrics, check_installed
+from scale.sharding import SHARDS
 from scale.stopping import Stopping
 
 # Settings that may differ when a run goes on: how often is saved and shown, and what bounds memory alone.
-MAY_DIFFER = ("model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb",
-              "shard", "max_tokens_per_pass", "gradient_checkpointing")
+MAY_DIFFER = ("model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard",
+              "wandb", "shard", "max_tokens_per_pass", "gradient_checkpointing")
 NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the exported checkpoint
 
 
@@ -43,7 +44,7 @@ class TrainConfig(RunConfig):
     max_bad_steps: int = 5  # the run ends after so many optimizer steps in a row whose gradient is not finite
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
-    shard: str | None = None  # none, all, node: who shares one copy of the weights; by default all in bfloat16
+    shard: str | None = None  # none, all, node: who shares one copy of the weights; in bfloat16 all
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     save_every: int = 10  # steps between checkpoints
     keep: int = 2  # so many checkpoints to go on from stay in --out/checkpoints
@@ -66,13 +67,17 @@ class TrainingRun:
     Raises UserError."""
 
     def __init__(self, name, config, inputs, rank, world, device):
-        if config.resume not in ("auto", "never"):
-            raise UserError(f"--resume must be auto or never, not {config.resume}")
+        for flag, known in (("resume", ("auto", "never")), ("shard", (None, *SHARDS))):
+            if getattr(config, flag) not in known:
+                names = ", ".join(name for name in known if name)
+                raise UserError(f"--{flag} must be one of {names}, not {getattr(config, flag)}")
+        choose_dtype(config.dtype, device)
         self.name, self.config, self.out = name, config, Path(config.out)
         self.rank, self.world, self.device = rank, world, device
         check_installed(config.tensorboard, config.wandb)
         by_file = (config.overview or "").endswith(".json")
-        inputs = inputs | {"system prompt": config.system_prompt, "overview": config.overview if by_file else None}
+        inputs = inputs | {"system prompt": config.system_prompt,
+                           "overview": config.overview if by_file else None}
         box = [None]
         if rank == 0:
             box = [runs.begin_run(runs.open_folder(self.out), config, MAY_DIFFER, inputs, NAMES)]
@@ -83,7 +88,8 @@ class TrainingRun:
             print(f"{name}: the run in {self.out} is finished; --resume never makes it again")
         folders = run_folders(self.out) if box[0] == "unfinished" else []
         self.before = SavedRun(folders[-1]) if folders else None
-        self.saved_step, self.moved, self.idle_s, self.last_save_s, self.seconds_save = 0, False, 0.0, 0.0, 0.0
+        self.saved_step, self.moved = 0, False
+        self.idle_s, self.last_save_s, self.seconds_save = 0.0, 0.0, 0.0
 
     def start(self, weights, optimizer, total_steps, progress, generator=None, val=None):
         """Makes weights, optimizer and random generators what they were, if the run goes on.
@@ -121,8 +127,8 @@ class TrainingRun:
         return call
 
     def total(self, values, device):
-        """`sum_over_processes`. If one of them was told to stop, all of them save the start of the step, unless
-        the weights have moved since or there is no time, and end."""
+        """`sum_over_processes`. If one of them was told to stop, all save the start of the step, unless the
+        weights have moved since or there is no time, and end."""
         began = time.monotonic()
         total = sum_over_processes(values | {"stop": self.stopping.requested}, device)
         self.idle_s += time.monotonic() - began
@@ -167,9 +173,9 @@ class TrainingRun:
         began = time.time()
         if export:
             self.weights.save(self.out)
-        save_run(self.out, self.progress["step"], self._shards(),
-                 self.progress | {"bad_steps": self.weights.bad_steps, "optimizer_steps": self._steps_taken()},
-                 self.rank_state, self.config.keep)
+        state = {"bad_steps": self.weights.bad_steps, "optimizer_steps": self._steps_taken()}
+        save_run(self.out, self.progress["step"], self._shards(), self.progress | state, self.rank_state,
+                 self.config.keep)
         self.saved_step = self.progress["step"]
         self.seconds_save = self.last_save_s = time.time() - began
 
@@ -204,10 +210,11 @@ class TrainingRun:
                 generator.set_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))
             return
         for number, generator in enumerate(self.generators):
-            generator.manual_seed(hash((self.config.seed, state["step"], self.rank, self.world, number)) % 2 ** 63)
+            seeds = self.config.seed, state["step"], self.rank, self.world, number
+            generator.manual_seed(hash(seeds) % 2 ** 63)
         if self.rank == 0:
-            print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now: random numbers are "
-                  "drawn from new seeds")
+            print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now: random numbers "
+                  "are drawn from new seeds")
 
     def _random_states(self):
         return {"random": [base64.b64encode(bytes(g.get_state().numpy())).decode() for g in self.generators]}

@@ -20,7 +20,7 @@ from scale.checkpoints import save_policy
 
 SCRIPTS = {"sft": sft, "rl": rl, "eval": evaluation}
 WRONG_WORDS = {"device": ["gpu", "cuda:x", "meta"], "dtype": ["float16", "x"], "mode": ["x"], "resume": ["x", "always"],
-               "old_log_probs": ["x", "Sampled"],
+               "old_log_probs": ["x", "Sampled"], "shard": ["x", "All"], "val": ["missing", "folder", "bytes", "empty"],
                "overview": ["sometimes", "missing.json", "folder.json", "bytes.json"],
                "system_prompt": ["missing", "folder", "bytes"], "data": ["missing", "folder", "bytes", "empty"],
                "model": ["missing", "folder", "rows", "bytes"], "out": ["rows", "rows/below"],
@@ -80,7 +80,7 @@ def test_wrong_input_is_one_line(name, flags, place, monkeypatch, capsys):
         if "--save_frames" in given:
             flags += ["--video", json.loads(Path("data/test.jsonl").read_text().splitlines()[0])["video"].join(["data/", ""])]
     if "--out" in given and name in SCRIPTS:
-        monkeypatch.setattr(SCRIPTS[name], "load_policy", None)  # it is tried before the model loads
+        monkeypatch.setattr(SCRIPTS[name], "load_policy" if name == "eval" else "load_weights", None)  # tried before that
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
     with pytest.raises(SystemExit) as exit:
         common.run_main((SCRIPTS.get(name) or data_prep).main)

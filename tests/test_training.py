@@ -136,7 +136,7 @@ def state_of_a_run(place, run, shard, out):
     saved = json.loads((Path(run) / "run.json").read_text())["settings"]
     known = {f: saved[f] for f in saved if f in rl.Config.__dataclass_fields__}
     config = rl.Config(**known | dict(out=run, data=f"{place}/train.jsonl", model=f"{place}/model", shard=shard, device="cpu"))
-    training = TrainingRun("rl", config, {"model": config.model, "question file": config.data}, rank, world, device)
+    training = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     weights = load_weights(config.model, config, device)
     optimizer = torch.optim.AdamW(weights.parameters, lr=1.0, fused=True)
     progress = training.start(weights, optimizer, 5, {"step": 0}, torch.Generator())
