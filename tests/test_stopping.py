@@ -193,7 +193,7 @@ except BaseException as error:
         child.stop(times)
         status, said, complained = child.end(grace_s + 5)
         assert (status, said, complained) == (143, [], "-c: 2 steps are lost\n")
-        assert grace_s - 1.1 < time.monotonic() - began < grace_s + 0.3
+        assert grace_s - 1.1 < time.monotonic() - began < grace_s
 
 
 def test_it_ends_in_time_if_nobody_reads_what_it_says_or_the_line_cannot_be_made():
@@ -203,7 +203,7 @@ def test_it_ends_in_time_if_nobody_reads_what_it_says_or_the_line_cannot_be_made
 stopping = Stopping(1.5, {lost})
 stopping.armed = True
 say("inside")
-while True: print("x" * 1000, file=sys.stderr)
+while True: print("x", file=sys.stderr)
 """) as child:
             child.says("inside")
             time.sleep(0.3)
@@ -215,7 +215,7 @@ def test_a_forked_child_ends_by_its_own_signal_and_does_not_end_its_parent():
     with Child("""
 stopping = Stopping(1.2)
 child = os.fork()
-if not child: time.sleep(60)
+if not child: time.sleep(20) or os._exit(1)
 time.sleep(0.2)
 os.kill(child, 15)
 say(os.waitpid(child, 0)[1])
@@ -240,7 +240,7 @@ dist.all_reduce(torch.ones(1))
         time.sleep(0.5)
         child.stop()
         assert child.end(10) == (143, [], "-c: stopped\n")
-        assert 0.5 < time.monotonic() - child.stopped_at < 2.3
+        assert 0.5 < time.monotonic() - child.stopped_at < 2
 
 
 def test_under_torchrun_the_workers_end_with_143_and_torchrun_with_1(tmp_path):
