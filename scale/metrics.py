@@ -14,6 +14,7 @@ numbers of the machine in it (GPU, memory) are lost to the curves.
 
 import importlib
 import json
+import math
 import os
 import secrets
 import sys
@@ -55,11 +56,11 @@ class Metrics:
                         disable=rank > 0)
 
     def write(self, metrics):
-        """The numbers of a step: a dict with "step". What is no number goes to metrics.jsonl alone."""
+        """The numbers of a step: a dict with "step". What is no number goes to metrics.jsonl alone, nan as null."""
         if self.rank > 0:
             return
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps({key: finite(value) for key, value in metrics.items()}) + "\n")
         step, numbers = metrics["step"], numbers_of(metrics)
         if self.board:
             for key, value in numbers.items():
@@ -105,6 +106,11 @@ class Metrics:
 def numbers_of(metrics):
     """What can be drawn."""
     return {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+
+
+def finite(value):
+    """None in place of nan and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(out):

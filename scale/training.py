@@ -15,7 +15,7 @@ moved since.
 
 import base64
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from common import RunConfig, UserError, choose_dtype, sum_over_processes, write_jsonl
 from scale import runs
-from scale.checkpoints import SavedRun, Shard, run_folders, save_run
+from scale.checkpoints import SavedRun, Shard, run_folders, save_run, sync
 from scale.held_out import held_out
 from scale.metrics import FILES, Metrics, check_installed
 from scale.sharding import SHARDS
@@ -71,7 +71,7 @@ class TrainingRun:
             if getattr(config, flag) not in known:
                 names = ", ".join(name for name in known if name)
                 raise UserError(f"--{flag} must be one of {names}, not {getattr(config, flag)}")
-        choose_dtype(config.dtype, device)
+        resolved = replace(config, dtype=str(choose_dtype(config.dtype, device)).removeprefix("torch."))
         self.name, self.config, self.out = name, config, Path(config.out)
         self.rank, self.world, self.device = rank, world, device
         check_installed(config.tensorboard, config.wandb)
@@ -80,7 +80,7 @@ class TrainingRun:
                            "overview": config.overview if by_file else None}
         box = [None]
         if rank == 0:
-            box = [runs.begin_run(runs.open_folder(self.out), config, MAY_DIFFER, inputs, NAMES)]
+            box = [runs.begin_run(runs.open_folder(self.out), resolved, MAY_DIFFER, inputs, NAMES)]
         if dist.is_initialized():
             dist.broadcast_object_list(box, 0, device=device)
         self.finished, self.stopping = box[0] == "finished", Stopping(config.grace_s, self._lost)
@@ -173,6 +173,8 @@ class TrainingRun:
         began = time.time()
         if export:
             self.weights.save(self.out)
+        if self.rank == 0 and (self.out / "metrics.jsonl").exists():
+            sync(self.out / "metrics.jsonl")  # its lines go with the checkpoint
         state = {"bad_steps": self.weights.bad_steps, "optimizer_steps": self._steps_taken()}
         save_run(self.out, self.progress["step"], self._shards(), self.progress | state, self.rank_state,
                  self.config.keep)

@@ -216,3 +216,12 @@ def test_the_bar_goes_on_where_the_run_was(tmp_path, capsys):
     metrics.close()
     said = capsys.readouterr()
     assert said.out == "two\nlines\n" and "5/10" in said.err and "loss=0.2000" in said.err
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """metrics.jsonl is JSON in the strict sense."""
+    log = Metrics(tmp_path, 2, "run")
+    log.write({"step": 1, "loss": float("nan"), "gap_max": float("inf"), "lr": 1e-6})
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 1, "loss": None, "gap_max": None, "lr": 1e-6}
