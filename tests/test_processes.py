@@ -149,6 +149,7 @@ def test_a_second_run_in_a_folder_keeps_the_metrics_of_the_first(tmp_path, monke
     metrics = tmp_path / "out" / "metrics.jsonl"
     script.main()
     first = metrics.read_text()
+    monkeypatch.setattr(sys, "argv", [*command, "--resume", "never"])
     script.main()
     assert (tmp_path / "out" / "metrics.1.jsonl").read_text() == first != metrics.read_text()
     assert [json.loads(line)["step"] for line in metrics.open()] == [1]
