@@ -6,8 +6,10 @@ import pickle
 import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -41,15 +43,32 @@ for out in sys.argv[3:]:
 """
 
 
-def torchrun(tmp_path, processes, function, *args):
-    """Runs a function of this file in several processes. Returns what they say, line by line, sorted."""
-    script = tmp_path / f"{function}.py"
-    script.write_text(f"{BEGIN}import test_run_checkpoints as t; t.{function}(*sys.argv[1:])\n")
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          f"--nproc_per_node={processes}", str(script), *map(str, args)],
-                         capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def fork(processes, function, *args):
+    """Runs a function in several processes that are joined as torchrun's are, without imports of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, children = free.getsockname()[1], []
+    for rank in range(processes):
+        if not (child := os.fork()):
+            try:
+                os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1",
+                               "MASTER_PORT": f"{port}"}
+                function(*args)
+                dist.destroy_process_group()
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    assert not any([os.waitpid(child, 0)[1] for child in children])
+
+
+def lines_of(function, *args):
+    """What a function of this file says in a process of its own, line by line."""
+    run = subprocess.run([sys.executable, "-c", f"{BEGIN}import test_run_checkpoints as t; t.{function}(*sys.argv[1:])",
+                          *map(str, args)], capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr[-4000:]
-    return sorted(run.stdout.splitlines())
+    return run.stdout.splitlines()
 
 
 def small_files(file_bytes):
@@ -89,7 +108,7 @@ def assert_reads(folder, part, parts):
 
 def write_and_read(out, file_bytes, *others):
     """What other numbers of processes wrote, and of what these write everything."""
-    rank, world, _ = start_processes("cpu")
+    rank, world, _ = start_processes("cpu", timeout_min=0.5)
     for other in others:
         assert_reads(other, rank, world)
     state = {"step": 3, "order": [3, 1, 2], "rate": 1e-7, "nothing": None, "of": "é"}
@@ -102,28 +121,27 @@ def write_and_read(out, file_bytes, *others):
     assert_reads(saved.folder, 0, 1)
 
 
-def write_read_and_fail(out, file_bytes, one, three, full):
-    write_and_read(out, file_bytes, one, three)
-    fill_disk(full)
-    dist.destroy_process_group()
+def write_all(root):
+    """By 3 and by 2 processes; two of them also fill a disk."""
+    by = lambda n: Path(root) / f"by{n}" / "checkpoints" / "step_3"
+    fork(3, write_and_read, f"{root}/by3", 2000, by(1))
+    fork(2, write_and_read, f"{root}/by2", 1e9, by(1), by(3))
+    fork(2, fill_disk, f"{root}/full")
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What 1, 2 and 3 processes wrote, each of which has read what was there: {number: folder}; and where two
-    of them filled a disk, and what they said."""
+    """A folder with what 1, 2 and 3 processes wrote, each of which has read what was there; and where two of
+    them filled a disk, and what they said."""
     root = tmp_path_factory.mktemp("written")
-    folders = {n: root / f"by{n}" / "checkpoints" / "step_3" for n in (1, 2, 3)}
     write_and_read(root / "by1", 1e9)
-    torchrun(root, 3, "write_and_read", root / "by3", 2000, folders[1])
-    said = torchrun(root, 2, "write_read_and_fail", root / "by2", 1e9, folders[1], folders[3], root / "full")
-    return folders, root / "full", said
+    return root, lines_of("write_all", root)
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3])
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 13])
 def test_any_number_of_processes_reads_what_another_number_wrote(written, writers, parts):
-    folder = written[0][writers]
+    folder = written[0] / f"by{writers}" / "checkpoints" / "step_3"
     for part in range(parts):
         assert_reads(folder, part, parts)
     files = [file.name.split("-")[0] for file in folder.glob("*.safetensors")]
@@ -340,7 +358,7 @@ def test_every_step_of_a_save_leaves_a_whole_checkpoint_of_the_run(tmp_path, mon
 
 def fill_disk(out):
     """One of two processes can write no large file: both say so, and the next save works."""
-    rank, world, _ = start_processes("cpu")
+    rank, world, _ = start_processes("cpu", timeout_min=0.5)
     shards = lambda step: [Shard("a", torch.full((50_000,), float(step)), 50_000 * rank, (100_000,))]
     save = lambda step: save_run(out, step, shards(step), {"step": step}, {}, keep=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -365,7 +383,7 @@ def fill_disk(out):
 
 
 def test_a_full_disk_in_one_process_is_one_line_in_all_and_the_last_checkpoint_stays(written):
-    _, out, lines = written
+    out, lines = written[0] / "full", written[1]
     assert len(lines) == 8
     for line in lines:
         before, _, _, line = line.split(" ", 3)
@@ -459,10 +477,8 @@ def measure_saves(out):
 def test_a_save_needs_little_more_than_its_largest_file(tmp_path):
     """With 300 MB of tensors. Those that are not contiguous are copied first, as those on a GPU are; a row may
     fill two thirds of a file."""
-    run = subprocess.run([sys.executable, "-c", f"{BEGIN}import test_run_checkpoints as t; t.measure_saves(sys.argv[1])",
-                          tmp_path / "out"], capture_output=True, text=True, timeout=100)
-    cases = [json.loads(line) for line in run.stdout.splitlines()]
-    assert [name for name, *_ in cases] == list(MEMORY), run.stderr
+    cases = [json.loads(line) for line in lines_of("measure_saves", tmp_path / "out")]
+    assert [name for name, *_ in cases] == list(MEMORY)
     for name, nothing, save, largest in cases:
         _, file_bytes, times = MEMORY[name]
         print(f"{name}: {save / 1e6:.1f} MB, {save / largest:.2f} x the largest file")
