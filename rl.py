@@ -234,7 +234,7 @@ def train(weights, rows, config, run, rank, world, device, val):
     engine = Engine(weights.player, config.group_size, config, generator)
     with weights.gathered():
         check_decoder(engine.decoder)
-    weights.gathering()
+    weights.gather_metrics()  # that of the check does not count
     if rank == 0:
         print(f"rl: rollouts in {policy.dtype}, decode step {engine.decoder.path}")
     root, skipped, total_drawn = Path(config.data).parent, progress["skipped"], progress["drawn"]

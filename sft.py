@@ -92,7 +92,7 @@ def train_step(weights, dialogues, ids, optimizer, config, device, total=sum_ove
         loss = -log_probs.sum() / max(1, counts["tokens"])
         loss.backward()
         loss_sum += loss.item()
-    norm = weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
+    norm = counts["tokens"] and weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
     step = {"grad_norm": norm, "bad_steps": 0} if math.isfinite(norm) else {"grad_norm": 0.0, "bad_steps": 1}
     return sum_over_processes({"loss": loss_sum}, device) | counts | step
 
@@ -118,19 +118,19 @@ def train(weights, rows, config, run, rank, world, device, val):
     left = islice(batches(len(rows), config, rank, world), progress["step"], None)
     ahead = enumerate(batches_ahead(load, left), progress["step"] + 1)
     for step, ((epoch, mine), (dialogues, bad), waited_s) in ahead:
-        skipped = skipped + gather(bad)
-        check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, config)
         ids = [rows[i]["question"]["id"] for i in mine]
         metrics = train_step(weights, dialogues, ids, optimizer, config, device, run.total)
+        skipped = skipped + gather(bad)
+        check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
         metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
                    "seconds_data": waited_s, "seconds": time.time() - began}
-        began = time.time()
         if step % max(1, steps // 10) == 0 or step == steps:
             run.metrics.print(f"step {step}/{steps}  loss {metrics['loss']:.4f}  trained tokens "
                               f"{metrics['tokens']:.0f} of {metrics['length']:.0f}  lr {lr:.1e}  grad norm "
                               f"{metrics['grad_norm']:.2f}  {metrics['seconds']:.1f} s")
         run.end_step(metrics, {"step": step, "skipped": skipped})
+        began = time.time()
     return skipped
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 here = threading.local()  # of a thread that prepares batches: `stop`, set when nobody wants them any more
 
 
-class Stopped(Exception):
+class Unwanted(Exception):
     """Raised in a thread whose batch nobody waits for."""
 
 
@@ -32,7 +32,7 @@ def in_threads(function, rows):
 
     def call(row):
         if stop and stop.is_set():
-            raise Stopped
+            raise Unwanted
         return function(row)
 
     with ThreadPoolExecutor(decoder_threads()) as pool:

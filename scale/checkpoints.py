@@ -325,7 +325,7 @@ def save_run(out, step, shards, state, rank_state, keep):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("*.tmp"):
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir()
     except OSError as failed:
         error = failed.strerror or first_line(failed)
@@ -359,7 +359,7 @@ def save_run(out, step, shards, state, rank_state, keep):
             for old in run_folders(out)[:-keep]:
                 os.replace(old, old.with_suffix(".tmp"))  # half of it never stands under its name
             for left in folder.glob("*.tmp"):
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)  # the next save tries again
     except OSError as failed:
         error = failed.strerror or first_line(failed)
     agree(error, target)
@@ -377,15 +377,16 @@ def grouped(shards):
             if group and size + part.nbytes > FILE_BYTES:
                 yield group
                 group, size = [], 0
-            group.append(Shard(name, part.cpu().contiguous(), start + first, shape))  # one file is in memory
+            part = part.cpu().contiguous()  # a file at a time
+            group.append(Shard(name, part, start + first, shape))
             size += part.nbytes
     if group:
         yield group
 
 
 def agree(error, target):
-    """Raises UserError on all processes if one of them has an error. The first one removes what is half
-    written: another one might be late, and remove what the next save has begun."""
+    """Raises UserError on all processes if one of them has an error. Only the first one removes what is half
+    written: a late one could delete the next save's folder."""
     errors = gather([error] if error else [])
     if errors:
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from common import sum_over_processes
 from rollout import Engine
+from scale.first_day import check_decoder
 
 
 def held_out(policy, rows, root, config, rank, world, device):
@@ -32,6 +33,7 @@ def held_out(policy, rows, root, config, rank, world, device):
     policy.eval()
     try:
         engine = Engine(policy, 1, replace(config, temperature=0.0))
+        check_decoder(engine.decoder)
         _, skipped = engine.play(rows[rank::world], root, on_end=ended)
     finally:
         policy.train(training)

@@ -45,8 +45,8 @@ class MasterWeights:
             master.grad += p.grad
         p.grad = None
 
-    def gathering(self):
-        """Metrics of what rollouts needed since the last call: bytes that this process got, seconds."""
+    def gather_metrics(self):
+        """Takes the metrics of what rollouts gathered since the last call: bytes, seconds of this process."""
         metrics = {"gathered_gb": self.gathered_bytes / 1e9, "seconds_gather": self.seconds_gather}
         self.gathered_bytes, self.seconds_gather = 0, 0.0
         return metrics
@@ -67,7 +67,7 @@ class MasterWeights:
                     error = failed
             if errors := gather([error] if error else []):
                 raise errors[0]
-        self.gathering()  # not for rollouts
+        self.gather_metrics()  # not for rollouts
 
     def describe(self):
         return f"{sum(p.numel() for p in self.parameters):,} trained parameters in {self.policy.dtype}"
@@ -110,14 +110,14 @@ class MasterWeights:
             if p is not master:
                 p.copy_(master)
 
-    def mine(self, tensor):
+    def rows_to_save(self, tensor):
         """(rows, first): the rows of a master, or of a moment of it, that this process writes into a
         checkpoint of the run, so that all of them write about as much, and the number of the first."""
         part, parts = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         start, stop = rows_of(len(tensor), part, parts)
         return tensor.detach()[start:stop], start
 
-    def held(self, tensor):
+    def rows_to_load(self, tensor):
         """The same of the rows that it holds, which it reads again when the run goes on."""
         return tensor.detach(), 0
 

@@ -56,7 +56,8 @@ class Metrics:
                         disable=rank > 0)
 
     def write(self, metrics):
-        """The numbers of a step: a dict with "step". What is no number goes to metrics.jsonl alone, nan as null."""
+        """The numbers of a step: a dict with "step". What is no number goes to metrics.jsonl alone, as null
+        if it is nan."""
         if self.rank > 0:
             return
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:

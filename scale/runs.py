@@ -104,7 +104,7 @@ def begin_run(out, config, may_differ, inputs, names):
         if not difference:
             return "finished" if old["finished"] else "unfinished"
     if something:
-        move_aside([*files, *out.glob("run.json")])
+        move_aside([*out.glob("run.json"), *files])  # a kill in between leaves no run
     write_json(out / "run.json", now)
     return "new"
 

@@ -5,7 +5,7 @@ bytes a parameter over the number of processes. A pass gathers the weights in th
 layer, and its gradients are added up in float32 and cut into shards right after each layer's backward pass.
 
     --shard all     over all processes
-    --shard node    within each machine; every machine has all of it, and gradients are summed over them
+    --shard node    over a machine's processes; each machine holds one copy, and gradients are summed across
 
 What has to be minded:
 - One root. All of the policy's pass from ids to log-probabilities is `Policy.forward`, which FSDP wraps. The
@@ -127,6 +127,8 @@ def fill(policy, files, mesh):
     for name, p in policy.named_parameters():
         name, local = name.removeprefix("hf."), p.to_local() if isinstance(p, DTensor) else p
         start, stop = rows_of(len(p), *shard_of(mesh)) if isinstance(p, DTensor) else (0, len(p))
+        if start == stop:  # of a short tensor some processes hold nothing
+            continue
         rows = files.read(name, start, stop)
         if rows.shape != local.shape:
             raise UserError(f"{name} does not have the shape that config.json says")
@@ -158,8 +160,11 @@ def wrap(policy, mesh, dtype):
     gathered in `dtype`, their gradients added up in float32. Returns the policy."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how = dict(mesh=mesh if mesh["replicate"].size() > 1 else mesh["shard"], mp_policy=precision)
-    groups = [*policy.language_model.layers, policy]
-    for module in groups:
+    # the policy last: its group, the root's, has what no layer took, but for the frozen vision tower. It
+    # stays gathered until the backward pass; a reference has none
+    frozen = not any(p.requires_grad for p in policy.parameters())
+    for module in (*policy.language_model.layers, policy):
+        how["reshard_after_forward"] = True if frozen or module is not policy else None
         ignored = {"ignored_params": set(policy.visual.parameters())} if module is policy else {}
         fully_shard(module, **how, **ignored)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by all processes' tokens
@@ -178,10 +183,10 @@ class ShardedWeights(MasterWeights):
         self.masters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.parameters, self.mesh = list(self.masters.values()), mesh
         self.whole = [p for name, p in player.named_parameters() if name in self.masters]
-        nothing = Dialogue()
-        nothing.add([policy.im_end])
-        nothing.add([policy.im_end], trained=True)
-        self.nothing = [[nothing]]
+        shortest = Dialogue()
+        shortest.add([policy.im_end])
+        shortest.add([policy.im_end], trained=True)
+        self.shortest = [[shortest]]  # two tokens, for a pass of weight zero
 
     def describe(self):
         return f"{super().describe()}, in {shard_of(self.mesh)[1]} shards"
@@ -201,6 +206,7 @@ class ShardedWeights(MasterWeights):
                 whole.copy_(p.to(whole.dtype).full_tensor())  # cast before it is sent
                 parts = self.mesh["shard"].size()
                 self.gathered_bytes += whole.nbytes * (parts - 1) // parts
+            float(whole.view(-1)[0])  # waits for a GPU
         self.player.weights_version += 1
         self.player.env_config = self.policy.env_config
         self.seconds_gather += time.time() - began
@@ -214,20 +220,21 @@ class ShardedWeights(MasterWeights):
         most = torch.tensor(len(batches), device=self.policy.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         yield from batches
+        # the same collectives in the same order as in rl.update: policy, reference, backward
         for _ in range(int(most) - len(batches)):
             with torch.set_grad_enabled(backward):
-                log_probs, _ = token_log_probs(self.policy, self.nothing)
+                log_probs, _ = token_log_probs(self.policy, self.shortest)
             if backward and self.reference is not None:
                 with torch.no_grad():
-                    token_log_probs(self.reference, self.nothing)
+                    token_log_probs(self.reference, self.shortest)
             if backward:
                 (0.0 * log_probs.sum()).backward()
 
-    def mine(self, tensor):
-        rows, first = self.held(tensor)
+    def rows_to_save(self, tensor):
+        rows, first = self.rows_to_load(tensor)
         return (rows, first) if self.mesh["replicate"].get_local_rank() == 0 else (rows[:0], first)
 
-    def held(self, tensor):
+    def rows_to_load(self, tensor):
         return tensor.detach().to_local(), rows_of(len(tensor), *shard_of(self.mesh))[0]
 
 
@@ -255,6 +262,7 @@ def make_player(name, device, dtype, config, visual):
         if p.is_meta:
             empty = torch.empty_like(p, device=device)
             empty.untyped_storage().resize_(0)
+            # in place, so that a tied head stays the embedding
             torch.utils.swap_tensors(p, torch.nn.Parameter(empty, requires_grad=False))
     return player
 
@@ -272,4 +280,6 @@ def load_weights(name, config, device, with_reference=False):
     mesh = make_mesh(shard, device)
     policy = load_sharded(name, device, dtype, mesh, True, config)
     reference = load_sharded(name, device, dtype, mesh, False, config) if with_reference else None
+    if reference:
+        reference.hf.model.visual = policy.visual  # frozen in both
     return ShardedWeights(policy, make_player(name, device, dtype, config, policy.visual), reference, mesh)

@@ -29,9 +29,11 @@ from scale.metrics import FILES, Metrics, check_installed
 from scale.sharding import SHARDS
 from scale.stopping import Stopping
 
-# Settings that may differ when a run goes on: how often is saved and shown, and what bounds memory alone.
-MAY_DIFFER = ("model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard",
-              "wandb", "shard", "max_tokens_per_pass", "gradient_checkpointing")
+# Settings that may differ when a run goes on, beside those of runs.py: how often is saved and shown, what
+# bounds memory alone. Of the model the content counts (see `inputs`).
+TRAINING_MAY_DIFFER = (
+    "model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb", "shard",
+    "max_tokens_per_pass", "gradient_checkpointing")
 NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the exported checkpoint
 
 
@@ -48,7 +50,7 @@ class TrainConfig(RunConfig):
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     save_every: int = 10  # steps between checkpoints
     keep: int = 2  # so many checkpoints to go on from stay in --out/checkpoints
-    grace_s: float = 20.0  # seconds from SIGTERM to the end, to save in
+    grace_s: float = 20.0  # seconds from SIGTERM to the end, to save in; torchrun kills after 30
     val: str | None = None  # questions that are played now and then, at temperature 0
     val_every: int = 10  # steps between that
     tensorboard: bool = False  # write the metrics for TensorBoard, too (--out/tensorboard)
@@ -78,17 +80,18 @@ class TrainingRun:
         by_file = (config.overview or "").endswith(".json")
         inputs = inputs | {"system prompt": config.system_prompt,
                            "overview": config.overview if by_file else None}
-        box = [None]
+        box = [None, None]  # new, unfinished or finished; the checkpoint to go on from
         if rank == 0:
-            box = [runs.begin_run(runs.open_folder(self.out), resolved, MAY_DIFFER, inputs, NAMES)]
+            box[0] = runs.begin_run(runs.open_folder(self.out), resolved, TRAINING_MAY_DIFFER, inputs, NAMES)
+            if box[0] == "unfinished" and (folders := run_folders(self.out)):
+                box[1] = str(folders[-1])
         if dist.is_initialized():
             dist.broadcast_object_list(box, 0, device=device)
         self.finished, self.stopping = box[0] == "finished", Stopping(config.grace_s, self._lost)
         if self.finished and rank == 0:
             print(f"{name}: the run in {self.out} is finished; --resume never makes it again")
-        folders = run_folders(self.out) if box[0] == "unfinished" else []
-        self.before = SavedRun(folders[-1]) if folders else None
-        self.saved_step, self.moved = 0, False
+        self.before = SavedRun(box[1]) if box[1] else None
+        self.saved_step, self.moved = 0, False  # moved: the weights are no longer those of `progress`
         self.idle_s, self.last_save_s, self.seconds_save = 0.0, 0.0, 0.0
 
     def start(self, weights, optimizer, total_steps, progress, generator=None, val=None):
@@ -111,7 +114,8 @@ class TrainingRun:
                 print(f"{self.name}: goes on after step {done}")
         self.metrics = Metrics(self.out, total_steps, self.name, self.config.tensorboard, self.config.wandb,
                                done, self.rank)
-        self.rank_state = self._random_states()
+        self.rank_state, self.bad_steps = self._random_states(), weights.bad_steps
+        self.before = None  # its files are closed
         optimizer.register_step_post_hook(self._has_moved)
         self.stopping.armed = True
         return self.progress
@@ -129,12 +133,12 @@ class TrainingRun:
     def total(self, values, device):
         """`sum_over_processes`. If one of them was told to stop, all save the start of the step, unless the
         weights have moved since or there is no time, and end."""
-        began = time.monotonic()
-        total = sum_over_processes(values | {"stop": self.stopping.requested}, device)
+        began, too_long = time.monotonic(), self.last_save_s > self.config.grace_s / 2
+        total = sum_over_processes(values | {"stop": self.stopping.requested, "too long": too_long}, device)
         self.idle_s += time.monotonic() - began
+        too_long = total.pop("too long")
         if total.pop("stop"):
-            in_time = self.last_save_s <= self.config.grace_s / 2
-            if self.saved_step != self.progress["step"] and not self.moved and in_time:
+            if self.saved_step != self.progress["step"] and not self.moved and not too_long:
                 self._save(export=False)
             self.stopping.leave(self._lost())
         return total
@@ -147,13 +151,15 @@ class TrainingRun:
     def end_step(self, metrics, progress):
         """Writes a step's metrics, plays the held-out questions and saves where it is time to."""
         step, last = progress["step"], progress["step"] == self.total_steps
+        gathered = self.weights.gather_metrics()
         if self.val and (step % self.config.val_every == 0 or last):
             with self.weights.gathered():
                 metrics |= held_out(self.weights.player, *self.val, self.rank, self.world, self.device)
         idle_s = sum_over_processes({"idle": self.idle_s}, self.device)["idle"] / self.world
-        self.metrics.write(metrics | self.weights.gathering() | {"seconds_idle": idle_s,
-                                                                 "seconds_save": self.seconds_save})
-        self.progress, self.rank_state = progress, self._random_states()
+        self.weights.gather_metrics()  # of the held-out questions: not in the metrics
+        self.metrics.write(metrics | gathered | {"seconds_idle": idle_s, "seconds_save": self.seconds_save})
+        self.progress, self.bad_steps = progress, self.weights.bad_steps
+        self.rank_state = self._random_states()
         self.moved, self.idle_s, self.seconds_save = False, 0.0, 0.0
         if step % self.config.save_every == 0 or last:
             self._save()
@@ -175,11 +181,11 @@ class TrainingRun:
             self.weights.save(self.out)
         if self.rank == 0 and (self.out / "metrics.jsonl").exists():
             sync(self.out / "metrics.jsonl")  # its lines go with the checkpoint
-        state = {"bad_steps": self.weights.bad_steps, "optimizer_steps": self._steps_taken()}
-        save_run(self.out, self.progress["step"], self._shards(), self.progress | state, self.rank_state,
-                 self.config.keep)
+        state = {"bad_steps": self.bad_steps, "optimizer_steps": self._steps_taken()}
+        self.last_save_s = save_run(self.out, self.progress["step"], self._shards(), self.progress | state,
+                                    self.rank_state, self.config.keep)
         self.saved_step = self.progress["step"]
-        self.seconds_save = self.last_save_s = time.time() - began
+        self.seconds_save = time.time() - began
 
     def _steps_taken(self):
         return max([int(state["step"]) for state in self.optimizer.state.values()], default=0)
@@ -189,7 +195,7 @@ class TrainingRun:
         for name, master in self.weights.masters.items():
             for what, tensor in {"": master, **self.optimizer.state.get(master, {})}.items():
                 if what != "step":
-                    rows, first = self.weights.mine(tensor)
+                    rows, first = self.weights.rows_to_save(tensor)
                     yield Shard(f"{name} {what}".strip(), rows, first, tuple(tensor.shape))
 
     @torch.no_grad()
@@ -200,7 +206,7 @@ class TrainingRun:
         for name, master in self.weights.masters.items():
             moments = {what: torch.zeros_like(master) for what in ("exp_avg", "exp_avg_sq") if steps}
             for what, tensor in {"": master, **moments}.items():
-                rows, first = self.weights.held(tensor)
+                rows, first = self.weights.rows_to_load(tensor)
                 saved.read_into(f"{name} {what}".strip(), rows, first, tensor.shape)
             if steps:
                 count = torch.tensor(float(steps), dtype=torch.float32, device=self.device)
@@ -208,15 +214,19 @@ class TrainingRun:
         self.weights.cast()
         self.weights.bad_steps = state["bad_steps"]
         if len(saved.rank_states) == self.world:
-            for generator, text in zip(self.generators, saved.rank_states[self.rank]["random"], strict=True):
-                generator.set_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))
-            return
+            texts = saved.rank_states[self.rank]["random"]
+            states = [torch.tensor([*base64.b64decode(text)], dtype=torch.uint8) for text in texts]
+            # another device's are of another length
+            if [len(x) for x in states] == [len(g.get_state()) for g in self.generators]:
+                for generator, random_state in zip(self.generators, states):
+                    generator.set_state(random_state)
+                return
         for number, generator in enumerate(self.generators):
             seeds = self.config.seed, state["step"], self.rank, self.world, number
             generator.manual_seed(hash(seeds) % 2 ** 63)
         if self.rank == 0:
-            print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now: random numbers "
-                  "are drawn from new seeds")
+            print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now, or another device: "
+                  "random numbers are drawn from new seeds")
 
     def _random_states(self):
         return {"random": [base64.b64encode(bytes(g.get_state().numpy())).decode() for g in self.generators]}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import common
 from common import UserError
 from scale.metrics import Metrics
 
