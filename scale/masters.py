@@ -56,13 +56,17 @@ class MasterWeights:
         """In it, `player` has its weights."""
         yield self.player
 
+    def export(self, path):
+        """Writes the policy as others load it; of the first process."""
+        save_policy(self.player, path)
+
     def save(self, path):
-        """`save_policy`, by the first process. Raises UserError on all."""
+        """`export`, by the first process. Raises UserError on all."""
         with self.gathered():
             error = None
             if not dist.is_initialized() or dist.get_rank() == 0:
                 try:
-                    save_policy(self.player, path)
+                    self.export(path)
                 except UserError as failed:
                     error = failed
             if errors := gather([error] if error else []):

@@ -34,6 +34,7 @@ from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalG
 from common import UserError, choose_device, choose_dtype, read_text
 from model import Dialogue, load_policy, token_log_probs
 from scale.checkpoints import INDEX, find_checkpoint, loading, read_parts
+from scale.lora import LoRAWeights
 from scale.masters import MasterWeights, rows_of
 
 SHARDS = "none", "all", "node"  # what --shard may be
@@ -271,6 +272,13 @@ def load_weights(name, config, device, with_reference=False):
     """Loads a checkpoint for training: MasterWeights or ShardedWeights as `config.shard` has it, with the
     policy, and the reference if it is asked for. Raises UserError."""
     dtype, world = choose_dtype(config.dtype, device), int(os.environ.get("WORLD_SIZE", 1))
+    if config.lora_rank:
+        if config.shard not in (None, "none"):
+            raise UserError("--lora_rank goes without --shard: each process has the whole base")
+        policy = load_policy(name, device, dtype, config.system_prompt)
+        if config.gradient_checkpointing:
+            policy.checkpoint_layers()
+        return LoRAWeights(policy, name, config, with_reference)
     shard = config.shard or ("none" if world == 1 or dtype == torch.float32 else "all")
     if shard == "none":
         policy = load_policy(name, device, dtype, config.system_prompt).freeze_vision()

@@ -25,6 +25,7 @@ from common import RunConfig, UserError, choose_dtype, sum_over_processes, write
 from scale import runs
 from scale.checkpoints import SavedRun, Shard, run_folders, save_run, sync
 from scale.held_out import held_out
+from scale.lora import TARGETS
 from scale.metrics import FILES, Metrics, check_installed
 from scale.sharding import SHARDS
 from scale.stopping import Stopping
@@ -47,6 +48,9 @@ class TrainConfig(RunConfig):
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     shard: str | None = None  # none, all, node: who shares one copy of the weights; in bfloat16 all
+    lora_rank: int = 0  # train adapters of this rank beside frozen weights (scale/lora.py); 0: all weights
+    lora_alpha: float = 32.0  # an adapter counts lora_alpha / lora_rank times
+    lora_targets: list[str] = TARGETS  # names of the layers that get one
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     save_every: int = 10  # steps between checkpoints
     keep: int = 2  # so many checkpoints to go on from stay in --out/checkpoints

@@ -1,0 +1,125 @@
+"""LoRA (arXiv 2106.09685): small trained matrices beside frozen weights.
+
+    y = W x + (alpha / rank) * B A x        A: (rank, in), B: (out, rank), at first 0
+
+    rl.py --lora_rank 16 --lr 1e-5 ...      rank 0: all weights are trained
+
+The base stays in the compute dtype, so the reference is the base without adapters and costs nothing, and only
+the adapters have float32 masters, gradients and moments. Rollouts run unmerged: merging into bfloat16, whose
+spacing at 0.02 is 1.2e-4, would round the update away. What is exported has the adapters merged, in float32 and
+then cast; beside it, in --out/adapter, they stand as the peft library reads them. Each process has the whole
+base.
+
+Departures from peft: none in the forward pass without dropout, nor in how A begins.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from common import UserError
+from model import Policy
+from scale.checkpoints import save_policy
+from scale.masters import MasterWeights
+from scale.runs import write_json
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRAWeights(MasterWeights):
+    """MasterWeights of a policy with adapters; its reference is the same without them.
+
+    Args:
+        name: of the base. config: a TrainConfig, with lora_rank above 0."""
+
+    def __init__(self, policy, name, config, with_reference):
+        self.name, self.config = name, config
+        add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets)
+        super().__init__(policy, without_adapters(policy) if with_reference else None)
+
+    def export(self, path):
+        save_policy(merge(self.policy, self.masters), path)
+        save_adapter(self.policy, self.masters, self.name, self.config, Path(path) / "adapter")
+
+    def describe(self):
+        return f"{super().describe()}, adapters of rank {self.config.lora_rank}"
+
+
+class LoRALinear(torch.nn.Module):
+    """A frozen linear layer, `base`, with an adapter."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        like = dict(device=base.weight.device, dtype=base.weight.dtype)
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):  # (.., in) to (.., out)
+        return self.base(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+    def merged(self, A, B):
+        """The weight that does the same by itself, float32; A and B: the adapter's masters."""
+        return self.base.weight.float() + self.scale * (B @ A)
+
+
+def add_adapters(policy, rank, alpha, targets=TARGETS):
+    """Freezes a policy and puts adapters beside the language model's linear layers of these names, in place.
+    Returns the policy. Raises UserError for a name that no layer has."""
+    policy.requires_grad_(False)
+    found = [(name, module) for name, module in policy.language_model.named_modules()
+             if name.rpartition(".")[2] in targets and isinstance(module, torch.nn.Linear)]
+    if missing := set(targets) - {name.rpartition(".")[2] for name, _ in found}:
+        raise UserError(f"--lora_targets: no layer is called {', '.join(sorted(missing))}; use some of "
+                        f"{' '.join(TARGETS)}")
+    for name, module in found:
+        parent, _, last = name.rpartition(".")
+        setattr(policy.language_model.get_submodule(parent), last, LoRALinear(module, rank, alpha))
+    return policy
+
+
+def without_adapters(policy, replaced=lambda name, module: module.base):
+    """A policy of the same tensors, but for the layers with adapters: there, what `replaced` says, their base.
+    It takes no memory: the reference."""
+    tensors = [*policy.hf.parameters(), *policy.hf.buffers()]
+    hf = copy.deepcopy(policy.hf, {id(tensor): tensor for tensor in tensors})
+    for name, module in [(n, m) for n, m in hf.named_modules() if isinstance(m, LoRALinear)]:
+        parent, _, last = name.rpartition(".")
+        setattr(hf.get_submodule(parent), last, replaced(name, module))
+    return Policy(hf.eval(), policy.tokenizer, policy.image_processor, policy.env_config)
+
+
+def merge(policy, masters):
+    """A policy without adapters, whose weights do what they did, on the CPU where they differ.
+    masters: {name of a parameter of the policy: its float32 master}."""
+    def replaced(name, module):
+        A, B = (masters[f"hf.{name}.lora_{letter}"].detach() for letter in "AB")
+        linear = torch.nn.Linear(module.base.in_features, module.base.out_features, False, device="meta")
+        weight = module.merged(A, B).to(module.base.weight.dtype).cpu()
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        linear.bias = module.base.bias
+        return linear
+
+    with torch.no_grad():
+        return without_adapters(policy, replaced)
+
+
+def save_adapter(policy, masters, name, config, path):
+    """Writes the adapters into a folder as the peft library has them: `PeftModel.from_pretrained(base, path)`."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{key.removeprefix('hf.')}.weight": master.detach().cpu().contiguous()
+               for key, master in masters.items()}
+    temporary = path / "adapter_model.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.rename(path / "adapter_model.safetensors")
+    write_json(path / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(name),
+        "r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        # the vision tower has layers of these names, too
+        "target_modules": rf".*language_model.*\.({'|'.join(config.lora_targets)})"})
