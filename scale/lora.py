@@ -6,9 +6,9 @@
 
 The base stays in the compute dtype, so the reference is the base without adapters and costs nothing, and only
 the adapters have float32 masters, gradients and moments. Rollouts run unmerged: merging into bfloat16, whose
-spacing at 0.02 is 1.2e-4, would round the update away. What is exported has the adapters merged, in float32 and
-then cast; beside it, in --out/adapter, they stand as the peft library reads them. Each process has the whole
-base.
+spacing at 0.02 is 1.2e-4, would round the update away. What is exported has the adapters merged, in float32
+and then cast; beside it, in --out/adapter, they stand as the peft library reads them. Each process has the
+whole base.
 
 Departures from peft: none in the forward pass without dropout, nor in how A begins.
 """
@@ -84,8 +84,8 @@ def add_adapters(policy, rank, alpha, targets=TARGETS):
 
 
 def without_adapters(policy, replaced=lambda name, module: module.base):
-    """A policy of the same tensors, but for the layers with adapters: there, what `replaced` says, their base.
-    It takes no memory: the reference."""
+    """A policy of the same tensors, but for the layers with adapters: there, what `replaced` says, their
+    base. It takes no memory: the reference."""
     tensors = [*policy.hf.parameters(), *policy.hf.buffers()]
     hf = copy.deepcopy(policy.hf, {id(tensor): tensor for tensor in tensors})
     for name, module in [(n, m) for n, m in hf.named_modules() if isinstance(m, LoRALinear)]:
@@ -110,7 +110,7 @@ def merge(policy, masters):
 
 
 def save_adapter(policy, masters, name, config, path):
-    """Writes the adapters into a folder as the peft library has them: `PeftModel.from_pretrained(base, path)`."""
+    """Writes the adapters as the peft library has them: `PeftModel.from_pretrained(base, path)`."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{key.removeprefix('hf.')}.weight": master.detach().cpu().contiguous()
                for key, master in masters.items()}

@@ -33,8 +33,8 @@ from scale.stopping import Stopping
 # Settings that may differ when a run goes on, beside those of runs.py: how often is saved and shown, what
 # bounds memory alone. Of the model the content counts (see `inputs`).
 TRAINING_MAY_DIFFER = (
-    "model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb", "shard",
-    "max_tokens_per_pass", "gradient_checkpointing")
+    "model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb",
+    "shard", "max_tokens_per_pass", "gradient_checkpointing")
 NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the exported checkpoint
 
 
@@ -229,8 +229,8 @@ class TrainingRun:
             seeds = self.config.seed, state["step"], self.rank, self.world, number
             generator.manual_seed(hash(seeds) % 2 ** 63)
         if self.rank == 0:
-            print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now, or another device: "
-                  "random numbers are drawn from new seeds")
+            print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now, or another "
+                  "device: random numbers are drawn from new seeds")
 
     def _random_states(self):
         return {"random": [base64.b64encode(bytes(g.get_state().numpy())).decode() for g in self.generators]}
