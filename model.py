@@ -183,7 +183,7 @@ class ScoreChunks(torch.autograd.Function):
     def backward(ctx, *gradients):
         hidden, weight, targets = ctx.saved_tensors
         of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for first in range(0, len(hidden), LOGIT_CHUNK):
+        for first in reversed(range(0, len(hidden), LOGIT_CHUNK)):  # the order of autograd
             chunk = slice(first, first + LOGIT_CHUNK)
             with torch.enable_grad():
                 h = hidden[chunk].detach().requires_grad_()
