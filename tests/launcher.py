@@ -20,8 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = "import rl, sft, test_rl, test_sharding, test_training, scale.sharding"
+PRELOAD = "import rl, sft, test_rl, test_held_out, test_sharding, test_training, scale.sharding"
 
 
 class Launcher:
@@ -105,6 +107,9 @@ def run_child(question):
     if ":" in script:
         module, function = script.split(":")
         getattr(importlib.import_module(module), function)(*flags)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # who leaves early is missed by the others
+            torch.distributed.destroy_process_group()
     else:
         sys.argv = [str(ROOT / script), *flags]
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -3,22 +3,21 @@
 import gc
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launcher import launch
 from tiny import ScriptedEnv, chatty, random_policy, restless
 
 import rollout as rollouts
+from common import start_processes
 from generation import KVCache
 from rollout import RolloutConfig, play, rollout
 from scale.held_out import held_out
 from zoom_env import ZoomEnv
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU, CONFIG = torch.device("cpu"), RolloutConfig(temperature=1.0, max_turn_tokens=24)
 
 
@@ -59,8 +58,14 @@ def test_questions_whose_video_cannot_be_read_are_counted(policy, data, tmp_path
     assert figures(policy, bad, folder) == {"val_accuracy": None, "val_zooms": None, "val_frames": None, "val_skipped": 2}
 
 
-def on_processes(folder, numbers, rank, world):
-    """The figures of some questions on one of several processes; the last video cannot be read."""
+def on_processes(folder, numbers, out):
+    """Writes the figures of some questions on one of several processes; the last video cannot be read."""
+    rank, world, _ = start_processes("cpu")
+    result = of_questions(folder, json.loads(numbers), rank, world)
+    Path(out, f"{rank}.json").write_text(json.dumps(result))
+
+
+def of_questions(folder, numbers, rank, world):
     rows = [json.loads(line) for line in open(Path(folder) / "train.jsonl")]
     rows[-1]["video"] = "missing.mp4"
     rollouts.ZoomEnv = ScriptedEnv
@@ -72,15 +77,9 @@ def test_the_figures_are_of_all_processes(data, tmp_path, monkeypatch, numbers):
     """Two, with unequal shares; with one question one of them has nothing to play."""
     folder, _, _ = data
     monkeypatch.setattr(rollouts, "ZoomEnv", ScriptedEnv)
-    (tmp_path / "run.py").write_text(
-        f"import json, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_held_out, common\n"
-        "rank, world, device = common.start_processes('cpu')\n"
-        f"result = test_held_out.on_processes({str(folder)!r}, {numbers}, rank, world)\n"
-        f"open({str(tmp_path)!r} + f'/{{rank}}.json', 'w').write(json.dumps(result))\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    str(tmp_path / "run.py")], check=True, timeout=120)
+    launch(2, "test_held_out:on_processes", [folder, json.dumps(numbers), tmp_path]).wait()
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert results[0] == results[1] == pytest.approx(on_processes(folder, numbers, 0, 1))
+    assert results[0] == results[1] == pytest.approx(of_questions(folder, numbers, 0, 1))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -155,7 +155,7 @@ def test_run_learns_the_protocol_and_names_what_it_skips(folder, tmp_path, dtype
     (["--lr", "fast"], "lr"), (["--no_such_flag", "1"], "no_such_flag"), (["--model", "runs/none"], "runs/none"),
     (["--model", "x/y", "--data", "none.jsonl"], "none.jsonl")])
 def test_wrong_input_gives_one_line_and_status_2(flags, word, folder):
-    done = run("--data", folder / "sft.jsonl", *flags)
+    done = run("--data", folder / "sft.jsonl", "--out", folder / "wrong", *flags)
     assert done.returncode == 2 and word in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
