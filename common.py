@@ -46,8 +46,7 @@ def warn(message):
 
 def run_main(main):
     """Runs a script's main; wrong input ends it with one line and exit status 2. Of several processes those
-    that miss one that has ended say nothing: torchrun ends them while they wait. The first one's bug goes
-    before the others'."""
+    that miss one that has ended say nothing: torchrun ends them while they wait. The first one's bug is shown."""
     try:
         main()
     except UserError as error:
@@ -63,7 +62,8 @@ def run_main(main):
             time.sleep(5 if dist.get_rank() == 0 else 10)
         raise
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier(), dist.destroy_process_group()  # who leaves early is missed by the others
+        sys.stdout.flush(), sys.stderr.flush(), os._exit(0)  # libraries' threads may abort a slower end
 
 
 # ------------------------------------------------------------------------------------------------------ flags
