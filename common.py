@@ -46,7 +46,7 @@ def warn(message):
 
 def run_main(main):
     """Runs a script's main; wrong input ends it with one line and exit status 2. Of several processes those
-    that miss one that has ended say nothing: torchrun ends them while they wait. The first one's bug is shown."""
+    that miss one that has ended say nothing: torchrun ends them while they wait. The first's bug is shown."""
     try:
         main()
     except UserError as error:
