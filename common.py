@@ -49,6 +49,7 @@ def run_main(main):
     that miss one that has ended say nothing: torchrun ends them while they wait. The first's bug is shown."""
     try:
         main()
+        dist.is_initialized() and dist.barrier()  # who leaves early is missed by the others
     except UserError as error:
         fail(str(error))
     except OSError as error:  # a full disk, a folder that was taken away: reading has its own errors
@@ -61,9 +62,8 @@ def run_main(main):
         if dist.is_initialized() and dist.get_world_size() > 1:
             time.sleep(5 if dist.get_rank() == 0 else 10)
         raise
-    if dist.is_initialized():
-        dist.barrier(), dist.destroy_process_group()  # who leaves early is missed by the others
-        sys.stdout.flush(), sys.stderr.flush(), os._exit(0)  # libraries' threads may abort a slower end
+    if dist.is_initialized():  # not by the interpreter's own end, which libraries' threads may abort
+        dist.destroy_process_group(), sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------------ flags

@@ -48,10 +48,7 @@ for folder in sys.argv[3:]:
 
 def small_policy():
     """A random policy of one layer."""
-    policy = random_policy(layers=1)
-    text = policy.hf.config.text_config
-    text.num_hidden_layers, text.layer_types = 1, text.layer_types[:1]
-    return policy
+    return random_policy(layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,9 @@ def make_place(folder):
     synthetic(folder, 10, 5, seed=3)
     for name in ("tied", "untied"):
         policy = random_policy(layers=2)
-        text = policy.hf.config.text_config
-        text.num_hidden_layers, text.layer_types = 2, text.layer_types[:2]
         if name == "untied":
             policy.hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(policy.head.weight) * 0.02)
-            policy.hf.config.tie_word_embeddings = text.tie_word_embeddings = False
+            policy.hf.config.tie_word_embeddings = policy.hf.config.text_config.tie_word_embeddings = False
         save_policy(policy, folder / name)
         with torch.no_grad():
             for p in policy.parameters():

@@ -39,8 +39,6 @@ def make_place(folder):
     synthetic(folder, 20, 5, seed=3)
     (folder / "few.jsonl").write_text("\n".join((folder / "sft.jsonl").read_text().splitlines()[:11]))
     policy = random_policy(layers=2)
-    text = policy.hf.config.text_config
-    text.num_hidden_layers, text.layer_types = 2, text.layer_types[:2]
     save_policy(policy, folder / "model")
 
 

@@ -14,6 +14,8 @@ def random_policy(seed=0, layers=None):
     texts = [TINY_PROMPT, "The blue scene is at <frame1_time12.04s>, up to <frame2_time20.00s>. A. red"] * 50
     policy = make_tiny_model(make_tokenizer(texts, vocab_size=400)).freeze_vision()
     policy.language_model.layers = policy.language_model.layers[:layers]
+    text = policy.hf.config.text_config  # so that it can be saved and loaded
+    text.num_hidden_layers, text.layer_types = len(policy.language_model.layers), text.layer_types[:layers]
     return policy.eval()
 
 
