@@ -1,6 +1,8 @@
 """Evaluation: intervals, the table's figures against a count by hand, asking about one video, wrong input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import wave
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launcher import launch
 from tiny import random_policy as make_policy
 
 import eval as evaluation
@@ -135,7 +138,6 @@ def test_results_file(folder, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- runs that go on
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TINY = Path(ROOT, "demo", "tiny_base")
 
 
@@ -178,33 +180,32 @@ def undisturbed(folder, tmp_path_factory):
     return flags, results(out)
 
 
-DIES = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import eval as evaluation
-record, left = evaluation.record, [{after}]
-def dies(e):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return record(e)
-evaluation.record = dies
-evaluation.run_main(evaluation.main)
-"""
+def dies(after, *flags):
+    """eval.py in a process that is killed after so many episodes."""
+    record, left = evaluation.record, int(after)
+
+    def count(e):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return record(e)
+
+    evaluation.record, sys.argv = count, ["eval.py", *flags]
+    evaluation.run_main(evaluation.main)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_results(folder, tmp_path, undisturbed, processes):
     flags, expected = undisturbed
-    script, out = tmp_path / "dies.py", tmp_path / "out"
-    script.write_text(DIES.format(root=str(ROOT), after=4 // processes))
-    start = [sys.executable] if processes == 1 else TORCHRUN
-    died = subprocess.run([*start, str(script), *map(str, flags), "--out", str(out), "--max_rows", "2"],
-                          capture_output=True, text=True, timeout=300)
-    assert died.returncode != 0 and not (out / "results.json").exists()
+    out = tmp_path / "out"
+    died = launch(processes, "test_eval:dies", [4 // processes, *flags, "--out", out, "--max_rows", 2])
+    with pytest.raises(AssertionError, match="-9"):
+        died.wait()
+    assert not (out / "results.json").exists()
     parts = sorted(out.glob("episodes*.jsonl"))
     there = [line for path in parts for line in path.read_text().splitlines()]
-    assert 1 <= len(there) <= 4, died.stderr
+    assert 1 <= len(there) <= 4, died.said()
     with open(parts[-1], "a") as file:
         file.write(there[0][:50])  # cut in the middle of a line
     done = run(*flags, "--out", out, "--max_rows", 5)  # with other rows, and one process
@@ -215,9 +216,7 @@ def test_a_killed_run_goes_on_to_the_same_results(folder, tmp_path, undisturbed,
 
 def test_two_processes_give_the_results_of_one(folder, tmp_path, undisturbed):
     flags, expected = undisturbed
-    done = subprocess.run([*TORCHRUN, str(ROOT / "eval.py"), *map(str, flags), "--out", str(tmp_path)],
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "2 process(es)" in done.stdout, done.stderr
+    assert "2 process(es)" in launch(2, "eval.py", [*flags, "--out", tmp_path]).wait()
     assert results(tmp_path) == expected
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from functools import partial
@@ -11,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launcher import launch
 from tqdm import tqdm
 
 from tiny import random_policy as make_policy
 
 import rl
-from common import UserError
+from common import UserError, start_processes
 from demo import synthetic
 from model import Dialogue, Sampled, encode, fill_features, load_policy, token_log_probs
 from rollout import Episode
@@ -166,16 +166,15 @@ def test_update_does_not_depend_on_the_split(folder, whole, split):
     assert_same(whole, one_update(folder, **split))
 
 
+def save_update(folder, out):
+    """Of one process of several."""
+    rank, world, _ = start_processes("cpu")
+    torch.save(one_update(Path(folder), rank, world), f"{out}/{rank}.pt")
+
+
 def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
     """With unequal numbers of groups and tokens on them."""
-    script = (f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_rl, common\n"
-              "from pathlib import Path\n"
-              "rank, world, device = common.start_processes('cpu')\n"
-              f"result = test_rl.one_update(Path({str(folder)!r}), rank, world)\n"
-              f"torch.save(result, {str(tmp_path)!r} + f'/{{rank}}.pt')\n")
-    (tmp_path / "run.py").write_text(script)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    str(tmp_path / "run.py")], check=True, timeout=300)
+    launch(2, "test_rl:save_update", [folder, tmp_path]).wait()
     for rank in range(2):
         assert_same(whole, torch.load(tmp_path / f"{rank}.pt"))
 
@@ -366,10 +365,7 @@ def test_two_steps_on_two_processes(folder, tmp_path, dtype):
     flags = ["--model", tmp_path / "start", "--data", folder / "train.jsonl", "--out", tmp_path / "out", "--steps", 2,
              "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 8, "--lr", 1e-3,
              "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu", "--dtype", dtype]
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          str(ROOT / "rl.py"), *map(str, flags)], capture_output=True, text=True, timeout=300,
-                         env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    assert run.returncode == 0, run.stderr
+    launch(2, "rl.py", flags).wait()
     metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     assert [m["step"] for m in metrics] == [1, 2]
     for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "no_spread", "truncated", "response_tokens",

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from launcher import launch
 from test_rl import assert_same
 from tiny import random_policy as make_policy
 
 import sft
-from common import field_comments
+from common import field_comments, start_processes
 from demo import synthetic
 from model import load_policy
 from scale.checkpoints import save_policy
@@ -63,15 +64,15 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(folder,
     assert json.loads(open(folder / "sft.jsonl").readline())["question"]["id"] in capsys.readouterr().err
 
 
+def save_step(folder, out):
+    """Of one process of several."""
+    rank, world, _ = start_processes("cpu")
+    torch.save(one_step(Path(folder), rank, world), f"{out}/{rank}.pt")
+
+
 def test_step_is_the_same_on_two_processes(folder, whole, tmp_path):
     """Seven trajectories on two processes: unequal numbers of rows and of tokens."""
-    (tmp_path / "run.py").write_text(
-        f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_sft, common\n"
-        "from pathlib import Path\n"
-        "rank, world, device = common.start_processes('cpu')\n"
-        f"torch.save(test_sft.one_step(Path({str(folder)!r}), rank, world), {str(tmp_path)!r} + f'/{{rank}}.pt')\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    str(tmp_path / "run.py")], check=True, timeout=300)
+    launch(2, "test_sft:save_step", [folder, tmp_path]).wait()
     for rank in range(2):
         assert_same(whole, torch.load(tmp_path / f"{rank}.pt"))
 
