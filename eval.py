@@ -161,16 +161,6 @@ def figures(name, mode, episodes, num_skipped):
     return rows
 
 
-def uniform_bound(row, questions):
-    """A table row: the best accuracy of any uniform sampler with as many frames a question as `row` has."""
-    frames = max(1, round(row["frames_per_question"]))
-    scores = [synthetic.uniform_accuracy(question, frames) for question in questions]
-    return dict.fromkeys(row) | {
-        "policy": f"best uniform sampler for {row['policy']}", "mode": "bound", "kind": "all",
-        "num_questions": len(scores), "accuracy": sum(scores) / len(scores), "frames_per_question": frames,
-        "zooms_per_question": 0.0}
-
-
 def no_question(where, bad):
     first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
     return UserError(f"{where}: no question could be played ({first})")
@@ -190,7 +180,7 @@ def summarise(written, plays, questions, bad):
         new = figures(name, mode, some, len(skipped))
         asked = [questions[e["number"]] for e in some]
         if mode != "zoom off" and all("uniform_accuracy" in (q.get("meta") or {}) for q in asked):
-            new.append(uniform_bound(new[0], asked))
+            new.append(synthetic.uniform_bound(new[0], asked))
         rows += new
     runs.write_json(out / "results.json", [row for row in rows if row["kind"] == "all"])
     write_jsonl(out / "by_kind.jsonl", rows)

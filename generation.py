@@ -134,6 +134,12 @@ class KVCache:
                 pair[i] = old.new_zeros(places, old.shape[1], capacity, old.shape[3])
                 pair[i][:old.shape[0], :, :old.shape[2]] = old[:places, :, :capacity]
 
+    def release(self):
+        """Gives the memory back."""
+        self.clear()
+        self._resize(self.prompts, 0, 0)
+        self._resize(self.own, 0, 0)
+
     def tensors(self):
         return [tensor for pair in (*self.prompts, *self.own) for tensor in pair]
 

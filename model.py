@@ -20,8 +20,10 @@ cast after each step. No autocast.
 """
 
 import copy
+import hashlib
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,8 @@ class Policy(torch.nn.Module):
         self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
         self.env_config = replace(env_config, frame_unit=self.frame_unit)
         self.weights_version = 0  # changes when they come to lie elsewhere: captured steps read fixed memory
+        self.features_device = None  # where features are kept; None: where they are computed
+        self.features = WeakValueDictionary()  # of frames, as long as a dialogue holds them
         self.language_model.config._attn_implementation = "zoom"  # `_attention` below
         # the tokens that frame a message and a picture
         special = {t: tokenizer.convert_tokens_to_ids(t) for t in
@@ -336,19 +340,24 @@ def replay(policy, row, root="."):
 
 
 def frame_features(policy, frames):
-    """Vision features of frames, each (tokens, hidden). A frame that occurs twice is computed once."""
-    distinct = list({id(frame): frame for frame in frames}.values())
-    features = {}
-    for i in range(0, len(distinct), VISION_BATCH):
-        chunk = distinct[i:i + VISION_BATCH]
+    """Vision features of frames, each (tokens, hidden), on `policy.features_device`. A frame that occurs twice,
+    or looks like one whose features are still held, is neither computed nor kept again."""
+    digest = lambda image: (image.shape, hashlib.sha256(image.contiguous().numpy()).digest())
+    looks = [digest(frame.image) for frame in frames]
+    features = {look: policy.features.get(look) for look in looks}
+    missing = [(look, f.image) for look, f in dict(zip(looks, frames)).items() if features[look] is None]
+    for i in range(0, len(missing), VISION_BATCH):
+        keys, images = zip(*missing[i:i + VISION_BATCH])
         # to patches, without resizing: frames have the policy's sizes; then through encoder and projector
-        pixels = policy.image_processor([f.image for f in chunk], do_resize=False, return_tensors="pt")
+        pixels = policy.image_processor([*images], do_resize=False, return_tensors="pt")
         grid = pixels["image_grid_thw"].to(policy.device)  # (frames, 3): time, height and width in patches
         output = policy.visual(pixels["pixel_values"].to(policy.device, policy.dtype), grid_thw=grid)
         # a token is a square of patches, merged by the projector
         sizes = (grid.prod(-1) // policy.visual.config.spatial_merge_size ** 2).tolist()
-        features.update(zip(map(id, chunk), output.pooler_output.split(sizes)))
-    return [features[id(frame)] for frame in frames]
+        parts = output.pooler_output.split(sizes)  # each on its own: a view would keep them all
+        features.update((k, part.to(policy.features_device, copy=True)) for k, part in zip(keys, parts))
+    policy.features.update(features)
+    return [features[look] for look in looks]
 
 
 def fill_features(policy, dialogues):
@@ -389,7 +398,7 @@ def pack(policy, pieces):
         positions += d.positions[start:stop]
         if number := sum(d.is_image[start:stop]):
             before = sum(d.is_image[:start])
-            features.append(torch.cat(d.features)[before:before + number])
+            features.append(torch.cat(d.features)[before:before + number].to(policy.device))
     tensor = partial(torch.tensor, device=policy.device)
     return Pack(tensor([ids]), tensor([is_image]), tensor(positions).T[:, None],
                 torch.cat(features) if features else None, spans)

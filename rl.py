@@ -48,6 +48,7 @@ from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
 from scale.gap import Gap, check_flags, find_old_log_probs
+from scale.metrics import show_step
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from zoom_env import REWARD_PARTS, RewardWeights
@@ -248,6 +249,7 @@ def train(weights, rows, config, run, rank, world, device, val):
                   leave=False) as bar, weights.gathered():
             kept, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar,
                                                     run.interruptible(engine.play, ([], [])), run.total)
+            engine.release()  # its memory is the update's now
         played, total_drawn = time.time(), total_drawn + drawn
         skipped = skipped + gather(bad)
         check_bad(skipped, max(len(rows), total_drawn), config.max_bad, config.data)
@@ -258,29 +260,9 @@ def train(weights, rows, config, run, rank, world, device, val):
             metrics |= update(weights, kept, optimizer, config, rank, device, run.total)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
                     "seconds": time.time() - began, "lr": lr, "skipped": len(skipped)}
-        show(metrics, episodes, config, run.metrics.print)
+        show_step(metrics, episodes, config, run.metrics.print)
         run.end_step(metrics, {"step": step, "drawn": total_drawn, "skipped": skipped})
     return skipped
-
-
-def show(metrics, episodes, config, say):
-    """One line a step, an episode now and then, a warning when the tool is no longer used."""
-    m = Counter(metrics)
-    parts = ", ".join(f"{part} {m[part]:.2f}" for part in REWARD_PARTS)
-    say(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms {m['zooms']:.2f}  "
-        f"invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  clipped {m['clipped_low']:.2%}/"
-        f"{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
-        f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  gap {m['gap']:.0e}  "
-        f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s")
-    if not m["groups"]:
-        say("  no group had a spread of rewards: nothing learned in this step")
-    if m["episodes_left_out"]:
-        say(f"  {m['episodes_left_out']:.0f} episodes of a gap above --max_gap left out"
-            + ", all there were: nothing learned in this step" * (not m["updates"]))
-    if m["zooms"] < 0.05:
-        say("  warning: the policy has stopped zooming (see tool_weight)")
-    if episodes and (m["step"] - 1) % config.show_every == 0:
-        say(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.rewards}")
 
 
 def main():

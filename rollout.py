@@ -182,6 +182,11 @@ class Engine:
                 raise
         return groups, skipped
 
+    def release(self):
+        """Gives the cache's memory back, and that of captured steps, until it plays again."""
+        self.cache.release()
+        self.decoder.graphs, self.decoder.pool = {}, None
+
     def make_group(self, env, dialogue):
         """The episodes of a question, which go apart after the prompt."""
         return [Episode(dialogue.fork(), number=number, cached=dialogue.prompt_length, env=env.fork())

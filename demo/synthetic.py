@@ -260,6 +260,16 @@ def draw_pair(rng, single):
             return pair, (first, second)
 
 
+def uniform_bound(row, questions):
+    """A table row: the best accuracy of any uniform sampler with as many frames a question as `row` has."""
+    frames = max(1, round(row["frames_per_question"]))
+    scores = [uniform_accuracy(question, frames) for question in questions]
+    return dict.fromkeys(row) | {
+        "policy": f"best uniform sampler for {row['policy']}", "mode": "bound", "kind": "all",
+        "num_questions": len(scores), "accuracy": sum(scores) / len(scores), "frames_per_question": frames,
+        "zooms_per_question": 0.0}
+
+
 def uniform_accuracy(question, num_frames):
     """The best accuracy on a synthetic question that `num_frames` uniform frames allow, mean of 64 phases: 1
     where they show every flash that it is about, else a guess among the options that are still open."""

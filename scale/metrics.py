@@ -18,12 +18,14 @@ import math
 import os
 import secrets
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common import UserError
 from scale.runs import write_json
+from zoom_env import REWARD_PARTS
 
 FILES = r"metrics\.jsonl|tensorboard|wandb|wandb_run\.json"  # that it writes
 
@@ -160,3 +162,24 @@ def begin_wandb(out, project, name, done):
     except Exception as error:  # of many types: no key, no network, a name that it refuses
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--wandb {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
+
+
+# --------------------------------------------------------------------------------------------- what rl.py shows
+def show_step(metrics, episodes, config, say):
+    """One line a step, an episode now and then, a warning when the tool is no longer used."""
+    m = Counter(metrics)
+    parts = ", ".join(f"{part} {m[part]:.2f}" for part in REWARD_PARTS)
+    say(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms {m['zooms']:.2f}  "
+        f"invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  clipped {m['clipped_low']:.2%}/"
+        f"{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
+        f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  gap {m['gap']:.0e}  "
+        f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s")
+    if not m["groups"]:
+        say("  no group had a spread of rewards: nothing learned in this step")
+    if m["episodes_left_out"]:
+        say(f"  {m['episodes_left_out']:.0f} episodes of a gap above --max_gap left out"
+            + ", all there were: nothing learned in this step" * (not m["updates"]))
+    if m["zooms"] < 0.05:
+        say("  warning: the policy has stopped zooming (see --tool_weight)")
+    if episodes and (m["step"] - 1) % config.show_every == 0:
+        say(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.rewards}")

@@ -97,7 +97,7 @@ def test_figures_equal_a_count_by_hand(folder, detail):
     assert row["calls_without_tool"] is None and row["untagged"] == 0
     num_frames = [9 + max(1, int((end - start) * 2)), 9 + 10]
     assert [e["frames"] for e in written] == num_frames and row["frames_per_question"] == sum(num_frames) / 2
-    bound = evaluation.uniform_bound(row, [question] * 2)
+    bound = synthetic.uniform_bound(row, [question] * 2)
     best = synthetic.uniform_accuracy(question, round(row["frames_per_question"]))
     assert bound["accuracy"] == pytest.approx(best)
     lines = evaluation.runs.text_table(evaluation.COLUMNS, [*rows, bound]).splitlines()

@@ -117,10 +117,47 @@ def test_frames_are_computed_alone(policy):
     """A frame's features do not depend on which other frames share its pass."""
     frames = [Frame(float(i), torch.randint(0, 256, (3, 28, 28 * (1 + i % 2)), dtype=torch.uint8)) for i in range(5)]
     with torch.no_grad():
+        alone = [frame_features(policy, [frame])[0].clone() for frame in frames]  # nobody holds the first one
         together = frame_features(policy, frames + frames[:1])
-        for frame, features in zip(frames, together):
-            torch.testing.assert_close(frame_features(policy, [frame])[0], features, atol=1e-5, rtol=1e-5)
+    for expected, features in zip(alone, together):
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(together[0], together[-1])
+
+
+def test_what_looks_the_same_is_kept_once_and_no_longer_than_it_is_used(policy):
+    """As of two episodes that zoom to overlapping clips, from other times and in other calls."""
+    policy, calls = policy.frozen_copy(), []
+    policy.visual.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    looks = torch.randint(0, 256, (4, 3, 28, 56), dtype=torch.uint8)
+    first, second, third = (Dialogue(frames=[Frame(1.0 + i, looks[i].clone()) for i in some])
+                            for some in ((0, 1, 2), (2, 1, 3), (0, 1, 2)))
+    fill_features(policy, [first])
+    fill_features(policy, [second, third])
+    assert [x.data_ptr() for x in third.features] == [x.data_ptr() for x in first.features]
+    assert second.features[0] is first.features[2] and second.features[1] is first.features[1]
+    assert calls == [3 * 8, 8]  # patches: only the last one was new
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in first.features + second.features)
+    sideways = Frame(0.0, looks[0].reshape(3, 56, 28))  # the same bytes in another shape look otherwise
+    assert frame_features(policy, [sideways])[0] is not first.features[0]
+    del first, third
+    assert len(policy.features) == 3
+    del second
+    assert not policy.features
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_features_may_wait_on_the_host(data):
+    folder, questions, _ = data
+    policy, log_probs = random_policy().to("cuda"), []
+    for device in (None, "cpu"):
+        policy.features_device = device
+        d = encode(policy, ZoomEnv(questions[0], policy.env_config, folder).reset())
+        encode(policy, [Message("assistant", ["<answer>A</answer>"])], d)
+        fill_features(policy, [d])
+        assert {x.device.type for x in d.features} == {device or "cuda"}
+        with torch.no_grad():
+            log_probs.append(token_log_probs(policy, [[d]])[0])
+    assert torch.equal(*log_probs)
 
 
 def test_each_dialogue_gets_its_own_features(policy, data):
@@ -129,10 +166,11 @@ def test_each_dialogue_gets_its_own_features(policy, data):
     first, second = ([encode(policy, env.reset()) for env in [ZoomEnv(q, policy.env_config, folder)] for _ in range(3)]
                      for q in questions[:2])
     fill_features(policy, [first[0], second[0], *first, *second])
+    policy.features.clear()  # computed anew below
     for d in first + second:
         with torch.no_grad():
             expected = frame_features(policy, d.frames)
-        assert len(d.features) == len(expected) and all(map(torch.equal, d.features, expected))
+        torch.testing.assert_close(d.features, expected)
 
 
 def test_saved_checkpoint_loads_in_transformers(policy, tmp_path):

@@ -23,6 +23,7 @@ from rollout import Episode
 from scale.checkpoints import save_policy
 from scale.gap import Gap
 from scale.masters import MasterWeights
+from scale.metrics import show_step
 from zoom_env import Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,7 +332,7 @@ def test_a_step_that_leaves_all_episodes_out_learns_nothing_and_says_so(folder):
     assert not change.any() and metrics["updates"] == metrics["trained_tokens"] == metrics["loss"] == 0
     assert metrics["episodes_left_out"] == 9 and metrics["gap"] > 0.2
     said = []
-    rl.show(metrics | {"step": 1, "groups": 3}, [], rl.Config(), said.append)
+    show_step(metrics | {"step": 1, "groups": 3}, [], rl.Config(), said.append)
     assert "9 episodes" in said[1] and "--max_gap" in said[1] and "nothing learned" in said[1]
 
 

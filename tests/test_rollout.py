@@ -114,6 +114,21 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch, 
         assert max(rows) == 1
 
 
+def test_released_memory_comes_back(policy, data):
+    """Between rollouts and update the cache has none; after that the rollouts are those of an engine that kept it."""
+    folder, questions, _ = data
+    policy, texts = chatty(policy), []
+    for release in (True, False):
+        engine = Engine(policy, 4, RolloutConfig(max_turn_tokens=24), seeded())
+        for draw in (questions[:2], questions[2:4]):
+            texts.append(said(engine.play(draw, folder)[0]))
+            assert sum(t.nbytes for t in engine.cache.tensors()) > 1e5
+            if release:
+                engine.release()
+                assert sum(t.nbytes for t in engine.cache.tensors()) == 0 and not engine.cache.hidden
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
+
+
 def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
     """What the network computes in a rollout: each prompt once a group, and every other token once a row."""
     folder, questions, _ = data
