@@ -102,7 +102,7 @@ def parse_flags(config_class, description, demo, at_least_one, argv=None):
         elif getattr(kind, "__origin__", None) is list:
             settings |= {"nargs": "+", "type": kind.__args__[0]}
         else:
-            settings |= {"type": kind, "metavar": kind.__name__}
+            settings |= {"type": kind, "metavar": kind.__name__.removesuffix("_or_auto")}
         parser.add_argument(f"--{f.name}", **settings)
     given = vars(parser.parse_args(argv))
     config = config_class(**(demo if given.get("model") is None else {}) | given)
@@ -111,6 +111,14 @@ def parse_flags(config_class, description, demo, at_least_one, argv=None):
         if isinstance(value, int | float) and not value >= least:  # nan, too
             fail(f"--{f.name} must be at least {least}, not {value}")
     return config
+
+
+def float_or_auto(text):
+    """Type of a setting that is a number, or "auto": found at the start."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {text}") from None
 
 
 def field_comments(config_class):

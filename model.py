@@ -340,8 +340,8 @@ def replay(policy, row, root="."):
 
 
 def frame_features(policy, frames):
-    """Vision features of frames, each (tokens, hidden), on `policy.features_device`. A frame that occurs twice,
-    or looks like one whose features are still held, is neither computed nor kept again."""
+    """Vision features of frames, each (tokens, hidden), on `policy.features_device`. A frame that occurs
+    twice, or looks like one whose features are still held, is neither computed nor kept again."""
     digest = lambda image: (image.shape, hashlib.sha256(image.contiguous().numpy()).digest())
     looks = [digest(frame.image) for frame in frames]
     features = {look: policy.features.get(look) for look in looks}

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import has_graphs
+from common import float_or_auto, has_graphs
 from generation import ROW_UNIT, Decoder, KVCache, Row, prefill, sample
 from model import Sampled, attend_pieces, encode, fill_features, pack
 from video import VideoError
@@ -38,7 +38,7 @@ class RolloutConfig:
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
     max_response_tokens: int = 32_768  # after the prompt; an episode ends before a reply that goes beyond
     max_rows: int = 64  # episodes that a process plays at one time, at most
-    cache_gb: float = 16.0  # memory for their keys and values, 1e9 bytes; if too small, fewer play at a time
+    cache_gb: float_or_auto = 16.0  # keys and values, 1e9 bytes, or auto: what is free; few make few rows
     compile: bool | None = None  # compile the decode step; by default on cuda, as a CUDA graph there
     look_every: int | None = None  # tokens between looks for ends of turns; by default 8 if compiled, else 1
 

@@ -164,7 +164,7 @@ def begin_wandb(out, project, name, done):
         raise UserError(f"--wandb {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
 
 
-# --------------------------------------------------------------------------------------------- what rl.py shows
+# ------------------------------------------------------------------------------------------ what rl.py shows
 def show_step(metrics, episodes, config, say):
     """One line a step, an episode now and then, a warning when the tool is no longer used."""
     m = Counter(metrics)
