@@ -1,0 +1,167 @@
+"""A step at true size: Qwen2.5-VL-3B with random weights, and its width with fewer layers; peak memory against the plan.
+
+    python tests/bench_true_size.py --tokenizer DIR                      DIR has Qwen's tokenizer.json; else the demo's is used
+    python tests/bench_true_size.py --layers 2 4 6 --offload             the slope of the peak, a layer
+    python tests/bench_true_size.py --config tests/configs/qwen2.5-vl-7b --device cuda ...
+
+Rewards are planted (tests/planted_rl.py): those of a random policy are all the same and nothing would be learned. On a CPU
+the peak is that of the process's own memory (RssAnon, sampled), less what it has after its imports; on CUDA it is what
+PyTorch had allocated. Runs sft.py and rl.py as a user does; checks that steps were made and that what is frozen stayed.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from transformers import Qwen2VLImageProcessor  # noqa: E402
+
+from demo.synthetic import synthetic  # noqa: E402
+from demo.tiny_base import TINY_BASE  # noqa: E402
+from model import Policy  # noqa: E402
+from scale.checkpoints import save_policy  # noqa: E402
+from scale.sharding import WeightFiles  # noqa: E402
+from zoom_env import EnvConfig  # noqa: E402
+
+FEW = EnvConfig(overview_max_frames=4, zoom_max_frames=2, max_zooms=1, min_pixels=25_088, max_pixels=25_088)
+COMMON = ["--dtype", "bfloat16", "--max_tokens_per_pass", "2048", "--resume", "never", "--save_every", "1000"]
+RL = ["--steps", "1", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2", "--max_turn_tokens", "16",
+      "--max_response_tokens", "600", "--max_rows", "4", "--max_draws", "4", "--cache_gb", "1"]
+SFT = ["--batch_size", "2"]
+IMPORTS = "import sys; sys.path.insert(0, {root!r}); import rl, sft, time; print('there', flush=True); time.sleep(60)"
+
+
+def make_checkpoint(config_folder, layers, tokenizer, folder):
+    """A random model in bfloat16, weights of the published size, and a policy's settings for few frames."""
+    config = Qwen2_5_VLConfig.from_pretrained(config_folder)
+    if layers:
+        config.text_config.num_hidden_layers = layers
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    hf = Qwen2_5_VLForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
+    size = {"shortest_edge": FEW.min_pixels, "longest_edge": FEW.max_pixels}
+    policy = Policy(hf, AutoTokenizer.from_pretrained(tokenizer), Qwen2VLImageProcessor(size=size), FEW)
+    save_policy(policy, folder)
+
+
+def anonymous_bytes(pid):
+    try:
+        for line in open(f"/proc/{pid}/status"):
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def peak_of(command):
+    """(output, peak of the process's own memory, seconds) of a command that has to succeed."""
+    began, peak = time.time(), 0
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
+    reader = threading.Thread(target=lambda: said.extend(run.stdout))
+    reader.start()
+    while run.poll() is None:
+        peak = max(peak, anonymous_bytes(run.pid))
+        time.sleep(0.02)
+    reader.join()
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {run.returncode}:\n{''.join(said)[-3000:]}")
+    return "".join(said), peak, time.time() - began
+
+
+def after_imports():
+    """Memory that a process has before it does anything."""
+    run = subprocess.Popen([sys.executable, "-c", IMPORTS.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
+    run.stdout.readline()
+    taken = anonymous_bytes(run.pid)
+    run.kill()
+    return taken
+
+
+def same_base(model, out):
+    """Whether the tensors that adapters do not touch are the base's, bit for bit; and how many others differ."""
+    before, after = WeightFiles(model), WeightFiles(out)
+    adapted = lambda name: name.rpartition(".weight")[0].rpartition(".")[2].endswith("_proj") and "language_model" in name
+    names = sorted(before.place)
+    equal = {name: torch.equal(before.read(name), after.read(name)) for name in names}
+    return all(equal[n] for n in names if not adapted(n)), sum(not equal[n] for n in names if adapted(n))
+
+
+def adapters_moved(folder):
+    """Whether B, 0 at first, is anything else now, of every adapter."""
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        return all(file.get_tensor(name).abs().max() > 0 for name in file.keys() if "lora_B" in name)
+
+
+def plan_total(stage, flags, host_gb):
+    """GB of the plan: on one device with `host_gb`, without its reserve; on a CPU device and host are one."""
+    from scale.plan import plan_of_flags
+    plan = plan_of_flags(stage, flags, gpu_gb=host_gb, host_gb=host_gb)
+    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "process"))
+    return (max(of(plan.rollout), of(plan.update)) + of(plan.host)) / 1e9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(ROOT / "tests/configs/qwen2.5-vl-3b"))
+    parser.add_argument("--tokenizer", default=str(TINY_BASE), help="folder with a tokenizer")
+    parser.add_argument("--layers", type=int, nargs="+", default=[None], help="fewer layers; without it all")
+    parser.add_argument("--stages", nargs="+", default=["sft", "rl"])
+    parser.add_argument("--offload", action="store_true", help="all parameters with --offload, in place of adapters")
+    parser.add_argument("--folder", help="where to work; several GB")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    how = ["--offload"] if args.offload else ["--lora_rank", "16", "--lr", "1e-4"]
+    before = after_imports()
+    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}; {before / 1e9:.2f} GB after imports", flush=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        folder, peaks = Path(folder), {}
+        synthetic(folder / "data", 10, 5, seed=3)
+        rows = (folder / "data/sft.jsonl").read_text().splitlines()[:2]
+        (folder / "data/two.jsonl").write_text("\n".join(rows) + "\n")
+        for layers in args.layers:
+            model = folder / "model"
+            shutil.rmtree(model, ignore_errors=True)
+            made = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                    f"import bench_true_size as b; b.make_checkpoint({args.config!r}, {layers}, {args.tokenizer!r}, {str(model)!r})"]
+            subprocess.run(made, check=True)  # its memory goes with it
+            for stage in args.stages:
+                flags = ["--model", str(model), *COMMON, *how, *(RL if stage == "rl" else SFT), "--device", args.device]
+                data = folder / ("data/train.jsonl" if stage == "rl" else "data/two.jsonl")
+                out = folder / f"{stage}_{layers}"
+                script = "tests/planted_rl.py" if stage == "rl" else "sft.py"
+                said, peak, seconds = peak_of([sys.executable, str(ROOT / script), *flags, "--data", str(data), "--out", str(out)])
+                metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+                assert metrics["grad_norm"] > 0 and metrics.get("updates", 1) >= 1 and not metrics["bad_steps"], metrics
+                if not args.offload:
+                    same, moved = same_base(model, out)
+                    assert same and moved and adapters_moved(out), (same, moved)
+                peak_gb = (peak - before) / 1e9
+                plan = plan_total(stage, flags, 1000)
+                peaks.setdefault(stage, []).append((layers, peak_gb, plan))
+                print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: peak {peak_gb:.2f} GB, plan {plan:.2f} "
+                      f"({peak_gb / plan:.2f} of it); {seconds:.0f} s in all; {metrics.get('updates', 1)} optimizer steps", flush=True)
+                shutil.rmtree(out)
+        for stage, points in peaks.items():
+            if len(points) > 1:
+                (l0, p0, q0), (l1, p1, q1) = points[0], points[-1]
+                print(f"{stage:4} slope a layer: {(p1 - p0) / (l1 - l0):.3f} GB, plan {(q1 - q0) / (l1 - l0):.3f} "
+                      f"({(p1 - p0) / (q1 - q0):.3f} of it)")
+
+
+if __name__ == "__main__":
+    main()
