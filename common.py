@@ -14,6 +14,7 @@ import sys
 import time
 import types
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -245,7 +246,7 @@ class Copies:
         """They begin once the device has done what it was given. Returns what waits for them on the host."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # without one nothing
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
         return (lambda: None) if self.stream is None else self.stream.record_event().synchronize

@@ -1,7 +1,7 @@
 """One GPU trains all parameters: masters and AdamW's moments stand in host memory, and the CPU steps.
 
-    sft.py --offload                            12 bytes a parameter in host memory, on the device 2 in bfloat16,
-    rl.py --offload --on_host reference         and 4 of gradients in an update; the reference's 2 on the host, too
+    sft.py --offload                       12 bytes a parameter on the host; on the device 2, and 4 in an update
+    rl.py --offload --on_host reference    the reference's 2 on the host, too
 
 The compute weights stay on the device. Their gradients are added up there in float32, in buffers that there
 are from an update's first pass to its step, so never beside the cache of rollouts. The step takes group by
@@ -29,8 +29,8 @@ class OffloadedWeights(MasterWeights):
     Args:
         reference: a frozen policy (`reference_of`), or None.
         files: WeightFiles of the checkpoint, whose values the masters take, or None: the compute weights'.
-    slabs: masters, exp_avg and exp_avg_sq of all parameters, one behind the other. gradients: {name: a float32
-    buffer on the device}, within an update."""
+    slabs: masters, exp_avg and exp_avg_sq of all parameters, one behind the other.
+    gradients: {name: a float32 buffer on the device}, within an update."""
 
     def __init__(self, policy, reference=None, files=None):
         self.policy, self.player, self.reference, self.bad_steps = policy, policy, reference, 0
@@ -77,8 +77,8 @@ class OffloadedWeights(MasterWeights):
     def adopt(self, optimizer):
         """AdamW's moments are in the slabs."""
         for name, master in self.masters.items():
-            exp_avg, exp_avg_sq = (of_all[name] for of_all in self.moments)
-            optimizer.state[master] = {"step": torch.tensor(0.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            moments = {what: views[name] for what, views in zip(("exp_avg", "exp_avg_sq"), self.moments)}
+            optimizer.state[master] = {"step": torch.tensor(0.0)} | moments
 
     def sum_gradients(self):
         """There is one process."""
@@ -111,7 +111,7 @@ class OffloadedWeights(MasterWeights):
             optimizer.step()
             for name in names:
                 self.masters[name].grad = None
-            # the compute weights go back from the gradients' place; copies are made in the order they are begun
+            # the compute weights go back by way of the gradient's place: copies keep their order
             cast = self._views(self.staging[number % 2].view(self.policy.dtype), names)
             for name in names:
                 cast[name].copy_(self.masters[name])
@@ -149,11 +149,11 @@ def reference_of(policy, on_host=False):
     hf = copy.deepcopy(policy.hf, same).eval().requires_grad_(False)
     reference = Policy(hf, policy.tokenizer, policy.image_processor, policy.env_config)
     if on_host:
-        stream(reference.language_model.layers, weights, places, Copies(policy.device))
+        stream_layers(reference.language_model.layers, weights, places, Copies(policy.device))
     return reference
 
 
-def stream(layers, weights, places, copies):
+def stream_layers(layers, weights, places, copies):
     """Before each layer's forward pass its weights are there, and the next layer's begin to come."""
     def come(number):
         copies.begin([places[number % 2]], [weights[number]])
