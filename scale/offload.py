@@ -1,7 +1,7 @@
 """One GPU trains all parameters: masters and AdamW's moments stand in host memory, and the CPU steps.
 
-    sft.py --offload                       12 bytes a parameter on the host; on the device 2, and 4 in an update
-    rl.py --offload --on_host reference    the reference's 2 on the host, too
+    sft.py --offload                      12 bytes a parameter on the host; on the device 2, and 4 in an update
+    rl.py --offload --on_host reference   the reference's 2 on the host, too
 
 The compute weights stay on the device. Their gradients are added up there in float32, in buffers that there
 are from an update's first pass to its step, so never beside the cache of rollouts. The step takes group by

@@ -20,7 +20,8 @@ from scale.checkpoints import save_policy
 
 SCRIPTS = {"sft": sft, "rl": rl, "eval": evaluation}
 WRONG_WORDS = {"device": ["gpu", "cuda:x", "meta"], "dtype": ["float16", "x"], "mode": ["x"], "resume": ["x", "always"],
-               "old_log_probs": ["x", "Sampled"], "on_host": ["x", "Reference"], "shard": ["x", "All"], "val": ["missing", "folder", "bytes", "empty"],
+               "old_log_probs": ["x", "Sampled"], "on_host": ["x", "Reference"], "shard": ["x", "All"],
+               "val": ["missing", "folder", "bytes", "empty"],
                "overview": ["sometimes", "missing.json", "folder.json", "bytes.json"],
                "system_prompt": ["missing", "folder", "bytes"], "data": ["missing", "folder", "bytes", "empty"],
                "model": ["missing", "folder", "rows", "bytes"], "out": ["rows", "rows/below"],
