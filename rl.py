@@ -75,6 +75,7 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     entropy_weight: float = 0.001  # of the entropy bonus
     old_log_probs: str = "sampled"  # log pi_old: as sampled, or recomputed by a pass before the first update
     max_gap: float | None = None  # with recomputed: an episode of a larger mean gap a token is left out
+    on_host: list[str] = ()  # of reference and features, what is kept in host memory between uses
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
     show_every: int = 10  # steps between printed episodes
 

@@ -45,6 +45,9 @@ class MasterWeights:
             master.grad += p.grad
         p.grad = None
 
+    def adopt(self, optimizer):
+        """Called once, before a run begins or goes on, with the optimizer of `parameters`."""
+
     def gather_metrics(self):
         """Takes the metrics of what rollouts gathered since the last call: bytes, seconds of this process."""
         metrics = {"gathered_gb": self.gathered_bytes / 1e9, "seconds_gather": self.seconds_gather}
@@ -87,12 +90,10 @@ class MasterWeights:
         most `max_norm`. Returns the norm before clipping; a step whose norm is not finite is left out, with a
         warning that names its `questions`. Raises UserError after `max_bad_steps` such steps in a row."""
         self.sum_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
-        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # of shards: of all of them
+        norm = self.clip(max_norm)
         if math.isfinite(norm):
             self.bad_steps = 0
-            optimizer.step()
-            self.cast()
+            self.apply(optimizer)
         else:
             self.bad_steps += 1
             reason = f"the gradient's norm is {norm} on the questions {', '.join(gather([*questions]))}"
@@ -100,12 +101,25 @@ class MasterWeights:
                 raise UserError(f"{reason}; {self.bad_steps} such steps in a row: lower --lr, "
                                 "or look at their videos")
             warn(f"{reason}: this step is left out")
-        optimizer.zero_grad(set_to_none=True)
+        self.free_gradients(optimizer)
         return norm
 
     def sum_gradients(self):
         """Over all processes."""
         sync_gradients(self.parameters)
+
+    def clip(self, max_norm):
+        """Scales the gradients down to a norm of `max_norm`. Returns their norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        return getattr(norm, "full_tensor", lambda: norm)().item()  # of shards: of all of them
+
+    def apply(self, optimizer):
+        """A step on the gradients as they are."""
+        optimizer.step()
+        self.cast()
+
+    def free_gradients(self, optimizer):
+        optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def cast(self):

@@ -36,6 +36,7 @@ from model import Dialogue, load_policy, token_log_probs
 from scale.checkpoints import INDEX, find_checkpoint, loading, read_parts
 from scale.lora import LoRAWeights
 from scale.masters import MasterWeights, rows_of
+from scale.offload import OffloadedWeights, reference_of
 
 SHARDS = "none", "all", "node"  # what --shard may be
 # Names in published checkpoints, and what transformers' class calls them today.
@@ -66,6 +67,14 @@ class WeightFiles:
         """Rows `start` to `stop` of a tensor, in the file's dtype."""
         opened, name = self.place[name]
         return opened.get_slice(name)[start:stop]
+
+
+def weight_files(name):
+    """A checkpoint's WeightFiles, or None where its weights are no safetensors files."""
+    try:
+        return WeightFiles(find_checkpoint(name))
+    except UserError:
+        return None
 
 
 def today(name):
@@ -269,12 +278,10 @@ def make_player(name, device, dtype, config, visual):
 
 
 def load_weights(name, config, device, with_reference=False):
-    """Loads a checkpoint for training: MasterWeights or ShardedWeights as `config.shard` has it, with the
-    policy, and the reference if it is asked for. Raises UserError."""
+    """Loads a checkpoint for training: MasterWeights, or what the settings say, with the policy, and the
+    reference if it is asked for. Raises UserError."""
     dtype, world = choose_dtype(config.dtype, device), int(os.environ.get("WORLD_SIZE", 1))
     if config.lora_rank:
-        if config.shard not in (None, "none"):
-            raise UserError("--lora_rank goes without --shard: each process has the whole base")
         policy = load_policy(name, device, dtype, config.system_prompt)
         if config.gradient_checkpointing:
             policy.checkpoint_layers()
@@ -284,6 +291,10 @@ def load_weights(name, config, device, with_reference=False):
         policy = load_policy(name, device, dtype, config.system_prompt).freeze_vision()
         if config.gradient_checkpointing:
             policy.checkpoint_layers()
+        if config.offload:
+            on_host = with_reference and "reference" in getattr(config, "on_host", ())
+            reference = reference_of(policy, on_host) if with_reference else None
+            return OffloadedWeights(policy, reference, weight_files(name))
         return MasterWeights(policy, policy.frozen_copy() if with_reference else None)
     mesh = make_mesh(shard, device)
     policy = load_sharded(name, device, dtype, mesh, True, config)

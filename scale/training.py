@@ -34,7 +34,7 @@ from scale.stopping import Stopping
 # bounds memory alone. Of the model the content counts (see `inputs`).
 TRAINING_MAY_DIFFER = (
     "model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb",
-    "shard", "max_tokens_per_pass", "gradient_checkpointing")
+    "shard", "offload", "on_host", "max_tokens_per_pass", "gradient_checkpointing")
 NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the exported checkpoint
 
 
@@ -48,6 +48,7 @@ class TrainConfig(RunConfig):
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     shard: str | None = None  # none, all, node: who shares one copy of the weights; in bfloat16 all
+    offload: bool = False  # one process: masters and AdamW's moments in host memory (scale/offload.py)
     lora_rank: int = 0  # train adapters of this rank beside frozen weights (scale/lora.py); 0: all weights
     lora_alpha: float = 32.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = TARGETS  # names of the layers that get one
@@ -62,6 +63,23 @@ class TrainConfig(RunConfig):
 
 
 AT_LEAST_ONE = ("max_tokens_per_pass", "max_bad_steps", "save_every", "keep", "val_every")
+ON_HOST = "reference", "features"  # what --on_host may name
+
+
+def check_places(config, world):
+    """Raises UserError for settings of which each says otherwise where the weights are."""
+    shared, on_host = config.shard not in (None, "none"), getattr(config, "on_host", ())
+    if config.lora_rank and shared:
+        raise UserError("--lora_rank goes without --shard: each process has the whole base")
+    if config.offload and (world > 1 or shared):
+        raise UserError("--offload is for one process that has all weights; "
+                        "of several each holds a part with --shard all")
+    if config.offload and config.lora_rank:
+        raise UserError("--offload goes without --lora_rank: adapters have small masters")
+    if unknown := set(on_host) - {*ON_HOST}:
+        raise UserError(f"--on_host must be some of {' '.join(ON_HOST)}, not {' '.join(sorted(unknown))}")
+    if "reference" in on_host and not config.offload:
+        raise UserError("--on_host reference goes with --offload")
 
 
 class TrainingRun:
@@ -77,6 +95,7 @@ class TrainingRun:
             if getattr(config, flag) not in known:
                 names = ", ".join(name for name in known if name)
                 raise UserError(f"--{flag} must be one of {names}, not {getattr(config, flag)}")
+        check_places(config, world)
         resolved = replace(config, dtype=str(choose_dtype(config.dtype, device)).removeprefix("torch."))
         self.name, self.config, self.out = name, config, Path(config.out)
         self.rank, self.world, self.device = rank, world, device
@@ -109,6 +128,7 @@ class TrainingRun:
         self.weights, self.optimizer, self.val, self.total_steps = weights, optimizer, val, total_steps
         self.generators = [torch.default_generator, *([generator] if generator else [])]
         self.progress = self.before.state if self.before else progress
+        weights.adopt(optimizer)
         if self.before:
             self._read(self.before)
         done = self.saved_step = self.progress["step"]
@@ -208,12 +228,14 @@ class TrainingRun:
         state = saved.state
         steps = state["optimizer_steps"]
         for name, master in self.weights.masters.items():
-            moments = {what: torch.zeros_like(master) for what in ("exp_avg", "exp_avg_sq") if steps}
+            there = self.optimizer.state.get(master, {})  # adopted
+            moments = {what: there[what] if there else torch.zeros_like(master)
+                       for what in ("exp_avg", "exp_avg_sq") if steps}
             for what, tensor in {"": master, **moments}.items():
                 rows, first = self.weights.rows_to_load(tensor)
                 saved.read_into(f"{name} {what}".strip(), rows, first, tensor.shape)
             if steps:
-                count = torch.tensor(float(steps), dtype=torch.float32, device=self.device)
+                count = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
                 self.optimizer.state[master] = {"step": count} | moments
         self.weights.cast()
         self.weights.bad_steps = state["bad_steps"]

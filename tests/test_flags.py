@@ -20,7 +20,8 @@ from scale.checkpoints import save_policy
 
 SCRIPTS = {"sft": sft, "rl": rl, "eval": evaluation}
 WRONG_WORDS = {"device": ["gpu", "cuda:x", "meta"], "dtype": ["float16", "x"], "mode": ["x"], "resume": ["x", "always"],
-               "old_log_probs": ["x", "Sampled"], "shard": ["x", "All"], "val": ["missing", "folder", "bytes", "empty"],
+               "old_log_probs": ["x", "Sampled"], "on_host": ["x", "Reference"], "shard": ["x", "All"],
+               "val": ["missing", "folder", "bytes", "empty"],
                "overview": ["sometimes", "missing.json", "folder.json", "bytes.json"],
                "system_prompt": ["missing", "folder", "bytes"], "data": ["missing", "folder", "bytes", "empty"],
                "model": ["missing", "folder", "rows", "bytes"], "out": ["rows", "rows/below"],
@@ -44,6 +45,11 @@ def wrong_values():
     for name in SCRIPTS:
         yield name, ["--no_such_flag", "1"]
         yield name, ["stray"]
+    for name in ("rl", "sft"):
+        yield name, ["--offload", "--lora_rank", "4"]
+        yield name, ["--offload", "--shard", "all"]
+        yield name, ["--lora_rank", "4", "--shard", "node"]
+    yield "rl", ["--on_host", "reference"]
     yield "rl", ["--max_gap", "0.1"]
     yield "rl", ["--max_gap", "0.1", "--old_log_probs", "sampled"]
     for flags in (["--options", "one", "--question", "What?"], ["--question", " "], ["--question", "What?"],

@@ -120,8 +120,7 @@ def merged_float32(weights, name, module):
     return linear
 
 
-def test_wrong_settings_are_one_line(place):
-    for more, words in ((dict(lora_targets=["q_proj", "x_proj"]), "no layer is called x_proj"), (dict(shard="all"), "--shard")):
-        with pytest.raises(UserError, match=words):
-            config = config_of(place, **more)
-            load_weights(config.model, config, CPU)
+def test_wrong_names_are_one_line(place):
+    config = config_of(place, lora_targets=["q_proj", "x_proj"])
+    with pytest.raises(UserError, match="no layer is called x_proj"):
+        load_weights(config.model, config, CPU)
