@@ -13,8 +13,6 @@ import re
 import sys
 import time
 import types
-import weakref
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -181,7 +179,8 @@ def gather(items):
 
 
 # ---------------------------------------------------------------------------------------------------- devices
-# All that only CUDA executes, and all places that ask which device it is. The rest is the same everywhere.
+# All that only CUDA executes, and all places that ask which device it is; but for scale/offload.py's copies.
+# The rest is the same everywhere.
 def choose_device(name=None):
     """(torch.device, process group's backend). On CUDA each process of a machine takes a GPU of its own."""
     try:
@@ -230,39 +229,6 @@ def capture_graph(step, generator, pool):
     with torch.cuda.graph(graph, pool=pool):  # one pool for all graphs: they never run at the same time
         result = step()
     return graph.replay, result, pool
-
-
-def pin_memory(tensor, device):
-    """Registers a host tensor's memory with CUDA, so that copies go beside other work. (PyTorch's own pinned
-    memory is rounded up to a power of two.) On a CPU nothing. Returns the tensor. Raises UserError."""
-    if device.type == "cuda":
-        cudart = torch.cuda.cudart()
-        if int(status := cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
-            raise UserError(f"{tensor.nbytes / 1e9:.2f} GB of host memory could not be pinned "
-                            f"({cudart.cudaGetErrorString(status)}); free some, or go without --offload")
-        weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
-    return tensor
-
-
-class Copies:
-    """Copies between host and device, one after the other, beside other work; on a CPU at once."""
-
-    def __init__(self, device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def begin(self, targets, sources):
-        """They begin once the device has done what it was given. Returns what waits for them on the host."""
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)
-        return (lambda: None) if self.stream is None else self.stream.record_event().synchronize
-
-    def join(self):
-        """What the device is given from now on waits for all copies so far."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 # ------------------------------------------------------------------------------------------------------- rows

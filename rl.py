@@ -48,10 +48,10 @@ from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
 from scale.gap import Gap, check_flags, find_old_log_probs
-from scale.metrics import show_step
+from scale.metrics import episode_metrics, show_step
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
-from zoom_env import REWARD_PARTS, RewardWeights
+from zoom_env import RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
 PER_TOKEN = "loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy"  # metrics of an update
@@ -199,24 +199,6 @@ def update(weights, groups, optimizer, config, rank, device, total=sum_over_proc
 
 
 # --------------------------------------------------------------------------------------------------- the loop
-def episode_metrics(episodes, num_kept, group_size, device):
-    """Means over the episodes of all processes."""
-    keys = ("reward", *REWARD_PARTS, "zooms", "invalid", "turns", "truncated", "frames", "response_tokens",
-            "sampled_tokens")  # the same on all processes, in the same order
-    sums = Counter(dict.fromkeys(keys, 0), episodes=len(episodes), groups_kept=num_kept)
-    for e in episodes:
-        sums.update(e.env.rewards)
-        sums.update(zooms=e.env.num_calls(), invalid=e.env.num_invalid(), turns=len(e.env.turns),
-                    truncated=e.truncated, frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
-                    response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
-    total = sum_over_processes(sums, device)
-    count = max(1.0, total.pop("episodes"))
-    groups, invalid = total.pop("groups_kept"), total.pop("invalid")
-    return {k: v / count for k, v in total.items()} | {
-        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - groups * group_size / count,
-        "groups": groups, "episodes": count}
-
-
 def endless(rows, seed):
     """The rows in a new random order for each pass, for ever."""
     rng = random.Random(seed)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, sum_over_processes
 from scale.runs import write_json
 from zoom_env import REWARD_PARTS
 
@@ -164,7 +164,25 @@ def begin_wandb(out, project, name, done):
         raise UserError(f"--wandb {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
 
 
-# ------------------------------------------------------------------------------------------ what rl.py shows
+# -------------------------------------------------------------------------------- what rl.py says of a step
+def episode_metrics(episodes, num_kept, group_size, device):
+    """Means over the episodes of all processes."""
+    keys = ("reward", *REWARD_PARTS, "zooms", "invalid", "turns", "truncated", "frames", "response_tokens",
+            "sampled_tokens")  # the same on all processes, in the same order
+    sums = Counter(dict.fromkeys(keys, 0), episodes=len(episodes), groups_kept=num_kept)
+    for e in episodes:
+        sums.update(e.env.rewards)
+        sums.update(zooms=e.env.num_calls(), invalid=e.env.num_invalid(), turns=len(e.env.turns),
+                    truncated=e.truncated, frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
+                    response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
+    total = sum_over_processes(sums, device)
+    count = max(1.0, total.pop("episodes"))
+    groups, invalid = total.pop("groups_kept"), total.pop("invalid")
+    return {k: v / count for k, v in total.items()} | {
+        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - groups * group_size / count,
+        "groups": groups, "episodes": count}
+
+
 def show_step(metrics, episodes, config, say):
     """One line a step, an episode now and then, a warning when the tool is no longer used."""
     m = Counter(metrics)

@@ -129,6 +129,8 @@ class TrainingRun:
         self.generators = [torch.default_generator, *([generator] if generator else [])]
         self.progress = self.before.state if self.before else progress
         weights.adopt(optimizer)
+        if "features" in getattr(self.config, "on_host", ()):
+            weights.player.features_device = torch.device("cpu")
         if self.before:
             self._read(self.before)
         done = self.saved_step = self.progress["step"]

@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--adapter", type=Path, help="its folder")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    full = None
     with tempfile.TemporaryDirectory() as folder:
         synthetic(folder, 10, 10, seed=9)
         questions = [json.loads(line) for line in open(Path(folder, "test.jsonl"))]

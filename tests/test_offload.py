@@ -5,11 +5,9 @@ import random
 import time
 import weakref
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from launcher import launch
 from test_rl import make_groups
 from test_training import lines, make_place, metrics, start, wait_for
 from tiny import random_policy
