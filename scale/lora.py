@@ -61,7 +61,12 @@ class LoRALinear(torch.nn.Module):
         torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):  # (.., in) to (.., out)
-        return self.base(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        adapter = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        if self.base.bias is not None:
+            adapter = adapter + self.base.bias
+        # added within the base's product, which rounds the sum once: each rounding more widens the gap between
+        # sampling and scoring
+        return torch.addmm(adapter.flatten(0, -2), x.flatten(0, -2), self.base.weight.T).view(adapter.shape)
 
     def merged(self, A, B):
         """The weight that does the same by itself, float32; A and B: the adapter's masters."""
