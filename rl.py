@@ -48,6 +48,7 @@ from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
 from scale.gap import Gap, check_flags, find_old_log_probs
+from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from zoom_env import REWARD_PARTS, RewardWeights
@@ -74,6 +75,7 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     entropy_weight: float = 0.001  # of the entropy bonus
     old_log_probs: str = "sampled"  # log pi_old: as sampled, or recomputed by a pass before the first update
     max_gap: float | None = None  # with recomputed: an episode of a larger mean gap a token is left out
+    on_host: list[str] = ()  # of reference and features, what is kept in host memory between uses
     max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
     show_every: int = 10  # steps between printed episodes
 
@@ -287,6 +289,8 @@ def main():
     config = parse_flags(Config, __doc__, DEMO, (
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
         "max_rows", "show_every", *AT_LEAST_ONE))
+    if config.plan:
+        return plan_main("rl", config)
     rank, world, device = start_processes(config.device, config.timeout_min)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")

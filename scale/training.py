@@ -48,6 +48,7 @@ class TrainConfig(RunConfig):
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
     shard: str | None = None  # none, all, node: who shares one copy of the weights; in bfloat16 all
+    offload: bool = False  # one process: masters and AdamW's moments in host memory (scale/offload.py)
     lora_rank: int = 0  # train adapters of this rank beside frozen weights (scale/lora.py); 0: all weights
     lora_alpha: float = 32.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = TARGETS  # names of the layers that get one
@@ -59,6 +60,10 @@ class TrainConfig(RunConfig):
     val_every: int = 10  # steps between that
     tensorboard: bool = False  # write the metrics for TensorBoard, too (--out/tensorboard)
     wandb: str | None = None  # ... and to this project in Weights & Biases
+    plan: bool = False  # only say what memory this run needs, and whether it is there (scale/plan.py)
+    gpus: int = 1  # ... on so many GPUs
+    gpu_gb: float | None = None  # ... with so much memory each, 1e9 bytes; by default what this machine has
+    host_gb: float | None = None  # ... in machines with so much memory; by default what this one has
 
 
 AT_LEAST_ONE = ("max_tokens_per_pass", "max_bad_steps", "save_every", "keep", "val_every")
