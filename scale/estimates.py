@@ -104,8 +104,9 @@ def pass_moments(s, tokens, item, checkpointing, entropy):
 
 
 def forward_activations(s, tokens, item):
-    """A pass without gradients: the stream, a norm in float32, gate, up and their product."""
-    return tokens * (s.hidden * (3 * item + 2 * FLOAT * (item < FLOAT)) + 3 * s.intermediate * item)
+    """A pass without gradients, in the MLP: the stream, before and after its norm, and what comes next; gate, up and
+    their product, and with adapters one more."""
+    return tokens * (3 * s.hidden + (4 if s.rank else 3) * s.intermediate) * item
 
 
 # ------------------------------------------------------------------------------------------------- rollouts
@@ -164,7 +165,7 @@ class Episodes:
 
 ZOOMS = 2  # of an episode: the paper reports about so many a question
 TURN_TOKENS = 200  # that a turn says: a guess, for times alone
-PROMPT_TEXT = 2_000  # tokens of the system prompt, the question, and the frames' tags
+PROMPT_TEXT = 1_500  # tokens of the system prompt, the question, and the frames' tags
 
 
 def episodes_of(config, model_config, env_config, processes):
@@ -216,10 +217,11 @@ def update_seconds(s, e, config, card, shards, across, item, with_reference, off
     adam = 28 * s.trained / shards
     on_host = getattr(config, "on_host", ())
     weights = item * s.language
-    return {"passes": forwards * flops(s, tokens, e.prompt + e.own) / (peak * OF_PEAK),
-            "gathering": passes * 3 * weights / LINK[across] if shards > 1 else 0.0,
+    forward = flops(s, tokens, e.prompt + e.own) / (peak * OF_PEAK)
+    return {"passes": forwards * forward,  # weights come beside them: what takes longer counts
+            "gathering": max(0.0, passes * 3 * weights / LINK[across] - forwards * forward) if shards > 1 else 0.0,
             "optimizer": updates * (24 * s.trained / BUS if offload else adam / (bandwidth * OF_BANDWIDTH)),
-            "reference": passes * weights / BUS if with_reference and "reference" in on_host else 0.0,
+            "reference": max(0.0, passes * weights / BUS - forward) if "reference" in on_host else 0.0,
             "features": 2 * e.all_frames * e.frame_tokens * s.hidden * item / BUS if "features" in on_host else 0.0}
 
 

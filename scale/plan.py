@@ -29,7 +29,6 @@ GPUS_A_MACHINE = 8
 RESERVE, RESERVE_SMALL = 3e9, 2e9  # CUDA's context, libraries' workspaces, gaps between tensors; up to 24 GB
 RESERVE_NCCL = 2e9  # ... and buffers of NCCL, of more than one process
 PROCESS = 4e9  # host memory of a process with PyTorch, CUDA's libraries and what videos are decoded in
-NO_HOST = "masters and moments", "reference", "features"
 
 
 # --------------------------------------------------------------------------------------------------- the plan
@@ -149,7 +148,7 @@ def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host
         moments["head"]["gathered weights"] = item * (root + layer)
         moments["layer"]["gathered weights"] = item * (root + 2 * layer)
         moments["layer"]["passing gradients"] = item * s.vocabulary * s.hidden + of.FLOAT * layer
-        moments["end"]["passing gradients"] = (item + of.FLOAT + of.FLOAT / shards) * root + of.FLOAT * layer
+        moments["end"]["passing gradients"] = (item + of.FLOAT + of.FLOAT / shards) * root
         if apart:  # the policy's root, and the reference's with two layers
             forward = of.forward_activations(s, config.max_tokens_per_pass, item)
             moments["reference"] = {"activations": moments["head"]["activations"] + forward,
@@ -232,7 +231,8 @@ def remedies(name, config, model_config, env_config, processes, gpu_bytes, host_
     sized = {rank: of.sizes_of(model_config, rank, config.lora_targets) for rank in {config.lora_rank, 16}}
 
     def plan_of(changes, gpus=processes):
-        changed = replace(config, **changes)
+        alone = {"offload": False} if "offload" in has and (gpus > 1 or changes.get("lora_rank")) else {}
+        changed = replace(config, **alone | changes)
         return make_plan(name, changed, model_config, env_config, gpus, gpu_bytes, host_bytes, sized[changed.lora_rank])
 
     def choices(adapters, gpus, smaller):
@@ -270,10 +270,11 @@ def remedies(name, config, model_config, env_config, processes, gpu_bytes, host_
         return min(found)[-1] if found else None
 
     kinds = [(best(), {})]
-    if in_rl and config.batch_size > 8:
+    if in_rl and kinds[0][0] is None:
         kinds.append((best(smaller=True), {}))
     if not config.lora_rank:
-        kinds.append((best(adapters=True), {}))
+        adapters = best(adapters=True)
+        kinds.append((best(adapters=True, smaller=True) if adapters is None and in_rl else adapters, {}))
     more = (n for n in (2, 4, 8, 16, 32, 64) if n > processes)
     kinds.append(next(((changes, {"gpus": n}) for n in more if (changes := best(n)) is not None), (None, {})))
     as_given = plan_of({})
@@ -287,7 +288,7 @@ def costs(changes, gpus, before, after):
     more = spent("passes") - before.seconds["update"]["passes"]
     words = {"cache_gb": lambda v: f"{after.rollout['cache'] / 1e9:.1f} GB of cache, not {before.rollout['cache'] / 1e9:.1f}: "
                                    "fewer episodes at a time, if less",
-             "on_host": lambda v: f"{spent('features') + spent('reference'):.0f} s a step for copies",
+             "on_host": lambda v: f"{spent('features') + spent('reference'):.0f} s a step for copies, beyond those beside passes",
              "max_tokens_per_pass": lambda v: "prompts are computed again for each pass" + f": {more:.0f} s a step" * (more > 0),
              "gradient_checkpointing": lambda v: "each layer is computed twice",
              "offload": lambda v: f"the CPU steps: {spent('optimizer'):.0f} s a step",

@@ -7,14 +7,14 @@ no memory. The pass is the project's own; the tracker's known limits are worked 
 - It looks for the peak of each module after each operation (minutes): here for the one of all."""
 
 import argparse
-import json
-import math
+import importlib.util
+import itertools
 import os
-import subprocess
 import sys
-import time
 import warnings
+from collections import defaultdict
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from model import Dialogue, Policy, token_log_probs
 from scale import sharding
 from scale.lora import LoRAWeights
 from scale.masters import MasterWeights
+from scale.plan import make_plan
 from video import Frame
 from zoom_env import EnvConfig
 
@@ -104,6 +105,13 @@ def quick(tracker_class):
                 if self._peak_mem.get(device, 0) < now["Total"]:
                     self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
+        def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
+            nothing = torch.nn.Module().register_forward_hook(lambda *_: None)
+            for p in module.parameters():  # it would hook those that have no gradients
+                if not p.requires_grad:
+                    self._param_to_grad_hook_handles[p] = nothing, nothing
+            return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
         def begin(self):
             """From here on the peak counts; returns what there is."""
             self.reset_mod_stats()
@@ -125,6 +133,7 @@ def track(name, config, processes, tokens, layers=None):
     if in_shards := config.shard in ("all", "node"):
         from torch.testing._internal.distributed.fake_pg import FakeStore
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        os.environ["LOCAL_WORLD_SIZE"] = str(min(processes, 8))
         mesh = sharding.make_mesh(config.shard, CPU)
     mask, model_module.causal_lower_right = model_module.causal_lower_right, LowerRight
     try:
@@ -141,6 +150,11 @@ def track(name, config, processes, tokens, layers=None):
                     sharding.wrap(reference.requires_grad_(False), mesh, dtype)
                 sharding.wrap(policy.freeze_vision(), mesh, dtype)
                 weights = sharding.ShardedWeights(policy, policy, reference, mesh)
+            elif config.offload:
+                from scale.offload import OffloadedWeights, reference_of
+                if is_rl and config.kl_weight:
+                    reference = reference_of(policy, "reference" in config.on_host)
+                weights = OffloadedWeights(policy.freeze_vision(), reference)
             elif config.lora_rank:
                 weights = LoRAWeights(policy, name, config, is_rl and config.kl_weight > 0)
             else:
@@ -154,13 +168,8 @@ def track(name, config, processes, tokens, layers=None):
                 tracker = quick(FSDPMemTracker)(policy, optimizer)
             else:
                 tracker = quick(MemTracker)()
-                masters = torch.nn.ParameterList(weights.parameters)
+                masters = torch.nn.ParameterList([] if config.offload else weights.parameters)
                 tracker.track_external(policy, masters, *([weights.reference] if weights.reference else []))
-                nothing = torch.nn.Module().register_forward_hook(lambda *_: None)
-                for module in (policy, weights.reference or policy):
-                    for p in module.parameters():  # it would hook frozen ones
-                        if not p.requires_grad:
-                            tracker._param_to_grad_hook_handles[p] = nothing, nothing
 
             def one_pass(length):
                 batch, entropy = [[make_dialogue(policy, length)]], is_rl and config.entropy_weight != 0
@@ -172,14 +181,82 @@ def track(name, config, processes, tokens, layers=None):
 
             with tracker:
                 one_pass(256)
-                optimizer.step()
-                weights.cast()
+                if not config.offload:
+                    optimizer.step()
+                    weights.cast()
                 if not in_shards:  # it takes the masters' gradients for something passing
-                    tracker.track_external(masters)
+                    tracker.track_external(masters, *getattr(weights, "gradients", {}).values())
                 before = tracker.begin()
                 one_pass(tokens)
+                before["Host"] = sum(x.nbytes for x in (*getattr(weights, "slabs", ()), *getattr(weights, "staging", ())))
                 return before, tracker.numbers("peak")
     finally:
         model_module.causal_lower_right = mask
         if in_shards:
             dist.destroy_process_group()
+            del os.environ["LOCAL_WORLD_SIZE"]
+
+
+# ----------------------------------------------------------------------------------------------- plan and tracker
+def compare(name, config, processes, tokens, layers=None):
+    """{what: (bytes of the plan, bytes of the tracker)} of an update with passes of `tokens`."""
+    config = replace(config, max_tokens_per_pass=tokens)
+    stage = "rl" if hasattr(config, "kl_weight") else "sft"
+    whole = make_plan(stage, config, read_config(name, layers), EnvConfig(), processes, 1e15, 1e15)
+    plan = whole.update
+    before, peak = (defaultdict(int, numbers) for numbers in track(name, config, processes, tokens, layers))
+    of = lambda *names: sum(plan.get(name, 0) for name in names)
+    above = peak["Total"] - before["Total"]
+    if config.shard in ("all", "node"):
+        gathered = peak["Unsharded Param"] + peak["All Gather"]
+        return {"masters": (of("masters"), before["Sharded Param"]),
+                "gradients": (of("gradients"), before["Sharded Grad"]),
+                "moments": (of("moments"), before["OptState"]),
+                "reference": (of("reference"), before["Activation"]),  # FSDP's tracker knows no other name
+                "gathered": (of("gathered weights"), gathered),
+                "activations": (of("activations", "logits", "passing gradients"), above - gathered)}
+    if config.offload:
+        return {"weights": (of("compute weights", "reference"), before["Parameter"]),
+                "gradients": (of("gradients"), before["Other"]),
+                "host": (whole.host["masters and moments"], before["Host"]),
+                "activations": (of("activations", "logits", "passing gradients"), above)}
+    return {"weights": (of("compute weights", "masters", "reference"), before["Parameter"]),
+            "gradients": (of("gradients"), before["Gradient"]), "moments": (of("moments"), before["Optstate"]),
+            "activations": (of("activations", "logits", "passing gradients"), above)}
+
+
+def offloads(stage):
+    """Of one process with masters in host memory, where scale/offload.py is there."""
+    if importlib.util.find_spec("scale.offload"):
+        yield 1, {"shard": "none", "offload": True}
+        if stage is rl:
+            yield 1, {"shard": "none", "offload": True, "on_host": ["reference"]}
+
+
+def settings():
+    """(model, Config, its flags, processes, tokens of a pass) of the table."""
+    for name, stage, tokens in itertools.product(("3b", "7b"), (sft, rl), (4096, 32_768)):
+        for processes, flags in ((1, {"shard": "none"}), (8, {"shard": "all"}), (16, {"shard": "all"}),
+                                 (16, {"shard": "node"}), *offloads(stage), (1, {"shard": "none", "lora_rank": 16})):
+            yield name, stage, flags, processes, tokens
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="only so many layers: quicker")
+    layers = parser.parse_args().layers
+    print("| model | stage | flags | GPUs | tokens | what: plan / tracker, GB |\n| --- | --- | --- | --- | --- | --- |")
+    worst = defaultdict(float)
+    for name, stage, flags, processes, tokens in settings():
+        found = compare(f"qwen2.5-vl-{name}", stage.Config(**flags), processes, tokens, layers)
+        cells = [f"{what} {plan / 1e9:.2f} / {seen / 1e9:.2f}" for what, (plan, seen) in found.items() if plan or seen]
+        for what, (plan, seen) in found.items():
+            if seen > 1e6:
+                worst[what] = max(worst[what], abs(plan / seen - 1))
+        words = " ".join(f"--{flag} {value}" for flag, value in flags.items())
+        print(f"| {name} | {stage.__name__} | {words} | {processes} | {tokens:,} | {', '.join(cells)} |", flush=True)
+    print("\nfarthest off: " + ", ".join(f"{what} {off:.1%}" for what, off in worst.items()))
+
+
+if __name__ == "__main__":
+    main()
