@@ -58,7 +58,10 @@ def run_main(main):
         fail(f"cannot write {error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        from scale.memory import explain, ran_out  # which import this file
+        if ran_out(error):
+            fail(explain(error))
         if dist.is_initialized() and dist.get_world_size() > 1:
             time.sleep(5 if dist.get_rank() == 0 else 10)
         raise

@@ -49,6 +49,7 @@ from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
 from scale.gap import Gap, check_flags, find_old_log_probs
 from scale.metrics import episode_metrics, show_step
+from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from zoom_env import RewardWeights
@@ -215,6 +216,7 @@ def train(weights, rows, config, run, rank, world, device, val):
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
     progress = run.start(weights, optimizer, config.steps, {"step": 0, "drawn": 0, "skipped": []},
                          generator, val)
+    config = run.config  # with the size of the cache
     engine = Engine(weights.player, config.group_size, config, generator)
     with weights.gathered():
         check_decoder(engine.decoder)
@@ -252,6 +254,8 @@ def main():
     config = parse_flags(Config, __doc__, DEMO, (
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
         "max_rows", "show_every", *AT_LEAST_ONE))
+    if config.plan:
+        return plan_main("rl", config)
     rank, world, device = start_processes(config.device, config.timeout_min)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
@@ -265,6 +269,7 @@ def main():
     run = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     if run.finished:
         return
+    config = run.config  # with what was left to the memory plan
     torch.manual_seed(config.seed)
     weights = load_weights(config.model, config, device, with_reference=config.kl_weight > 0)
     policy = weights.policy

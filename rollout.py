@@ -123,7 +123,11 @@ class Engine:
     def __init__(self, policy, group_size, config, generator=None):
         self.policy, self.group_size, self.config = policy, group_size, config
         compiled = has_graphs(policy.device) if config.compile is None else config.compile
-        self.cache = KVCache(policy, group_size, config.cache_gb * 1e9, ROW_UNIT if compiled else 1)
+        size_gb = config.cache_gb
+        if size_gb == "auto":
+            from scale.memory import auto_cache_gb  # which imports this file's parts
+            size_gb = auto_cache_gb(policy, config)
+        self.cache = KVCache(policy, group_size, size_gb * 1e9, ROW_UNIT if compiled else 1)
         self.decoder = Decoder(policy, self.cache, config.temperature, generator, compiled)
         self.steps = config.look_every or (8 if compiled else 1)
 

@@ -34,6 +34,7 @@ from demo.tiny_base import TINY_BASE
 from model import fill_features, replay, split_by_tokens, token_log_probs
 from rollout import RolloutConfig
 from scale.ahead import batches_ahead, in_threads
+from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from video import VideoError
@@ -136,6 +137,8 @@ def train(weights, rows, config, run, rank, world, device, val):
 
 def main():
     config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", *AT_LEAST_ONE))
+    if config.plan:
+        return plan_main("sft", config, TINY_BASE)
     rank, world, device = start_processes(config.device, config.timeout_min)
     if config.model is None and config.data == Config.data and rank == 0:
         ensure_demo(Path(config.data).parent, config.seed)
@@ -147,6 +150,7 @@ def main():
     run = TrainingRun("sft", config, {"model": model, "trajectories": config.data}, rank, world, device)
     if run.finished:
         return
+    config = run.config  # with what was left to the memory plan
     torch.manual_seed(config.seed)
     weights = load_weights(model, config, device)
     policy = weights.policy

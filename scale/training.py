@@ -26,6 +26,7 @@ from scale import runs
 from scale.checkpoints import SavedRun, Shard, run_folders, save_run, sync
 from scale.held_out import held_out
 from scale.lora import TARGETS
+from scale.memory import auto_cache_gb, later_bytes, plan_run
 from scale.metrics import FILES, Metrics, check_installed
 from scale.sharding import SHARDS
 from scale.stopping import Stopping
@@ -34,7 +35,8 @@ from scale.stopping import Stopping
 # bounds memory alone. Of the model the content counts (see `inputs`).
 TRAINING_MAY_DIFFER = (
     "model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb",
-    "shard", "offload", "on_host", "max_tokens_per_pass", "gradient_checkpointing")
+    "shard", "offload", "on_host", "max_tokens_per_pass", "gradient_checkpointing", "plan", "gpus", "gpu_gb",
+    "host_gb")
 NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the exported checkpoint
 
 
@@ -60,6 +62,10 @@ class TrainConfig(RunConfig):
     val_every: int = 10  # steps between that
     tensorboard: bool = False  # write the metrics for TensorBoard, too (--out/tensorboard)
     wandb: str | None = None  # ... and to this project in Weights & Biases
+    plan: bool = False  # only say what memory this run needs, and whether it is there (scale/plan.py)
+    gpus: int = 1  # ... on so many GPUs
+    gpu_gb: float | None = None  # ... with so much memory each, 1e9 bytes; by default what this machine has
+    host_gb: float | None = None  # ... in machines with so much memory; by default what this one has
 
 
 AT_LEAST_ONE = ("max_tokens_per_pass", "max_bad_steps", "save_every", "keep", "val_every")
@@ -83,7 +89,8 @@ def check_places(config, world):
 
 
 class TrainingRun:
-    """One run in the folder `config.out`. `finished` says whether there is nothing left to do.
+    """One run in the folder `config.out`. `finished` says whether there is nothing left to do, `config` the
+    settings with what was left to the memory plan.
 
     Args:
         name: of the script. config: a TrainConfig.
@@ -96,8 +103,9 @@ class TrainingRun:
                 names = ", ".join(name for name in known if name)
                 raise UserError(f"--{flag} must be one of {names}, not {getattr(config, flag)}")
         check_places(config, world)
+        self.config, self.memory = plan_run(name, config, inputs["model"], world, device)
         resolved = replace(config, dtype=str(choose_dtype(config.dtype, device)).removeprefix("torch."))
-        self.name, self.config, self.out = name, config, Path(config.out)
+        self.name, self.out = name, Path(config.out)
         self.rank, self.world, self.device = rank, world, device
         check_installed(config.tensorboard, config.wandb)
         by_file = (config.overview or "").endswith(".json")
@@ -129,6 +137,12 @@ class TrainingRun:
         self.generators = [torch.default_generator, *([generator] if generator else [])]
         self.progress = self.before.state if self.before else progress
         weights.adopt(optimizer)
+        self.fixed = {}  # what a run that goes on must not find anew
+        if getattr(self.config, "cache_gb", None) == "auto":
+            size = self.progress.get("cache_gb") or auto_cache_gb(weights.policy, self.config, later_bytes(weights))
+            self.fixed = {"cache_gb": size}
+            self.config = replace(self.config, cache_gb=size)
+            self.val = val and (*val[:2], replace(val[2], cache_gb=size))
         if "features" in getattr(self.config, "on_host", ()):
             weights.player.features_device = torch.device("cpu")
         if self.before:
@@ -138,6 +152,10 @@ class TrainingRun:
             Metrics.cut(self.out, done)
             if self.before:
                 print(f"{self.name}: goes on after step {done}")
+            if self.memory:
+                print(f"{self.name}: {self.memory}")
+            if self.fixed:
+                print(f"{self.name}: --cache_gb auto is {self.fixed['cache_gb']}")
         self.metrics = Metrics(self.out, total_steps, self.name, self.config.tensorboard, self.config.wandb,
                                done, self.rank)
         self.rank_state, self.bad_steps = self._random_states(), weights.bad_steps
@@ -184,7 +202,7 @@ class TrainingRun:
         idle_s = sum_over_processes({"idle": self.idle_s}, self.device)["idle"] / self.world
         self.weights.gather_metrics()  # of the held-out questions: not in the metrics
         self.metrics.write(metrics | gathered | {"seconds_idle": idle_s, "seconds_save": self.seconds_save})
-        self.progress, self.bad_steps = progress, self.weights.bad_steps
+        self.progress, self.bad_steps = progress | self.fixed, self.weights.bad_steps
         self.rank_state = self._random_states()
         self.moved, self.idle_s, self.seconds_save = False, 0.0, 0.0
         if step % self.config.save_every == 0 or last:
