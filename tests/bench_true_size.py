@@ -27,10 +27,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from transformers import Qwen2VLImageProcessor  # noqa: E402
 
+import rl  # noqa: E402
+import sft  # noqa: E402
+from common import parse_flags  # noqa: E402
 from demo.synthetic import synthetic  # noqa: E402
 from demo.tiny_base import TINY_BASE  # noqa: E402
 from model import Policy  # noqa: E402
 from scale.checkpoints import save_policy  # noqa: E402
+from scale.plan import make_plan, read_settings  # noqa: E402
 from scale.sharding import WeightFiles  # noqa: E402
 from zoom_env import EnvConfig  # noqa: E402
 
@@ -109,9 +113,9 @@ def adapters_moved(folder):
 
 def plan_total(stage, flags, host_gb):
     """GB of the plan: on one device with `host_gb`, without its reserve; on a CPU device and host are one."""
-    from scale.plan import plan_of_flags
-    plan = plan_of_flags(stage, flags, gpu_gb=host_gb, host_gb=host_gb)
-    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "process"))
+    config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", {}, (), flags)
+    plan = make_plan(stage, config, *read_settings(config.model), 1, host_gb * 1e9, host_gb * 1e9)
+    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes"))
     return (max(of(plan.rollout), of(plan.update)) + of(plan.host)) / 1e9
 
 
