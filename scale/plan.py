@@ -22,6 +22,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from common import UserError, read_text
+from rollout import RolloutConfig
 from scale import estimates as of
 from scale.checkpoints import config_fault, load_env_config, loading, object_fault
 
@@ -103,6 +104,7 @@ def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host
     s = sizes or of.sizes_of(model_config, config.lora_rank, config.lora_targets)
     item = 4 if config.dtype == "float32" else 2
     in_rl, here = name == "rl", min(processes, GPUS_A_MACHINE)
+    play = config if in_rl else RolloutConfig() if config.val else None  # what plays, if any: SFT's held-out questions
     on_host, offload = getattr(config, "on_host", ()), getattr(config, "offload", False)
     shard, shards = shards_of(config, processes)
     in_shards, e = shard != "none", of.episodes_of(config, model_config, env_config, processes)
@@ -126,16 +128,15 @@ def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host
     # frames: features on the GPU or the host, images on the host as long as they may be shown
     of_frame = e.frame_tokens * s.hidden * item
     features, image = e.all_frames * of_frame, 3 * env_config.max_pixels
-    live = 0
-    if in_rl:
-        rows = min(config.max_rows, e.groups * e.size)
-        live = -(-rows // e.size) * e.frames + rows * e.zoomed  # frames of the episodes that are played
-        host["frames"] = here * image * (live + max(4, config.max_rows // e.size) * e.frames)
-    else:
-        host["frames"] = here * image * 2 * e.all_frames  # of this batch, and of the next one
+    live, ahead = 0, 0  # frames of the episodes that are played, and of what is decoded meanwhile
+    if play:
+        rows = min(play.max_rows, e.groups * e.size)
+        live = -(-rows // e.size) * e.frames + rows * e.zoomed
+        ahead = max(4, play.max_rows // e.size) * e.frames
+    host["frames"] = here * image * max(live + ahead, 0 if in_rl else 2 * e.all_frames)  # SFT: this batch and the next
     if "features" in on_host:
         host["features"] = here * features
-    load = here * (of.FLOAT * s.largest if in_shards else item * s.total)
+    load = here * item * (s.largest / shards if in_shards else s.total)
     if load > sum(host.values()) - host["processes"]:
         host = {"processes": host["processes"], "loading the checkpoint": load}
     reserve = (RESERVE if gpu_bytes > 24e9 else RESERVE_SMALL) + RESERVE_NCCL * (processes > 1)
@@ -149,6 +150,13 @@ def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host
         moments["layer"]["gathered weights"] = item * (root + 2 * layer)
         moments["layer"]["passing gradients"] = item * s.vocabulary * s.hidden + of.FLOAT * layer
         moments["end"]["passing gradients"] = (item + of.FLOAT + of.FLOAT / shards) * root
+        if processes > shards:  # what goes to other machines stays to the end of the backward pass
+            summed = of.FLOAT * s.layers * layer / shards
+            less = (s.layers - 1) * s.hidden * config.max_tokens_per_pass * item
+            first = {"activations": max(0, moments["layer"]["activations"] - less),
+                     "passing gradients": moments["layer"]["passing gradients"] + summed}
+            moments["first layer"] = moments["layer"] | first
+            moments["end"]["passing gradients"] += summed - of.FLOAT * root / shards
         if apart:  # the policy's root, and the reference's with two layers
             forward = of.forward_activations(s, config.max_tokens_per_pass, item)
             moments["reference"] = {"activations": moments["head"]["activations"] + forward,
@@ -161,24 +169,24 @@ def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host
 
     # the rollout
     rollout, notes, rows = {}, [], 1
-    if in_rl:
-        row = (e.prompt + config.max_response_tokens) * of.cache_token(s, item)
+    if play:
+        row = (e.prompt + play.max_response_tokens) * of.cache_token(s, item)
         playing = max(of.forward_activations(s, of.PREFILL_TOKENS, item), of.vision_activations(s, e.frame_tokens, item))
         rollout = held | {"gathered weights": item * s.language if in_shards else 0,
-                          "features": of_frame * live if "features" in on_host else features,
-                          "activations": playing, "logits": of.decode_logits(s, config.max_rows, item), "reserve": reserve}
+                          "features": features if in_rl and "features" not in on_host else of_frame * live,
+                          "activations": playing, "logits": of.decode_logits(s, play.max_rows, item), "reserve": reserve}
         of_cache = of.decode_activations(s, item)
-        cache = config.cache_gb
+        cache = play.cache_gb
         if cache == "auto":
             left = (gpu_bytes - sum(rollout.values())) / (1 + of_cache)
-            cache = max(row, min(left, config.max_rows * row)) / 1e9
+            cache = max(row, min(left, play.max_rows * row)) / 1e9
         rollout["cache"] = cache * 1e9
         rollout["activations"] += of_cache * cache * 1e9
-        prompts = -(-config.max_rows // e.size) * e.prompt * of.cache_token(s, item)
-        rows = max(1, min(config.max_rows, e.groups * e.size, (cache * 1e9 - prompts) // (of.cache_token(s, item) * e.own)))
+        prompts = -(-play.max_rows // e.size) * e.prompt * of.cache_token(s, item)
+        rows = max(1, min(play.max_rows, e.groups * e.size, (cache * 1e9 - prompts) // (of.cache_token(s, item) * e.own)))
         if cache * 1e9 < row:
             notes.append(f"an episode of --max_response_tokens takes {row / 1e9:.1f} GB of cache, more than --cache_gb")
-        if (longest := e.prompt + config.max_response_tokens) > config.max_tokens_per_pass:
+        if in_rl and (longest := e.prompt + play.max_response_tokens) > config.max_tokens_per_pass:
             more = of.pass_moments(s, longest, item, config.gradient_checkpointing, entropy)["layer"]["activations"]
             notes.append(f"an episode of {longest:,} tokens, the longest that may be, runs in one pass all the same: its "
                          f"activations would be {more / 1e9:.1f} GB")
@@ -225,78 +233,80 @@ def choose(name, config, model_config, env_config, processes, gpu_bytes, host_by
 
 # ------------------------------------------------------------------------------------------- what would help
 def remedies(name, config, model_config, env_config, processes, gpu_bytes, host_bytes):
-    """Flags with which a run fits that does not: (flags, {flag: what it costs}) of each kind, the one that costs least:
-    same results, fewer questions a step, adapters, more GPUs."""
-    in_rl, has = name == "rl", {f.name for f in fields(config)}
+    """Flags with which a run fits that does not: [(settings, {setting: what it costs})], of each kind what costs least:
+    the same results, fewer questions a step, adapters, more GPUs."""
     sized = {rank: of.sizes_of(model_config, rank, config.lora_targets) for rank in {config.lora_rank, 16}}
 
-    def plan_of(changes, gpus=processes):
-        alone = {"offload": False} if "offload" in has and (gpus > 1 or changes.get("lora_rank")) else {}
-        changed = replace(config, **alone | changes)
+    def plan_of(changes):
+        gpus, changed = changes.get("gpus", processes), replace(config, **changes)
         return make_plan(name, changed, model_config, env_config, gpus, gpu_bytes, host_bytes, sized[changed.lora_rank])
 
-    def choices(adapters, gpus, smaller):
-        """Each a list of changes, of which one is made."""
-        trains_all = not (config.lora_rank or adapters)
-        yield [{}, {"cache_gb": "auto"}] if in_rl and config.cache_gb != "auto" else [{}]
-        host = [{}]
-        if "on_host" in has and in_rl:
-            names = [("features",), ("reference",), ("features", "reference")][:3 if gpus == 1 and trains_all else 1]
-            host += [{"on_host": sorted({*config.on_host, *more})} for more in names]
-        yield host
-        half = [n for n in (16_384, 8_192, 4_096) if n < config.max_tokens_per_pass]
-        yield [{}, *({"max_tokens_per_pass": n} for n in half)]
-        yield [{}] if config.gradient_checkpointing else [{}, {"gradient_checkpointing": True}]
-        if gpus == 1 and trains_all and "offload" in has and not config.offload:
-            yield [{}, {"offload": True}]
-        if gpus > 1 and trains_all and config.shard == "none":
-            yield [{"shard": "all"}]
-        if adapters:
-            yield [{"lora_rank": 16}]
-        if smaller:
-            yield [{"batch_size": n} for n in (64, 32, 16, 8) if n < config.batch_size]
-
-    def best(gpus=processes, adapters=False, smaller=False):
+    def best(**forced):
+        """Of what fits: the most questions a step, then the fewest flags, then the least time."""
         found = []
-        for parts in itertools.product(*choices(adapters, gpus, smaller)):
-            changes = {k: v for part in parts for k, v in part.items()}
-            if "reference" in changes.get("on_host", ()) and not (changes.get("offload") or getattr(config, "offload", 0)):
-                continue
-            plan = plan_of(changes, gpus)
+        for changes in changes_of(name, config, forced, processes):
+            plan = plan_of(changes)
             if plan.fits:
+                size = changes.get("batch_size", config.batch_size)
                 seconds = sum(sum(part.values()) for part in plan.seconds.values())
-                per_row = seconds / changes.get("batch_size", config.batch_size)
-                found.append((-changes.get("batch_size", 0), len(changes), per_row, json.dumps(changes), changes))
+                found.append((-size, len(changes), seconds / size, json.dumps(changes), changes))
         return min(found)[-1] if found else None
 
-    kinds = [(best(), {})]
-    if in_rl and kinds[0][0] is None:
-        kinds.append((best(smaller=True), {}))
+    fewer = [n for n in (64, 32, 16, 8) if n < config.batch_size] if name == "rl" else []
+    first_of = lambda options: next((changes for forced in options if (changes := best(**forced)) is not None), None)
+    same = best()
+    kinds = [same, same is None and first_of({"batch_size": n} for n in fewer)]
     if not config.lora_rank:
-        adapters = best(adapters=True)
-        kinds.append((best(adapters=True, smaller=True) if adapters is None and in_rl else adapters, {}))
-    more = (n for n in (2, 4, 8, 16, 32, 64) if n > processes)
-    kinds.append(next(((changes, {"gpus": n}) for n in more if (changes := best(n)) is not None), (None, {})))
-    as_given = plan_of({})
-    return [(changes | gpus, costs(changes, gpus, as_given, plan_of(changes, gpus.get("gpus", processes))))
-            for changes, gpus in kinds if changes is not None]
+        kinds.append(first_of([{"lora_rank": 16}, *({"lora_rank": 16, "batch_size": n} for n in fewer)]))
+    more = first_of({"gpus": n} for n in (2, 4, 8, 16, 32, 64) if n > processes)
+    kinds.append(more if not same or more and len(more) < len(same) else None)
+    return [(changes, costs(changes, config, plan_of)) for changes in kinds if changes]
 
 
-def costs(changes, gpus, before, after):
-    """{flag: what it costs, in words}."""
-    spent = lambda part: after.seconds["update"].get(part, 0.0)
-    more = spent("passes") - before.seconds["update"]["passes"]
-    words = {"cache_gb": lambda v: f"{after.rollout['cache'] / 1e9:.1f} GB of cache, not {before.rollout['cache'] / 1e9:.1f}: "
-                                   "fewer episodes at a time, if less",
-             "on_host": lambda v: f"{spent('features') + spent('reference'):.0f} s a step for copies, beyond those beside passes",
-             "max_tokens_per_pass": lambda v: "prompts are computed again for each pass" + f": {more:.0f} s a step" * (more > 0),
-             "gradient_checkpointing": lambda v: "each layer is computed twice",
-             "offload": lambda v: f"the CPU steps: {spent('optimizer'):.0f} s a step",
-             "shard": lambda v: f"weights are gathered for each pass: {spent('gathering'):.0f} s a step",
-             "batch_size": lambda v: "another run: fewer questions a step",
-             "lora_rank": lambda v: "another method: adapters are trained alone, with an --lr of their own",
-             "gpus": lambda v: "more GPUs"}
-    return {flag: words[flag](value) for flag, value in (changes | gpus).items()}
+def changes_of(name, config, forced, processes):
+    """Dicts of settings that change what fits and no result, each with those that are `forced`."""
+    has, one = {f.name for f in fields(config)}, forced.get("gpus", processes) == 1
+    offload, on_host = getattr(config, "offload", False), set(getattr(config, "on_host", ()))
+    trains_all = not (config.lora_rank or "lora_rank" in forced)
+    choices = [[forced]]
+    if name == "rl" and config.cache_gb != "auto":
+        choices.append([{}, {"cache_gb": "auto"}])
+    choices.append([{}, *({"max_tokens_per_pass": n} for n in (16_384, 8192, 4096) if n < config.max_tokens_per_pass)])
+    if not config.gradient_checkpointing:
+        choices.append([{}, {"gradient_checkpointing": True}])
+    if offload and not (one and trains_all):
+        choices.append([{"offload": False} | ({"on_host": ["features"]} if "reference" in on_host else {})])
+    elif one and trains_all and "offload" in has and not offload:
+        choices.append([{}, {"offload": True}])
+    if not one and trains_all and config.shard == "none":
+        choices.append([{"shard": "all"}])
+    if name == "rl" and "on_host" in has:
+        more = [{"features"}, {"reference"}, {"features", "reference"}]
+        choices.append([{}, *({"on_host": sorted(on_host | names)} for names in more if names - on_host)])
+    for parts in itertools.product(*choices):
+        changes = {key: value for part in parts for key, value in part.items()}
+        streams = "reference" in changes.get("on_host", ())
+        if not streams or one and trains_all and changes.get("offload", offload):
+            yield changes
+
+
+def costs(changes, config, plan_of):
+    """{setting: what it costs, in words}."""
+    after, has = plan_of(changes), lambda part: after.seconds["update"].get(part, 0.0)
+    before = {key: plan_of({k: v for k, v in changes.items() if k != key}) for key in ("cache_gb", "max_tokens_per_pass")}
+    passes = has("passes") - before["max_tokens_per_pass"].seconds["update"]["passes"]
+    words = {"cache_gb": f"{after.rollout.get('cache', 0) / 1e9:.1f} GB of cache, not "
+                         f"{before['cache_gb'].rollout.get('cache', 0) / 1e9:.1f}: if less, fewer episodes at a time",
+             "on_host": f"{has('features') + has('reference'):.0f} s a step for copies, beyond those beside passes",
+             "max_tokens_per_pass": f"prompts are computed again for each pass: {passes:.0f} s a step",
+             "gradient_checkpointing": "each layer is computed twice",
+             "offload": f"the CPU steps: {has('optimizer'):.0f} s a step" if changes.get("offload") else
+                        "not with adapters, nor with several processes",
+             "shard": f"weights are gathered for each pass: {has('gathering'):.0f} s a step beyond what goes beside it",
+             "batch_size": "another run: fewer questions a step",
+             "lora_rank": "another method: adapters are trained alone, with an --lr of their own",
+             "gpus": "more GPUs"}
+    return {key: words[key] for key in changes}
 
 
 def as_flags(changes):
