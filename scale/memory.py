@@ -6,6 +6,7 @@ All of it follows from the plan (scale/plan.py), which counts before anything is
 import gc
 import os
 import re
+import traceback
 from dataclasses import replace
 
 import torch
@@ -82,14 +83,14 @@ def nbytes(tensors, device):
 
 
 def held(device):
-    """{category of the plan: bytes} that this process has on a device, of what can be told, and whether it plays."""
-    there = [o for o in gc.get_objects() if isinstance(o, Policy | MasterWeights | KVCache)]
+    """{category of the plan: bytes} that this process has on a device, of what can be told apart."""
+    there = [o for o in gc.get_objects() if issubclass(type(o), (Policy, MasterWeights, KVCache))]
     weights = [o for o in there if isinstance(o, MasterWeights)]
     cache = [t for o in there if isinstance(o, KVCache) for t in o.tensors()]
     sizes = {"features": nbytes([f for o in there if isinstance(o, Policy) for f in o.features.values()], device),
              "cache": nbytes(cache, device),
              "gradients": nbytes([p.grad for o in weights for p in o.parameters if p.grad is not None], device)}
-    return sizes, any(t.numel() for t in cache)
+    return sizes
 
 
 def explain(error):
@@ -101,22 +102,23 @@ def explain(error):
     name, config, model_config, env_config, world, there, host = RUNS[0]
     plan = make_plan(*RUNS[0])
     on_gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
-    sizes, plays = held(on_gpu)
+    sizes = held(on_gpu)
+    plays = any(f.f_globals["__name__"] == "rollout" for f, _ in traceback.walk_tb(error.__traceback__))
     when, planned = ("rollout", plan.rollout) if plays else ("update", plan.update)
     used = torch.cuda.max_memory_allocated(on_gpu) if on_gpu.type == "cuda" else 0
     # what cannot be told apart is of passes: activations and logits
     fixed = sum(size for category, size in planned.items() if category not in (*sizes, "activations", "logits", "reserve"))
     sizes["activations"] = max(0, used - fixed - sum(sizes.values()))
-    planned = planned | {"activations": planned.get("activations", 0) + planned.get("logits", 0)}
-    over = {c: size - planned.get(c, 0) for c, size in sizes.items() if size > planned.get(c, 0)}
+    may = planned | {"activations": planned.get("activations", 0) + planned.get("logits", 0)}
+    over = {c: size - may.get(c, 0) for c, size in sizes.items() if size > may.get(c, 0)}
     if over:
         worst = max(over, key=over.get)
-        what = f"{worst} took {sizes[worst] / 1e9:.2f} GB where the plan had {planned.get(worst, 0) / 1e9:.2f}"
+        what = f"{worst} took {sizes[worst] / 1e9:.2f} GB where the plan had {may.get(worst, 0) / 1e9:.2f}"
     else:
         what = "no category is above the plan: other processes, or gaps between tensors, take the rest"
     # flags with which the plan has as much room more as was missing
     missing = max(sum(over.values()), 0.02 * there)
-    smaller = min(there, sum(plan.rollout.values() if plays else plan.update.values())) - missing
+    smaller = max(1e9, min(there, sum(planned.values())) - missing)
     found = remedies(name, config, model_config, env_config, world, smaller, host)
     first = (f"{as_flags(found[0][0])} ({'; '.join(found[0][1].values())})" if found
              else "--max_tokens_per_pass, --max_rows, --cache_gb")
