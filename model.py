@@ -186,18 +186,19 @@ class ScoreChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         hidden, weight, targets = ctx.saved_tensors
-        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        of_hidden, trained = torch.empty_like(hidden), weight.requires_grad
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
         for first in reversed(range(0, len(hidden), LOGIT_CHUNK)):  # the order of autograd
             chunk = slice(first, first + LOGIT_CHUNK)
             with torch.enable_grad():
                 h = hidden[chunk].detach().requires_grad_()
                 scores = [x for x in ctx.policy.score(h, targets[chunk], *ctx.how) if x is not None]
             given = [g[chunk] for g in gradients if g is not None]
-            inputs = (h, ctx.policy.head.weight) if weight.requires_grad else (h,)
+            inputs = (h, ctx.policy.head.weight) if trained else (h,)
             of_hidden[chunk], *of_head = torch.autograd.grad(scores, inputs, given)
             for g in of_head:
                 of_weight += g
-        return None, of_hidden, of_weight.to(weight.dtype) if weight.requires_grad else None, None, None, None
+        return None, of_hidden, of_weight.to(weight.dtype) if trained else None, None, None, None
 
 
 def _attention(module, query, key, value, attention_mask=None, attend=None, **kwargs):

@@ -216,8 +216,7 @@ def train(weights, rows, config, run, rank, world, device, val):
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
     progress = run.start(weights, optimizer, config.steps, {"step": 0, "drawn": 0, "skipped": []},
                          generator, val)
-    config = run.config  # with the size of the cache
-    engine = Engine(weights.player, config.group_size, config, generator)
+    engine = Engine(weights.player, config.group_size, run.config, generator)  # the cache's size is found
     with weights.gathered():
         check_decoder(engine.decoder)
     weights.gather_metrics()  # that of the check does not count

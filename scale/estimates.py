@@ -33,6 +33,7 @@ class Sizes:
     vocabulary: int
     tied: bool  # embedding and head are one tensor
     rank: int  # of the adapters; 0: all weights are trained
+    adapted: int  # weights that have an adapter beside them
     adapter_width: int  # a token's numbers between the two matrices of all adapters of a layer
     vision_hidden: int
     vision_intermediate: int
@@ -60,7 +61,8 @@ def sizes_of(model_config, rank=0, targets=()):
         largest=rank * text.intermediate_size if rank else embedding, layer=count(layer.parameters()), root=root,
         layers=text.num_hidden_layers, hidden=text.hidden_size, heads=text.num_attention_heads,
         key_width=text.num_key_value_heads * head_dim, intermediate=text.intermediate_size,
-        vocabulary=text.vocab_size, tied=tied, rank=rank, adapter_width=rank * len(linear),
+        vocabulary=text.vocab_size, tied=tied, rank=rank,
+        adapted=text.num_hidden_layers * sum(m.weight.numel() for m in linear) if rank else 0, adapter_width=rank * len(linear),
         vision_hidden=vision.hidden_size, vision_intermediate=vision.intermediate_size)
 
 
@@ -91,7 +93,7 @@ def pass_moments(s, tokens, item, checkpointing, entropy):
     # the head: its gradient in float32; in the compute dtype that of a chunk, while the next one's comes or its logits
     # are there: they, their softmax and their gradients, and the entropy's
     logits = (20 if entropy else 12) * chunk
-    of_head = FLOAT * head + max(trained_head + logits, 2 * trained_head + (6 if entropy else 2) * chunk)
+    of_head = (0 if s.rank else FLOAT * head) + max(trained_head + logits, 2 * trained_head + (6 if entropy else 2) * chunk)
     at_head = {"activations": kept + 6 * hidden + features, "logits": of_head}
     # the last layer's backward pass: what it kept, and the gradients of gate, up and product, which is let go of
     in_layer = saved_of_layer(s, tokens, item) if checkpointing else 0

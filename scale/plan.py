@@ -136,9 +136,10 @@ def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host
     host["frames"] = here * image * max(live + ahead, 0 if in_rl else 2 * e.all_frames)  # SFT: this batch and the next
     if "features" in on_host:
         host["features"] = here * features
-    load = here * item * (s.largest / shards if in_shards else s.total)
-    if load > sum(host.values()) - host["processes"]:
-        host = {"processes": host["processes"], "loading the checkpoint": load}
+    # before and after: each process reads, the first one exports, with adapters merged copies of what has them
+    files = max(here * item * (s.largest / shards if in_shards else s.total), item * (s.total + s.adapted))
+    if files > sum(host.values()) - host["processes"]:
+        host = {"processes": host["processes"], "loading and exporting": files}
     reserve = (RESERVE if gpu_bytes > 24e9 else RESERVE_SMALL) + RESERVE_NCCL * (processes > 1)
 
     # the update, at the moment of a pass, or of the optimizer's step, at which there is most
