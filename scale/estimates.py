@@ -1,4 +1,4 @@
-"""What a model's configuration alone says: sizes of its parts, what passes need beside weights, a step's time.
+"""What a model's configuration alone says: sizes of its parts, what passes need, how long a step takes.
 
 The counts follow transformers' Qwen2.5-VL layers and the passes of model.py and generation.py;
 tests/bench_plan.py holds those of an update against PyTorch's memory trackers. Memory is in bytes of one GPU.
@@ -93,7 +93,7 @@ def pass_moments(s, tokens, item, checkpointing, entropy):
     head, chunk = s.vocabulary * s.hidden, LOGIT_CHUNK * s.vocabulary
     trained_head = item * head if not s.rank else 0
     # the head: its gradient in float32 (of a frozen one, too); in the compute dtype that of a chunk, while
-    # the next one's comes, or its logits are there: they, their softmax and their gradients, and the entropy's
+    # the next one comes, or its logits are there: they, their softmax, their gradients, and the entropy's
     logits = (20 if entropy else 12) * chunk
     of_head = FLOAT * head + max(trained_head + logits, 2 * trained_head + (6 if entropy else 2) * chunk)
     at_head = {"activations": kept + 6 * hidden + features, "logits": of_head}
