@@ -1,14 +1,14 @@
-"""What a model's configuration alone says about memory: sizes of its parts, and what passes need beside weights.
+"""What a model's configuration alone says: sizes of its parts, what passes need, how long a step takes.
 
-The counts follow transformers' Qwen2.5-VL layers and the passes of model.py and generation.py; tests/bench_plan.py holds
-those of an update against PyTorch's memory trackers. All sizes are bytes, of one GPU, if nothing else is said."""
+The counts follow transformers' Qwen2.5-VL layers and the passes of model.py and generation.py;
+tests/bench_plan.py holds those of an update against PyTorch's memory trackers. Memory is in bytes of one GPU.
+Times are arithmetic: operations and bytes over an assumed share of what a card's data sheet says."""
 
 from dataclasses import dataclass
 
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from generation import PREFILL_TOKENS
 from model import LOGIT_CHUNK, VISION_BATCH
 
 FLOAT = 4  # bytes of a float32
@@ -51,14 +51,17 @@ def sizes_of(model_config, rank=0, targets=()):
     count = lambda parameters: sum(p.numel() for p in {id(p): p for p in parameters}.values())
     tied = model_config.tie_word_embeddings
     embedding, layer = text.vocab_size * text.hidden_size, hf.model.language_model.layers[0]
-    in_vision, in_layers = count(hf.model.visual.parameters()), count(hf.model.language_model.layers.parameters())
+    in_vision = count(hf.model.visual.parameters())
+    in_layers = count(hf.model.language_model.layers.parameters())
     root = embedding * (1 if tied else 2) + text.hidden_size
-    linear = [m for n, m in layer.named_modules() if n.rpartition(".")[2] in targets and isinstance(m, torch.nn.Linear)]
+    linear = [m for name, m in layer.named_modules()
+              if name.rpartition(".")[2] in targets and isinstance(m, torch.nn.Linear)]
     adapters = text.num_hidden_layers * rank * sum(m.in_features + m.out_features for m in linear)
     head_dim = text.hidden_size // text.num_attention_heads
     return Sizes(
         total=in_vision + in_layers + root, vision=in_vision, trained=adapters if rank else in_layers + root,
-        largest=rank * text.intermediate_size if rank else embedding, layer=count(layer.parameters()), root=root,
+        largest=rank * text.intermediate_size if rank else embedding,
+        layer=count(layer.parameters()), root=root,
         layers=text.num_hidden_layers, hidden=text.hidden_size, heads=text.num_attention_heads,
         key_width=text.num_key_value_heads * head_dim, intermediate=text.intermediate_size,
         vocabulary=text.vocab_size, tied=tied, rank=rank,
@@ -90,12 +93,12 @@ def pass_moments(s, tokens, item, checkpointing, entropy):
     kept = s.layers * (hidden if checkpointing else saved_of_layer(s, tokens, item))
     head, chunk = s.vocabulary * s.hidden, LOGIT_CHUNK * s.vocabulary
     trained_head = item * head if not s.rank else 0
-    # the head: its gradient in float32; in the compute dtype that of a chunk, while the next one's comes or its logits
-    # are there: they, their softmax and their gradients, and the entropy's
+    # the head: its gradient in float32 (of a frozen one, too); in the compute dtype that of a chunk, while
+    # the next one comes, or its logits are there: they, their softmax, their gradients, and the entropy's
     logits = (20 if entropy else 12) * chunk
     of_head = (0 if s.rank else FLOAT * head) + max(trained_head + logits, 2 * trained_head + (6 if entropy else 2) * chunk)
     at_head = {"activations": kept + 6 * hidden + features, "logits": of_head}
-    # the last layer's backward pass: what it kept, and the gradients of gate, up and product, which is let go of
+    # the last layer's backward pass: what it kept, and gradients of gate, up and product; the last has gone
     in_layer = saved_of_layer(s, tokens, item) if checkpointing else 0
     at_layer = {"activations": kept + in_layer + 2 * hidden + features + 2 * wide,
                 "passing gradients": item * (head if s.tied and not s.rank else 0)}
@@ -106,15 +109,15 @@ def pass_moments(s, tokens, item, checkpointing, entropy):
 
 
 def forward_activations(s, tokens, item):
-    """A pass without gradients, in the MLP: the stream, before and after its norm, and what comes next; gate, up and
-    their product, and with adapters one more."""
+    """A pass without gradients, in the MLP: the stream, before and after its norm, and what comes next; gate,
+    up and their product, and with adapters one more."""
     return tokens * (3 * s.hidden + (4 if s.rank else 3) * s.intermediate) * item
 
 
 # ------------------------------------------------------------------------------------------------- rollouts
 def vision_activations(s, frame_tokens, item):
-    """A batch of frames through the vision tower: the stream, queries, keys and values, and the first two rotated in
-    float32, with the products on the way; or the MLP; and the pixels."""
+    """A batch of frames through the vision tower: the stream, queries, keys and values, and the first two
+    rotated in float32, with the products on the way; or the MLP; and the pixels."""
     patches = VISION_BATCH * frame_tokens * PATCHES_PER_TOKEN
     attention = s.vision_hidden * (6 * item + 7 * FLOAT)
     mlp = s.vision_hidden * 3 * item + s.vision_intermediate * 3 * item
@@ -136,7 +139,12 @@ def decode_logits(s, rows, item):
     return rows * s.vocabulary * (item + 2 * FLOAT)
 
 
-# ------------------------------------------------------------------------------------- episodes, and their time
+# ----------------------------------------------------------------------------------- episodes, and their time
+ZOOMS = 2  # of an episode: the paper reports about so many a question
+TURN_TOKENS = 200  # that a turn says: a guess, for times alone
+PROMPT_TEXT = 1_500  # tokens of the system prompt, the question, and the frames' tags
+
+
 @dataclass(frozen=True)
 class Episodes:
     """Tokens and frames of a step's share of a process, by what is expected of an episode."""
@@ -163,11 +171,6 @@ class Episodes:
     def all_frames(self):
         """Distinct ones."""
         return self.groups * (self.frames + self.size * self.zoomed)
-
-
-ZOOMS = 2  # of an episode: the paper reports about so many a question
-TURN_TOKENS = 200  # that a turn says: a guess, for times alone
-PROMPT_TEXT = 1_500  # tokens of the system prompt, the question, and the frames' tags
 
 
 def episodes_of(config, model_config, env_config, processes):
@@ -206,7 +209,7 @@ def pass_tokens(e, max_tokens):
 
 
 def flops(s, tokens, length):
-    """Of a forward pass: a product and a sum for each weight, and attention over half the length on average."""
+    """Of a forward pass: a product and a sum for each weight, and attention over half the length."""
     return tokens * (2 * s.language + 4 * s.layers * s.hidden * length / 2)
 
 
@@ -220,11 +223,13 @@ def update_seconds(s, e, config, card, shards, across, item, with_reference, off
     on_host = getattr(config, "on_host", ())
     weights = item * s.language
     forward = flops(s, tokens, e.prompt + e.own) / (peak * OF_PEAK)
-    return {"passes": forwards * forward,  # weights come beside them: what takes longer counts
-            "gathering": max(0.0, passes * 3 * weights / LINK[across] - forwards * forward) if shards > 1 else 0.0,
+    computing, gathering = forwards * forward, passes * 3 * weights / LINK[across] if shards > 1 else 0.0
+    features = e.all_frames * e.frame_tokens * s.hidden * item
+    return {"passes": computing,  # weights come beside them: what takes longer counts
+            "gathering": max(0.0, gathering - computing),
             "optimizer": updates * (24 * s.trained / BUS if offload else adam / (bandwidth * OF_BANDWIDTH)),
             "reference": max(0.0, passes * weights / BUS - forward) if "reference" in on_host else 0.0,
-            "features": 2 * e.all_frames * e.frame_tokens * s.hidden * item / BUS if "features" in on_host else 0.0}
+            "features": 2 * features / BUS if "features" in on_host else 0.0}
 
 
 def rollout_seconds(s, e, rows, card, item):

@@ -1,12 +1,12 @@
-"""A memory plan, before anything is loaded: what a run needs on each GPU and on the host, and whether it fits.
+"""A memory plan, before anything is loaded: what a run needs on each GPU and on the host, and if it fits.
 
     python rl.py --plan --model Qwen/Qwen2.5-VL-7B-Instruct --gpus 8 --gpu_gb 80 ...     any other flags
     python sft.py --plan --model FOLDER --gpus 1 --gpu_gb 24 --host_gb 64
 
-It reads the model's config.json (and zoom_config.json), touches no device and writes nothing. It counts the two times at
-which a GPU holds most: the rollout (RL), and the update, each at its worst moment. Exit status 0: it fits. 1: it does
-not, and the plan names flags with which it would, and what they cost. GB are 1e9 bytes. Where episodes decide (features,
-times), scale/estimates.py says what is expected of one.
+It reads the model's config.json (and zoom_config.json), touches no device and writes nothing. It counts the
+two times at which a GPU holds most: the rollout (RL), and the update, each at its worst moment. Exit status
+0: it fits. 1: it does not, and the plan names flags with which it would, and what they cost. GB are 1e9
+bytes. Where episodes decide (features, times), scale/estimates.py says what is expected of one.
 
 `choose` does the same for a run whose flags leave it open who holds the weights.
 """
@@ -35,8 +35,10 @@ PROCESS = 4e9  # host memory of a process with PyTorch, CUDA's libraries and wha
 # --------------------------------------------------------------------------------------------------- the plan
 @dataclass(frozen=True)
 class Plan:
-    """rollout and update: {category: bytes} of a GPU, host: of a machine; without rollout in SFT. seconds: expected
-    of the parts of a step, {} for each of rollout and update. notes: lines."""
+    """What a run needs.
+
+    rollout, update: {category: bytes} of a GPU; without rollout in SFT that plays no held-out questions.
+    host: the same of a machine. seconds: {"rollout", "update": {part of a step: expected seconds}}."""
 
     title: str
     rollout: dict
@@ -50,14 +52,17 @@ class Plan:
 
     @property
     def on_gpu(self):
-        return {what: sum(part.values()) for what, part in (("rollout", self.rollout), ("update", self.update)) if part}
+        """{time: {category: bytes}}, of the times that there are."""
+        return {what: part for what, part in (("rollout", self.rollout), ("update", self.update)) if part}
 
     @property
     def faults(self):
         """What does not fit, in words."""
-        needs = [(f"GPU at {what}", size, self.gpu_bytes) for what, size in self.on_gpu.items()]
-        needs.append(("host", sum(self.host.values()), self.host_bytes))
-        return [f"{where} {size / 1e9:.1f} of {there / 1e9:.0f} GB" for where, size, there in needs if size > there]
+        needs = [(f"GPU at {what}", part, self.gpu_bytes) for what, part in self.on_gpu.items()]
+        needs = [(where, sum(part.values()), there) for where, part, there in
+                 (*needs, ("host", self.host, self.host_bytes))]
+        return [f"{where} {size / 1e9:.1f} of {there / 1e9:.0f} GB"
+                for where, size, there in needs if size > there]
 
     @property
     def fits(self):
@@ -65,24 +70,58 @@ class Plan:
 
     def text(self):
         """The plan, as a table."""
-        times = {"rollout": self.rollout, "update": self.update} if self.rollout else {"update": self.update}
-        row = lambda name, cells: f"  {name:<24}" + "".join(f"{cell:>10}" for cell in cells)
-        lines = [f"plan: {self.title}", row("GB a GPU", times)]
+        def row(name, sizes):
+            return f"  {name:<24}" + "".join(f"{size / 1e9:>10.2f}" for size in sizes)
+
+        times = self.on_gpu
+        lines = [f"plan: {self.title}", f"  {'GB a GPU':<24}" + "".join(f"{what:>10}" for what in times)]
         for category in dict.fromkeys(itertools.chain(*times.values())):
-            cells = [part.get(category, 0) for part in times.values()]
-            if any(cells):
-                lines.append(row(category, [f"{size / 1e9:.2f}" for size in cells]))
-        lines.append(row(f"all, of {self.gpu_bytes / 1e9:.0f}", [f"{sum(p.values()) / 1e9:.2f}" for p in times.values()]))
-        lines.append(row("GB of a machine's host", []))
-        lines += [row(category, [f"{size / 1e9:.2f}"]) for category, size in self.host.items() if size]
-        lines.append(row(f"all, of {self.host_bytes / 1e9:.0f}", [f"{sum(self.host.values()) / 1e9:.2f}"]))
+            sizes = [part.get(category, 0) for part in times.values()]
+            if any(sizes):
+                lines.append(row(category, sizes))
+        lines.append(row(f"all, of {self.gpu_bytes / 1e9:.0f}", [sum(p.values()) for p in times.values()]))
+        lines.append("  GB of a machine's host")
+        lines += [row(category, [size]) for category, size in self.host.items() if size]
+        lines.append(row(f"all, of {self.host_bytes / 1e9:.0f}", [sum(self.host.values())]))
         for what, parts in self.seconds.items():
             shares = ", ".join(f"{part} {seconds:.0f}" for part, seconds in parts.items() if seconds >= 0.5)
             lines.append(f"  {what}: about {sum(parts.values()):.0f} s a step ({shares})")
-        lines.append(f"  seconds are arithmetic, not measured: {of.OF_PEAK:.0%} of the FLOP/s and {of.OF_BANDWIDTH:.0%} of the "
-                     f"bytes/s of one {self.card}, {of.ZOOMS} zooms an episode, {of.TURN_TOKENS} tokens a turn")
+        lines.append(f"  seconds are arithmetic, not measured: {of.OF_PEAK:.0%} of the FLOP/s and "
+                     f"{of.OF_BANDWIDTH:.0%} of the bytes/s of one {self.card}, {of.ZOOMS} zooms an episode, "
+                     f"{of.TURN_TOKENS} tokens a turn")
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines + ["fits" if self.fits else f"does not fit: {'; '.join(self.faults)}"])
+
+
+class Run:
+    """What a run's settings come to: its Config, sizes and episodes, and who holds what."""
+
+    def __init__(self, name, config, model_config, env_config, processes, sizes=None):
+        self.name, self.config, self.env_config, self.processes = name, config, env_config, processes
+        self.sizes = sizes or of.sizes_of(model_config, config.lora_rank, config.lora_targets)
+        self.episodes = of.episodes_of(config, model_config, env_config, processes)
+        self.item = 4 if config.dtype == "float32" else 2  # bytes of a number in the compute dtype
+        self.in_rl, self.here = name == "rl", min(processes, GPUS_A_MACHINE)  # here: processes of a machine
+        self.shard, self.shards = shards_of(config, processes)
+        self.in_shards = self.shard != "none"
+        self.offload, self.on_host = getattr(config, "offload", False), getattr(config, "on_host", ())
+        self.with_reference = self.in_rl and config.kl_weight > 0
+        self.own_reference = self.with_reference and not config.lora_rank  # it has weights
+        self.entropy = self.in_rl and config.entropy_weight != 0
+        # what plays, if any: SFT's held-out questions do, too
+        self.play = config if self.in_rl else RolloutConfig() if config.val else None
+
+    @property
+    def frame_bytes(self):
+        """Features of a frame."""
+        return self.episodes.frame_tokens * self.sizes.hidden * self.item
+
+    @property
+    def live_frames(self):
+        """Of the episodes that are played at one time."""
+        e = self.episodes
+        rows = min(self.play.max_rows, e.groups * e.size) if self.play else 0
+        return -(-rows // e.size) * e.frames + rows * e.zoomed
 
 
 def shards_of(config, processes):
@@ -101,121 +140,151 @@ def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host
         processes: of the run, one a GPU, 8 a machine.
         gpu_bytes, host_bytes: what a GPU and a machine have.
         sizes: `estimates.sizes_of`, if they are there already."""
-    s = sizes or of.sizes_of(model_config, config.lora_rank, config.lora_targets)
-    item = 4 if config.dtype == "float32" else 2
-    in_rl, here = name == "rl", min(processes, GPUS_A_MACHINE)
-    play = config if in_rl else RolloutConfig() if config.val else None  # what plays, if any: SFT's held-out questions
-    on_host, offload = getattr(config, "on_host", ()), getattr(config, "offload", False)
-    shard, shards = shards_of(config, processes)
-    in_shards, e = shard != "none", of.episodes_of(config, model_config, env_config, processes)
-    with_reference = in_rl and config.kl_weight > 0
-    apart = with_reference and not s.rank  # the reference has weights of its own
-
-    # weights, gradients, moments
-    held = {"compute weights": item * (s.vision + (0 if in_shards else s.language) + s.trained * bool(s.rank)),
-            "masters": of.FLOAT * s.trained / shards if in_shards or item < of.FLOAT else 0,
-            "moments": 2 * of.FLOAT * s.trained / shards, "reference": item * s.language / shards if apart else 0}
-    gradients = of.FLOAT * s.trained / shards
-    host = {"processes": here * PROCESS}
-    if offload:
-        largest = max(s.layer, s.vocabulary * s.hidden)
-        host["masters and moments"] = of.FLOAT * (3 * s.trained + 2 * largest)
-        held |= {"masters": 0, "moments": 0}
-    if apart and "reference" in on_host:
-        host["reference"] = item * s.layers * s.layer
-        held["reference"] = item * (s.root + 2 * s.layer)
-
-    # frames: features on the GPU or the host, images on the host as long as they may be shown
-    of_frame = e.frame_tokens * s.hidden * item
-    features, image = e.all_frames * of_frame, 3 * env_config.max_pixels
-    live, ahead = 0, 0  # frames of the episodes that are played, and of what is decoded meanwhile
-    if play:
-        rows = min(play.max_rows, e.groups * e.size)
-        live = -(-rows // e.size) * e.frames + rows * e.zoomed
-        ahead = max(4, play.max_rows // e.size) * e.frames
-    host["frames"] = here * image * max(live + ahead, 0 if in_rl else 2 * e.all_frames)  # SFT: this batch and the next
-    if "features" in on_host:
-        host["features"] = here * features
-    # before and after: each process reads, the first one exports, with adapters merged copies of what has them
-    files = max(here * item * (s.largest / shards if in_shards else s.total), item * (s.total + s.adapted))
-    if files > sum(host.values()) - host["processes"]:
-        host = {"processes": host["processes"], "loading and exporting": files}
+    run = Run(name, config, model_config, env_config, processes, sizes)
+    s, e, card = run.sizes, run.episodes, of.card_of(gpu_bytes)
     reserve = (RESERVE if gpu_bytes > 24e9 else RESERVE_SMALL) + RESERVE_NCCL * (processes > 1)
+    update = held(run) | update_of(run) | {"reserve": reserve}
+    across = run.shard == "all" and processes > run.here  # machines
+    seconds = {"update": of.update_seconds(s, e, config, card, run.shards, across, run.item,
+                                           run.with_reference, run.offload)}
+    rollout, notes = {}, ()
+    if run.play:
+        rollout = rollout_of(run, held(run) | {"reserve": reserve}, gpu_bytes)
+    if run.in_rl:
+        rows, notes = rows_at_once(run, rollout["cache"]), notes_of(run, rollout["cache"])
+        seconds = {"rollout": of.rollout_seconds(s, e, rows, card, run.item)} | seconds
+    title = (f"{name}.py, {s.total / 1e9:.2f} B parameters, {s.trained / 1e9:.2f} B trained, {processes} "
+             f"GPU(s), {f'weights in {run.shards} shards' if run.in_shards else 'all weights on each'}"
+             + ", offload" * run.offload)
+    return Plan(title, rollout, update, host_of(run), gpu_bytes, host_bytes, seconds, card[0], notes)
 
-    # the update, at the moment of a pass, or of the optimizer's step, at which there is most
-    entropy = in_rl and config.entropy_weight != 0
-    moments = of.pass_moments(s, config.max_tokens_per_pass, item, config.gradient_checkpointing, entropy)
-    if in_shards:
+
+def held(run):
+    """{category: bytes} of what a GPU holds at all times."""
+    s, item = run.sizes, run.item
+    compute = s.vision + (0 if run.in_shards else s.language) + (s.trained if s.rank else 0)
+    reference = item * s.language / run.shards
+    if "reference" in run.on_host:  # its layers come to two places
+        reference = item * (s.root + 2 * s.layer)
+    apart = run.in_shards or item < of.FLOAT  # masters are not the compute weights
+    return {"compute weights": item * compute,
+            "masters": of.FLOAT * s.trained / run.shards if apart and not run.offload else 0,
+            "moments": 0 if run.offload else 2 * of.FLOAT * s.trained / run.shards,
+            "reference": reference if run.own_reference else 0}
+
+
+def host_of(run):
+    """{category: bytes} of a machine's host, when it holds most."""
+    s, e = run.sizes, run.episodes
+    processes, load = run.here * PROCESS, run.item * (s.largest / run.shards if run.in_shards else s.total)
+    # images: in RL of what is played and decoded ahead, in SFT of this batch and the next one
+    ahead = max(4, run.play.max_rows // e.size) * e.frames if run.play else 0
+    frames = max(run.live_frames + ahead, 0 if run.in_rl else 2 * e.all_frames)
+    there = {"frames": run.here * 3 * run.env_config.max_pixels * frames}
+    if run.offload:  # and the memory that two groups of gradients pass through
+        there["masters and moments"] = of.FLOAT * (3 * s.trained + 2 * max(s.layer, s.largest))
+    if run.own_reference and "reference" in run.on_host:
+        there["reference"] = run.item * s.layers * s.layer
+    if "features" in run.on_host:
+        there["features"] = run.here * e.all_frames * run.frame_bytes
+    # the first process exports, with adapters copies of what is merged
+    files = max(run.here * load, run.item * (s.total + s.adapted))
+    if files > sum(there.values()):
+        there = {"loading, exporting": files}
+    return {"processes": processes} | there
+
+
+def update_of(run):
+    """{category: bytes} of the update beside what is held, at the moment of a pass, or of the optimizer's
+    step, at which there is most."""
+    s, item, shards, config = run.sizes, run.item, run.shards, run.config
+    tokens, head = config.max_tokens_per_pass, item * s.vocabulary * s.hidden
+    moments = of.pass_moments(s, tokens, item, config.gradient_checkpointing, run.entropy)
+    at_head, at_layer, at_end = (moments[name] for name in ("head", "layer", "end"))
+    if run.in_shards:
         root, layer = s.root, s.layer
-        moments["head"]["gathered weights"] = item * (root + layer)
-        moments["layer"]["gathered weights"] = item * (root + 2 * layer)
-        moments["layer"]["passing gradients"] = item * s.vocabulary * s.hidden + of.FLOAT * layer
-        moments["end"]["passing gradients"] = (item + of.FLOAT + of.FLOAT / shards) * root
-        if processes > shards:  # what goes to other machines stays to the end of the backward pass
+        at_head["gathered weights"] = item * (root + layer)
+        at_layer["gathered weights"] = item * (root + 2 * layer)
+        at_layer["passing gradients"] = head + of.FLOAT * layer
+        at_end["passing gradients"] = (item + of.FLOAT + of.FLOAT / shards) * root
+        if run.processes > shards:  # what is summed over machines stays to the end of the backward pass
             summed = of.FLOAT * s.layers * layer / shards
-            less = (s.layers - 1) * s.hidden * config.max_tokens_per_pass * item
-            first = {"activations": max(0, moments["layer"]["activations"] - less),
-                     "passing gradients": moments["layer"]["passing gradients"] + summed}
-            moments["first layer"] = moments["layer"] | first
-            moments["end"]["passing gradients"] += summed - of.FLOAT * root / shards
-        if apart:  # the policy's root, and the reference's with two layers
-            forward = of.forward_activations(s, config.max_tokens_per_pass, item)
-            moments["reference"] = {"activations": moments["head"]["activations"] + forward,
+            less = (s.layers - 1) * s.hidden * tokens * item
+            moments["first layer"] = at_layer | {
+                "activations": max(0, at_layer["activations"] - less),
+                "passing gradients": at_layer["passing gradients"] + summed}
+            at_end["passing gradients"] += summed - of.FLOAT * root / shards
+        if run.own_reference:  # the policy's root, and the reference's with two layers
+            forward = of.forward_activations(s, tokens, item)
+            moments["reference"] = {"activations": at_head["activations"] + forward,
                                     "gathered weights": item * (2 * root + 2 * layer)}
-    elif processes > 1:  # gradients are summed in buckets
+    elif run.processes > 1:  # gradients are summed in buckets
         moments["step"] = {"passing gradients": max(64e6, of.FLOAT * s.largest)}
-    peak = max(moments.values(), key=lambda moment: sum(moment.values()))
-    update = held | {"gradients": gradients, **peak, "features": 0 if "features" in on_host else features,
-                     "reserve": reserve}
+    features = 0 if "features" in run.on_host else run.episodes.all_frames * run.frame_bytes
+    return {"gradients": of.FLOAT * s.trained / shards, "features": features,
+            **max(moments.values(), key=lambda moment: sum(moment.values()))}
 
-    # the rollout
-    rollout, notes, rows = {}, [], 1
-    if play:
-        row = (e.prompt + play.max_response_tokens) * of.cache_token(s, item)
-        playing = max(of.forward_activations(s, of.PREFILL_TOKENS, item), of.vision_activations(s, e.frame_tokens, item))
-        rollout = held | {"gathered weights": item * s.language if in_shards else 0,
-                          "features": features if in_rl and "features" not in on_host else of_frame * live,
-                          "activations": playing, "logits": of.decode_logits(s, play.max_rows, item), "reserve": reserve}
-        of_cache = of.decode_activations(s, item)
-        cache = play.cache_gb
-        if cache == "auto":
-            left = (gpu_bytes - sum(rollout.values())) / (1 + of_cache)
-            cache = max(row, min(left, play.max_rows * row)) / 1e9
-        rollout["cache"] = cache * 1e9
-        rollout["activations"] += of_cache * cache * 1e9
-        prompts = -(-play.max_rows // e.size) * e.prompt * of.cache_token(s, item)
-        rows = max(1, min(play.max_rows, e.groups * e.size, (cache * 1e9 - prompts) // (of.cache_token(s, item) * e.own)))
-        if cache * 1e9 < row:
-            notes.append(f"an episode of --max_response_tokens takes {row / 1e9:.1f} GB of cache, more than --cache_gb")
-        if in_rl and (longest := e.prompt + play.max_response_tokens) > config.max_tokens_per_pass:
-            more = of.pass_moments(s, longest, item, config.gradient_checkpointing, entropy)["layer"]["activations"]
-            notes.append(f"an episode of {longest:,} tokens, the longest that may be, runs in one pass all the same: its "
-                         f"activations would be {more / 1e9:.1f} GB")
-    card = of.card_of(gpu_bytes)
-    seconds = {"update": of.update_seconds(s, e, config, card, shards, shard == "all" and processes > here, item,
-                                           with_reference, offload)}
-    if in_rl:
-        seconds = {"rollout": of.rollout_seconds(s, e, rows, card, item)} | seconds
-    title = (f"{name}.py, {s.total / 1e9:.2f} B parameters, {s.trained / 1e9:.2f} B trained, {processes} GPU(s), "
-             + (f"weights in {shards} shards" if in_shards else "all weights on each") + ", offload" * offload)
-    return Plan(title, rollout, update, host, gpu_bytes, host_bytes, seconds, card[0], tuple(notes))
+
+def rollout_of(run, there, gpu_bytes):
+    """{category: bytes} of the rollout, with what is `there`. A cache that is to take what is left gets at
+    least what one episode may need, and at most what --max_rows of them may."""
+    s, e, item, play = run.sizes, run.episodes, run.item, run.play
+    frames = e.all_frames if run.in_rl and "features" not in run.on_host else run.live_frames
+    passing = max(of.forward_activations(s, of.PREFILL_TOKENS, item),
+                  of.vision_activations(s, e.frame_tokens, item))
+    rollout = there | {"gathered weights": item * s.language if run.in_shards else 0,
+                       "features": frames * run.frame_bytes, "activations": passing,
+                       "logits": of.decode_logits(s, play.max_rows, item)}
+    beside = of.decode_activations(s, item)  # ... for each byte of the cache
+    if (cache := play.cache_gb) == "auto":
+        row = longest(run) * of.cache_token(s, item)
+        left = (gpu_bytes - sum(rollout.values())) / (1 + beside)
+        cache = max(row, min(left, play.max_rows * row)) / 1e9
+    rollout["activations"] += beside * cache * 1e9
+    return rollout | {"cache": cache * 1e9}
+
+
+def longest(run):
+    """Tokens of the longest episode that may be."""
+    return run.episodes.prompt + run.play.max_response_tokens
+
+
+def rows_at_once(run, cache):
+    """Episodes that play at one time, as the cache has room for them."""
+    e, token = run.episodes, of.cache_token(run.sizes, run.item)
+    prompts = -(-run.play.max_rows // e.size) * e.prompt * token
+    return max(1, min(run.play.max_rows, e.groups * e.size, (cache - prompts) // (token * e.own)))
+
+
+def notes_of(run, cache):
+    """Lines on episodes as long as they may be."""
+    s, config, notes = run.sizes, run.config, []
+    if cache < (row := longest(run) * of.cache_token(s, run.item)):
+        notes.append(f"the longest episode takes {row / 1e9:.1f} GB of cache, more than --cache_gb")
+    if longest(run) > config.max_tokens_per_pass:
+        moments = of.pass_moments(s, longest(run), run.item, config.gradient_checkpointing, run.entropy)
+        activations = moments["layer"]["activations"] / 1e9
+        notes.append(f"an episode of {longest(run):,} tokens, the longest that may be, runs in one pass all "
+                     f"the same, whose activations are {activations:.1f} GB")
+    return tuple(notes)
 
 
 # ------------------------------------------------------------------------------------------------- the choice
 def choose(name, config, model_config, env_config, processes, gpu_bytes, host_bytes):
-    """Who holds the weights, where the flags leave it open: of what fits, what costs least. With several processes
-    each all of them, or shards of a machine's (of several machines) or of all; with one, masters and moments on the
-    host, then frames' features and the reference, too.
+    """Who holds the weights, where the flags leave it open: of what fits, what costs least. With several
+    processes each all of them, or in shards, of a machine (where there are several) or of all; with one,
+    masters and moments on the host, then frames' features and the reference, too.
 
     Returns (the changed config, a line that says what and why); where nothing fits, the last of them."""
     options, has = [{}], {f.name for f in fields(config)}
-    if processes > 1 and config.shard is None and not config.lora_rank and config.dtype != "float32":
-        machines = processes > GPUS_A_MACHINE
-        options = [{"shard": "none"}, *([{"shard": "node"}] if machines else []), {"shard": "all"}]
-    elif processes == 1 and not config.lora_rank and not getattr(config, "offload", False) and "offload" in has:
-        hosts = [[], ["features"], ["features", "reference"]] if "on_host" in has and name == "rl" else [None]
-        options += [{"offload": True} | ({} if names is None else {"on_host": sorted({*config.on_host, *names})})
-                    for names in hosts]
+    whole = not config.lora_rank and config.dtype != "float32"
+    if processes > 1 and config.shard is None and whole:
+        options = [{"shard": "none"}, *([{"shard": "node"}] if processes > GPUS_A_MACHINE else []),
+                   {"shard": "all"}]
+    elif processes == 1 and not config.lora_rank and "offload" in has and not config.offload:
+        on_host = [set(), {"features"}, {"features", "reference"}] if name == "rl" else [set()]
+        options += [{"offload": True} | ({"on_host": sorted(names | {*config.on_host})} if names else {})
+                    for names in on_host]
     sizes = of.sizes_of(model_config, config.lora_rank, config.lora_targets)
     for changes in options:
         chosen = replace(config, **changes)
@@ -226,21 +295,22 @@ def choose(name, config, model_config, env_config, processes, gpu_bytes, host_by
     what = f"weights in {shards} shards" if shard != "none" else "all weights on each GPU"
     if getattr(chosen, "offload", False):
         what = " and ".join(["masters", "moments", *getattr(chosen, "on_host", ())]) + " in host memory"
-    sums = plan.on_gpu
-    also = f", {sums['rollout'] / 1e9:.0f} at rollout" if "rollout" in sums else ""
-    return chosen, (f"memory: {what}; {sums['update'] / 1e9:.0f} of {gpu_bytes / 1e9:.0f} GB a GPU at update{also} (plan)"
+    gb = {time: f"{sum(part.values()) / 1e9:.0f}" for time, part in plan.on_gpu.items()}
+    also = f", {gb['rollout']} at rollout" if "rollout" in gb else ""
+    return chosen, (f"memory: {what}; {gb['update']} of {gpu_bytes / 1e9:.0f} GB a GPU at update{also} (plan)"
                     + f"; it may not fit: see {name}.py --plan" * (not plan.fits))
 
 
 # ------------------------------------------------------------------------------------------- what would help
 def remedies(name, config, model_config, env_config, processes, gpu_bytes, host_bytes):
-    """Flags with which a run fits that does not: [(settings, {setting: what it costs})], of each kind what costs least:
-    the same results, fewer questions a step, adapters, more GPUs."""
+    """Flags with which a run fits that does not: [(settings, {setting: what it costs})], of each kind what
+    costs least: the same results, fewer questions a step, adapters, more GPUs."""
     sized = {rank: of.sizes_of(model_config, rank, config.lora_targets) for rank in {config.lora_rank, 16}}
 
     def plan_of(changes):
-        gpus, changed = changes.get("gpus", processes), replace(config, **changes)
-        return make_plan(name, changed, model_config, env_config, gpus, gpu_bytes, host_bytes, sized[changed.lora_rank])
+        changed = replace(config, **changes)
+        return make_plan(name, changed, model_config, env_config, changes.get("gpus", processes), gpu_bytes,
+                         host_bytes, sized[changed.lora_rank])
 
     def best(**forced):
         """Of what fits: the most questions a step, then the fewest flags, then the least time."""
@@ -254,7 +324,7 @@ def remedies(name, config, model_config, env_config, processes, gpu_bytes, host_
         return min(found)[-1] if found else None
 
     fewer = [n for n in (64, 32, 16, 8) if n < config.batch_size] if name == "rl" else []
-    first_of = lambda options: next((changes for forced in options if (changes := best(**forced)) is not None), None)
+    first_of = lambda options: next((found for forced in options if (found := best(**forced))), None)
     same = best()
     kinds = [same, same is None and first_of({"batch_size": n} for n in fewer)]
     if not config.lora_rank:
@@ -272,7 +342,8 @@ def changes_of(name, config, forced, processes):
     choices = [[forced]]
     if name == "rl" and config.cache_gb != "auto":
         choices.append([{}, {"cache_gb": "auto"}])
-    choices.append([{}, *({"max_tokens_per_pass": n} for n in (16_384, 8192, 4096) if n < config.max_tokens_per_pass)])
+    tokens = [n for n in (16_384, 8192, 4096) if n < config.max_tokens_per_pass]
+    choices.append([{}, *({"max_tokens_per_pass": n} for n in tokens)])
     if not config.gradient_checkpointing:
         choices.append([{}, {"gradient_checkpointing": True}])
     if offload and not (one and trains_all):
@@ -294,16 +365,17 @@ def changes_of(name, config, forced, processes):
 def costs(changes, config, plan_of):
     """{setting: what it costs, in words}."""
     after, has = plan_of(changes), lambda part: after.seconds["update"].get(part, 0.0)
-    before = {key: plan_of({k: v for k, v in changes.items() if k != key}) for key in ("cache_gb", "max_tokens_per_pass")}
-    passes = has("passes") - before["max_tokens_per_pass"].seconds["update"]["passes"]
-    words = {"cache_gb": f"{after.rollout.get('cache', 0) / 1e9:.1f} GB of cache, not "
-                         f"{before['cache_gb'].rollout.get('cache', 0) / 1e9:.1f}: if less, fewer episodes at a time",
-             "on_host": f"{has('features') + has('reference'):.0f} s a step for copies, beyond those beside passes",
+    without = lambda key: plan_of({k: v for k, v in changes.items() if k != key})
+    passes = has("passes") - without("max_tokens_per_pass").seconds["update"]["passes"]
+    cache = [plan.rollout.get("cache", 0) / 1e9 for plan in (after, without("cache_gb"))]
+    copies = has("features") + has("reference")
+    words = {"cache_gb": f"{cache[0]:.1f} GB of cache, not {cache[1]:.1f}: if less, fewer episodes at a time",
+             "on_host": f"{copies:.0f} s a step for copies, beyond those beside passes",
              "max_tokens_per_pass": f"prompts are computed again for each pass: {passes:.0f} s a step",
              "gradient_checkpointing": "each layer is computed twice",
              "offload": f"the CPU steps: {has('optimizer'):.0f} s a step" if changes.get("offload") else
                         "not with adapters, nor with several processes",
-             "shard": f"weights are gathered for each pass: {has('gathering'):.0f} s a step beyond what goes beside it",
+             "shard": f"weights are gathered for each pass: {has('gathering'):.0f} s a step beyond passes",
              "batch_size": "another run: fewer questions a step",
              "lora_rank": "another method: adapters are trained alone, with an --lr of their own",
              "gpus": "more GPUs"}
@@ -321,14 +393,15 @@ def as_flags(changes):
 
 # ------------------------------------------------------------------------------------------------ the command
 def read_settings(name_or_path):
-    """A model's configuration and settings of the environment, of a folder with config.json or a name on the hub.
-    Raises PolicyError."""
+    """A model's configuration and settings of the environment, of a folder with config.json or a name on the
+    hub. Raises PolicyError."""
     path = Path(name_or_path)
     with loading(name_or_path):
         if path.exists() or str(name_or_path).startswith((".", "/", "~", "runs/")):
             if not (path / "config.json").is_file():
                 raise UserError("a plan needs a folder with a config.json, or a name on the hub")
-            if fault := object_fault(path / "config.json") or config_fault(json.loads(read_text(path / "config.json"))):
+            file = path / "config.json"
+            if fault := object_fault(file) or config_fault(json.loads(read_text(file))):
                 raise UserError(fault)
         model_config = AutoConfig.from_pretrained(name_or_path)
         if fault := config_fault(model_config.to_dict()):
@@ -339,8 +412,9 @@ def read_settings(name_or_path):
 def gpu_here():
     """Bytes of this machine's first GPU, without touching it."""
     try:
-        ask = "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"
-        return float(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]) * 2 ** 20
+        ask = "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"  # in MiB
+        said = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+        return float(said.split()[0]) * 2 ** 20
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
         raise UserError("--plan: no GPU is seen here; say with --gpu_gb what one of them has") from None
 
@@ -357,7 +431,7 @@ def host_here():
 
 
 def plan_main(name, config, model=None):
-    """Prints the plan of a run and exits, with status 0 where it fits, else 1. `model`: where --model is not given."""
+    """Prints the plan of a run and exits, with status 0 where it fits, else 1. `model`: without --model."""
     model_config, env_config = read_settings(config.model or model)
     gpu_bytes = config.gpu_gb * 1e9 if config.gpu_gb else gpu_here()
     host_bytes = config.host_gb * 1e9 if config.host_gb else host_here()
