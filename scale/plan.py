@@ -22,6 +22,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from common import UserError, read_text
+from generation import PREFILL_TOKENS
 from rollout import RolloutConfig
 from scale import estimates as of
 from scale.checkpoints import config_fault, load_env_config, loading, object_fault
@@ -230,7 +231,7 @@ def rollout_of(run, there, gpu_bytes):
     least what one episode may need, and at most what --max_rows of them may."""
     s, e, item, play = run.sizes, run.episodes, run.item, run.play
     frames = e.all_frames if run.in_rl and "features" not in run.on_host else run.live_frames
-    passing = max(of.forward_activations(s, of.PREFILL_TOKENS, item),
+    passing = max(of.forward_activations(s, PREFILL_TOKENS, item),
                   of.vision_activations(s, e.frame_tokens, item))
     rollout = there | {"gathered weights": item * s.language if run.in_shards else 0,
                        "features": frames * run.frame_bytes, "activations": passing,

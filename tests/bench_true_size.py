@@ -2,11 +2,10 @@
 
     python tests/bench_true_size.py --tokenizer DIR                      DIR has Qwen's tokenizer.json; else the demo's is used
     python tests/bench_true_size.py --layers 2 4 6 --offload             the slope of the peak, a layer
-    python tests/bench_true_size.py --config tests/configs/qwen2.5-vl-7b --device cuda ...
 
-Rewards are planted (tests/planted_rl.py): those of a random policy are all the same and nothing would be learned. On a CPU
-the peak is that of the process's own memory (RssAnon, sampled), less what it has after its imports; on CUDA it is what
-PyTorch had allocated. Runs sft.py and rl.py as a user does; checks that steps were made and that what is frozen stayed.
+Rewards are planted (tests/planted_rl.py): those of a random policy are all the same and nothing would be learned. The
+peak is what the process has in memory (VmRSS, sampled; CPU), less what it has after its imports. Runs sft.py and rl.py as a
+user does; checks that steps were made and that what is frozen stayed.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from zoom_env import EnvConfig  # noqa: E402
 FEW = EnvConfig(overview_max_frames=4, zoom_max_frames=2, max_zooms=1, min_pixels=25_088, max_pixels=25_088)
 COMMON = ["--dtype", "bfloat16", "--max_tokens_per_pass", "2048", "--resume", "never", "--save_every", "1000"]
 RL = ["--steps", "1", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2", "--max_turn_tokens", "16",
-      "--max_response_tokens", "600", "--max_rows", "4", "--max_draws", "4", "--cache_gb", "1"]
+      "--max_response_tokens", "600", "--max_rows", "4", "--max_draws", "4", "--cache_gb", "0.3"]
 SFT = ["--batch_size", "2"]
 IMPORTS = "import sys; sys.path.insert(0, {root!r}); import rl, sft, time; print('there', flush=True); time.sleep(60)"
 
@@ -61,37 +60,35 @@ def make_checkpoint(config_folder, layers, tokenizer, folder):
     save_policy(policy, folder)
 
 
-def anonymous_bytes(pid):
+def resident_bytes(pid):
     try:
-        for line in open(f"/proc/{pid}/status"):
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+        return next(int(line.split()[1]) * 1024 for line in open(f"/proc/{pid}/status") if line.startswith("VmRSS"))
+    except (OSError, StopIteration):  # it ends
+        return 0
 
 
-def peak_of(command):
-    """(output, peak of the process's own memory, seconds) of a command that has to succeed."""
-    began, peak = time.time(), 0
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def peaks_of(command, out):
+    """(output, peak until it exports, peak after that, seconds) of a command that has to succeed: bytes in memory."""
+    began, peaks = time.time(), [0, 0]
+    run = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = []
     reader = threading.Thread(target=lambda: said.extend(run.stdout))
     reader.start()
     while run.poll() is None:
-        peak = max(peak, anonymous_bytes(run.pid))
+        exports = any(out.glob("saving*")) or (out / "checkpoints").exists()
+        peaks[exports] = max(peaks[exports], resident_bytes(run.pid))
         time.sleep(0.02)
     reader.join()
     if run.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {run.returncode}:\n{''.join(said)[-3000:]}")
-    return "".join(said), peak, time.time() - began
+    return "".join(said), *peaks, time.time() - began
 
 
 def after_imports():
     """Memory that a process has before it does anything."""
     run = subprocess.Popen([sys.executable, "-c", IMPORTS.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
     run.stdout.readline()
-    taken = anonymous_bytes(run.pid)
+    taken = resident_bytes(run.pid)
     run.kill()
     return taken
 
@@ -111,11 +108,11 @@ def adapters_moved(folder):
         return all(file.get_tensor(name).abs().max() > 0 for name in file.keys() if "lora_B" in name)
 
 
-def plan_total(stage, flags, host_gb):
-    """GB of the plan: on one device with `host_gb`, without its reserve; on a CPU device and host are one."""
+def plan_total(stage, flags):
+    """GB of the plan, without its reserve and the process's own: of a CPU, where device and host are one."""
     config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", {}, (), flags)
-    plan = make_plan(stage, config, *read_settings(config.model), 1, host_gb * 1e9, host_gb * 1e9)
-    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes"))
+    plan = make_plan(stage, config, *read_settings(config.model), 1, 1e12, 1e12)
+    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes", "loading, exporting"))
     return (max(of(plan.rollout), of(plan.update)) + of(plan.host)) / 1e9
 
 
@@ -127,11 +124,10 @@ def main():
     parser.add_argument("--stages", nargs="+", default=["sft", "rl"])
     parser.add_argument("--offload", action="store_true", help="all parameters with --offload, in place of adapters")
     parser.add_argument("--folder", help="where to work; several GB")
-    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     how = ["--offload"] if args.offload else ["--lora_rank", "16", "--lr", "1e-4"]
     before = after_imports()
-    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}; {before / 1e9:.2f} GB after imports", flush=True)
+    print(f"{before / 1e9:.2f} GB after imports", flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder, peaks = Path(folder), {}
         synthetic(folder / "data", 10, 5, seed=3)
@@ -144,21 +140,22 @@ def main():
                     f"import bench_true_size as b; b.make_checkpoint({args.config!r}, {layers}, {args.tokenizer!r}, {str(model)!r})"]
             subprocess.run(made, check=True)  # its memory goes with it
             for stage in args.stages:
-                flags = ["--model", str(model), *COMMON, *how, *(RL if stage == "rl" else SFT), "--device", args.device]
+                flags = ["--model", str(model), *COMMON, *how, *(RL if stage == "rl" else SFT), "--device", "cpu"]
                 data = folder / ("data/train.jsonl" if stage == "rl" else "data/two.jsonl")
                 out = folder / f"{stage}_{layers}"
                 script = "tests/planted_rl.py" if stage == "rl" else "sft.py"
-                said, peak, seconds = peak_of([sys.executable, str(ROOT / script), *flags, "--data", str(data), "--out", str(out)])
+                command = [sys.executable, str(ROOT / script), *flags, "--data", str(data)]
+                said, peak, exporting, seconds = peaks_of(command, out)
                 metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
                 assert metrics["grad_norm"] > 0 and metrics.get("updates", 1) >= 1 and not metrics["bad_steps"], metrics
                 if not args.offload:
                     same, moved = same_base(model, out)
                     assert same and moved and adapters_moved(out), (same, moved)
-                peak_gb = (peak - before) / 1e9
-                plan = plan_total(stage, flags, 1000)
+                peak_gb, exporting_gb, plan = (peak - before) / 1e9, (exporting - before) / 1e9, plan_total(stage, flags)
                 peaks.setdefault(stage, []).append((layers, peak_gb, plan))
                 print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: peak {peak_gb:.2f} GB, plan {plan:.2f} "
-                      f"({peak_gb / plan:.2f} of it); {seconds:.0f} s in all; {metrics.get('updates', 1)} optimizer steps", flush=True)
+                      f"({peak_gb / plan:.2f} of it), {exporting_gb:.2f} while exporting; {seconds:.0f} s in all; "
+                      f"{metrics.get('updates', 1)} optimizer steps", flush=True)
                 shutil.rmtree(out)
         for stage, points in peaks.items():
             if len(points) > 1:
