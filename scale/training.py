@@ -33,6 +33,7 @@ from scale.stopping import Stopping
 # Settings that may differ when a run goes on, beside those of runs.py: how often is saved and shown, what
 # bounds memory alone. Of the model the content counts (see `inputs`).
 TRAINING_MAY_DIFFER = (
+    "plan", "gpus", "gpu_gb", "host_gb",
     "model", "val", "val_every", "save_every", "keep", "grace_s", "show_every", "tensorboard", "wandb",
     "shard", "max_tokens_per_pass", "gradient_checkpointing")
 NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the exported checkpoint
