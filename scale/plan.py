@@ -432,7 +432,10 @@ def host_here():
 
 
 def plan_main(name, config, model=None):
-    """Prints the plan of a run and exits, with status 0 where it fits, else 1. `model`: without --model."""
+    """Prints the plan of a run and exits, with status 0 where it fits, else 1. `model`: without --model.
+    Raises UserError."""
+    if getattr(config, "offload", False) and config.gpus > 1:
+        raise UserError("--offload is for one process; leave out --gpus, or --offload")
     model_config, env_config = read_settings(config.model or model)
     gpu_bytes = config.gpu_gb * 1e9 if config.gpu_gb else gpu_here()
     host_bytes = config.host_gb * 1e9 if config.host_gb else host_here()

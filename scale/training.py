@@ -68,7 +68,7 @@ class TrainConfig(RunConfig):
     host_gb: float | None = None  # ... in machines with so much memory; by default what this one has
 
 
-AT_LEAST_ONE = ("max_tokens_per_pass", "max_bad_steps", "save_every", "keep", "val_every")
+AT_LEAST_ONE = ("max_tokens_per_pass", "max_bad_steps", "save_every", "keep", "val_every", "gpus")
 ON_HOST = "reference", "features"  # what --on_host may name
 
 

@@ -162,10 +162,12 @@ def run(monkeypatch, capsys, stage, line):
     f"--model {SEVEN} --gpus 1 --gpu_gb 80 --host_gb 128 --offload --batch_size 16 --on_host reference",
     f"--model {SEVEN} --gpus 1 --gpu_gb 80 --host_gb 128 --lora_rank 16 --batch_size 16",
     f"--model {THREE} --gpus 1 --gpu_gb 24 --host_gb 64 --lora_rank 16 --batch_size 16 --cache_gb auto "
-    "--max_tokens_per_pass 16384"], ids=["16x80", "8x80", "offload", "adapters", "24"])
+    "--max_tokens_per_pass 16384",
+    f"--model {THREE} --gpus 1 --gpu_gb 24 --host_gb 64 --lora_rank 16 --batch_size 16 --cache_gb 6 --max_tokens_per_pass 16384"],
+    ids=["16x80", "8x80", "offload", "adapters", "24, what is left for the cache", "24"])
 def test_runs_that_fit(line, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    if "cache_gb" in line and rl.Config.__dataclass_fields__["cache_gb"].type is float:
+    if "cache_gb auto" in line and rl.Config.__dataclass_fields__["cache_gb"].type is float:
         pytest.skip("--cache_gb takes numbers alone")
     status, said = run(monkeypatch, capsys, rl, line)
     assert status == 0 and said.endswith("fits\n")
@@ -190,6 +192,12 @@ def test_sft_has_a_plan_too_within_a_second(monkeypatch, capsys):
     status, said = run(monkeypatch, capsys, sft, f"--model {SEVEN} --gpus 1 --gpu_gb 80 --host_gb 128")
     assert time.perf_counter() - began < 1
     assert status == 1 and "--offload" in said and "rollout" not in said.splitlines()[1]
+
+
+def test_masters_on_the_host_are_for_one_process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--plan", "--model", str(SEVEN), "--gpus", "2", "--gpu_gb", "80", "--offload"])
+    with pytest.raises(UserError, match="one process"):
+        rl.main()
 
 
 def test_what_is_no_model_is_said_in_one_line(tmp_path):
