@@ -65,7 +65,8 @@ def sizes_of(model_config, rank=0, targets=()):
         layers=text.num_hidden_layers, hidden=text.hidden_size, heads=text.num_attention_heads,
         key_width=text.num_key_value_heads * head_dim, intermediate=text.intermediate_size,
         vocabulary=text.vocab_size, tied=tied, rank=rank,
-        adapted=text.num_hidden_layers * sum(m.weight.numel() for m in linear) if rank else 0, adapter_width=rank * len(linear),
+        adapted=text.num_hidden_layers * sum(m.weight.numel() for m in linear) if rank else 0,
+        adapter_width=rank * len(linear),
         vision_hidden=vision.hidden_size, vision_intermediate=vision.intermediate_size)
 
 
@@ -96,7 +97,8 @@ def pass_moments(s, tokens, item, checkpointing, entropy):
     # the head: its gradient in float32 (of a frozen one, too); in the compute dtype that of a chunk, while
     # the next one comes, or its logits are there: they, their softmax, their gradients, and the entropy's
     logits = (20 if entropy else 12) * chunk
-    of_head = (0 if s.rank else FLOAT * head) + max(trained_head + logits, 2 * trained_head + (6 if entropy else 2) * chunk)
+    of_head = 0 if s.rank else FLOAT * head
+    of_head += max(trained_head + logits, 2 * trained_head + (6 if entropy else 2) * chunk)
     at_head = {"activations": kept + 6 * hidden + features, "logits": of_head}
     # the last layer's backward pass: what it kept, and gradients of gate, up and product; the last has gone
     in_layer = saved_of_layer(s, tokens, item) if checkpointing else 0

@@ -64,8 +64,8 @@ class LoRALinear(torch.nn.Module):
         adapter = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
         if self.base.bias is not None:
             adapter = adapter + self.base.bias
-        # added within the base's product, which rounds the sum once: each rounding more widens the gap between
-        # sampling and scoring
+        # added within the base's product, which rounds the sum once: another rounding would widen the gap
+        # between sampling and scoring
         return torch.addmm(adapter.flatten(0, -2), x.flatten(0, -2), self.base.weight.T).view(adapter.shape)
 
     def merged(self, A, B):

@@ -1,4 +1,4 @@
-"""Memory in a run: who holds the weights, how large the cache of rollouts is, and what to do when it runs out.
+"""Memory in a run: who holds the weights, how large the rollouts' cache is, and what to do when it runs out.
 
 All of it follows from the plan (scale/plan.py), which counts before anything is loaded.
 """
@@ -23,9 +23,9 @@ RUNS = []  # what `plan_run` was asked for last: arguments of `make_plan`
 
 
 def plan_run(name, config, model, world, device):
-    """Leaves it to the plan who holds the weights, where the flags do. Returns (the changed config, a line that
-    says what was chosen). A CPU, whose memory is the host's, is planned for only if --gpu_gb says what there is.
-    Raises PolicyError."""
+    """Leaves it to the plan who holds the weights, where the flags do. Returns (the changed config, a line
+    that says what was chosen). A CPU, whose memory is the host's, is planned for only if --gpu_gb says what
+    there is. Raises PolicyError."""
     if device.type == "cpu" and not config.gpu_gb:
         return config, None
     there = config.gpu_gb * 1e9 if config.gpu_gb else torch.cuda.get_device_properties(device).total_memory
@@ -54,7 +54,8 @@ def auto_cache_gb(policy, config, later=0):
     item, frame = policy.dtype.itemsize, policy.env_config.max_pixels // policy.frame_unit ** 2
     beside = max(of.forward_activations(s, PREFILL_TOKENS, item), of.vision_activations(s, frame, item))
     beside += of.decode_logits(s, config.max_rows, item) + RESERVE
-    row = of.cache_token(s, item) * (config.max_response_tokens + policy.env_config.overview_max_frames * frame)
+    longest = config.max_response_tokens + policy.env_config.overview_max_frames * frame
+    row = of.cache_token(s, item) * longest
     left = (free_bytes(policy.device) - beside - later) / (1 + of.decode_activations(s, item))
     size = torch.tensor(min(max(left, row), config.max_rows * row) / 1e9, device=policy.device)
     if dist.is_initialized():
@@ -63,7 +64,7 @@ def auto_cache_gb(policy, config, later=0):
 
 
 def later_bytes(weights):
-    """What rollouts of a run will have on the device that is not there yet: moments, features, gathered weights."""
+    """What rollouts will have on the device that is not there yet: moments, features, gathered weights."""
     moments = 2 * sum(p.nbytes for p in weights.parameters if p.device == weights.policy.device)
     planned = make_plan(*RUNS[0]).rollout if RUNS else {}
     return moments + planned.get("features", 0) + planned.get("gathered weights", 0)
@@ -78,19 +79,19 @@ def ran_out(error):
 
 def nbytes(tensors, device):
     """Of distinct memory on a device."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == device}
-    return sum(storages.values())
+    storages = [t.untyped_storage() for t in tensors if t.device == device]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def held(device):
     """{category of the plan: bytes} that this process has on a device, of what can be told apart."""
     there = [o for o in gc.get_objects() if issubclass(type(o), (Policy, MasterWeights, KVCache))]
     weights = [o for o in there if isinstance(o, MasterWeights)]
-    cache = [t for o in there if isinstance(o, KVCache) for t in o.tensors()]
-    sizes = {"features": nbytes([f for o in there if isinstance(o, Policy) for f in o.features.values()], device),
-             "cache": nbytes(cache, device),
-             "gradients": nbytes([p.grad for o in weights for p in o.parameters if p.grad is not None], device)}
-    return sizes
+    gradients = [p.grad for o in weights for p in o.parameters if p.grad is not None]
+    gradients += [g for o in weights for g in getattr(o, "gradients", {}).values()]  # offloaded
+    features = [f for o in there if isinstance(o, Policy) for f in o.features.values()]
+    return {"features": nbytes(features, device), "gradients": nbytes(gradients, device),
+            "cache": nbytes([t for o in there if isinstance(o, KVCache) for t in o.tensors()], device)}
 
 
 def explain(error):
@@ -98,16 +99,20 @@ def explain(error):
     asked = re.search(r"allocate (\d+ bytes|[\d.]+ [GMK]iB)", str(error))
     line = "out of memory" + (f", where {asked[1]} more were asked for" if asked else "")
     if not RUNS:
-        return f"{line}; lower --max_rows, --cache_gb or --max_tokens_per_pass, or see --plan of sft.py and rl.py"
+        return (f"{line}; lower --max_rows, --cache_gb or --max_tokens_per_pass, or see --plan of sft.py and "
+                "rl.py")
     name, config, model_config, env_config, world, there, host = RUNS[0]
     plan = make_plan(*RUNS[0])
-    on_gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
-    sizes = held(on_gpu)
+    device = torch.device("cpu")
+    if torch.cuda.is_initialized():
+        device = torch.device("cuda", torch.cuda.current_device())
+    sizes = held(device)
     plays = any(f.f_globals["__name__"] == "rollout" for f, _ in traceback.walk_tb(error.__traceback__))
     when, planned = ("rollout", plan.rollout) if plays else ("update", plan.update)
-    used = torch.cuda.max_memory_allocated(on_gpu) if on_gpu.type == "cuda" else 0
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     # what cannot be told apart is of passes: activations and logits
-    fixed = sum(size for category, size in planned.items() if category not in (*sizes, "activations", "logits", "reserve"))
+    apart = *sizes, "activations", "logits", "reserve"
+    fixed = sum(size for category, size in planned.items() if category not in apart)
     sizes["activations"] = max(0, used - fixed - sum(sizes.values()))
     may = planned | {"activations": planned.get("activations", 0) + planned.get("logits", 0)}
     over = {c: size - may.get(c, 0) for c, size in sizes.items() if size > may.get(c, 0)}

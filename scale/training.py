@@ -139,7 +139,8 @@ class TrainingRun:
         weights.adopt(optimizer)
         self.fixed = {}  # what a run that goes on must not find anew
         if getattr(self.config, "cache_gb", None) == "auto":
-            size = self.progress.get("cache_gb") or auto_cache_gb(weights.policy, self.config, later_bytes(weights))
+            size = self.progress.get("cache_gb") or auto_cache_gb(weights.policy, self.config,
+                                                                  later_bytes(weights))
             self.fixed = {"cache_gb": size}
             self.config = replace(self.config, cache_gb=size)
             self.val = val and (*val[:2], replace(val[2], cache_gb=size))

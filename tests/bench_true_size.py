@@ -10,6 +10,7 @@ user does; checks that steps were made and that what is frozen stayed.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -68,20 +69,22 @@ def resident_bytes(pid):
 
 
 def peaks_of(command, out):
-    """(output, peak until it exports, peak after that, seconds) of a command that has to succeed: bytes in memory."""
-    began, peaks = time.time(), [0, 0]
-    run = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """(peaks, seconds) of a command that has to succeed: bytes in memory while it loads, trains and exports."""
+    began, peaks = time.time(), [0, 0, 0]
+    run = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           env=os.environ | {"PYTHONUNBUFFERED": "1"})
     said = []
     reader = threading.Thread(target=lambda: said.extend(run.stdout))
     reader.start()
     while run.poll() is None:
         exports = any(out.glob("saving*")) or (out / "checkpoints").exists()
-        peaks[exports] = max(peaks[exports], resident_bytes(run.pid))
+        phase = 2 if exports else int(any("trained parameters" in line for line in said))
+        peaks[phase] = max(peaks[phase], resident_bytes(run.pid))
         time.sleep(0.02)
     reader.join()
     if run.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {run.returncode}:\n{''.join(said)[-3000:]}")
-    return "".join(said), *peaks, time.time() - began
+    return peaks, time.time() - began
 
 
 def after_imports():
@@ -109,11 +112,14 @@ def adapters_moved(folder):
 
 
 def plan_total(stage, flags):
-    """GB of the plan, without its reserve and the process's own: of a CPU, where device and host are one."""
+    """GB of the plan while it loads, trains and exports, without its reserve and the process's own: of a CPU, where device
+    and host are one."""
     config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", {}, (), flags)
     plan = make_plan(stage, config, *read_settings(config.model), 1, 1e12, 1e12)
     of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes", "loading, exporting"))
-    return (max(of(plan.rollout), of(plan.update)) + of(plan.host)) / 1e9
+    training, files = max(of(plan.rollout), of(plan.update)) + of(plan.host), plan.host.get("loading, exporting", 0)
+    held = plan.update["compute weights"]
+    return [size / 1e9 for size in (held + held, training, held + files)]
 
 
 def main():
@@ -145,16 +151,17 @@ def main():
                 out = folder / f"{stage}_{layers}"
                 script = "tests/planted_rl.py" if stage == "rl" else "sft.py"
                 command = [sys.executable, str(ROOT / script), *flags, "--data", str(data)]
-                said, peak, exporting, seconds = peaks_of(command, out)
+                taken, seconds = peaks_of(command, out)
                 metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
                 assert metrics["grad_norm"] > 0 and metrics.get("updates", 1) >= 1 and not metrics["bad_steps"], metrics
                 if not args.offload:
                     same, moved = same_base(model, out)
                     assert same and moved and adapters_moved(out), (same, moved)
-                peak_gb, exporting_gb, plan = (peak - before) / 1e9, (exporting - before) / 1e9, plan_total(stage, flags)
-                peaks.setdefault(stage, []).append((layers, peak_gb, plan))
-                print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: peak {peak_gb:.2f} GB, plan {plan:.2f} "
-                      f"({peak_gb / plan:.2f} of it), {exporting_gb:.2f} while exporting; {seconds:.0f} s in all; "
+                taken, plan = [(size - before) / 1e9 for size in taken], plan_total(stage, flags)
+                peaks.setdefault(stage, []).append((layers, taken[1], plan[1]))
+                parts = [f"{what} {size:.2f} GB, plan {planned:.2f} ({size / planned:.2f})" for what, size, planned in
+                         zip(("loading", "training", "exporting"), taken, plan)]
+                print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: {'; '.join(parts)}; {seconds:.0f} s in all, "
                       f"{metrics.get('updates', 1)} optimizer steps", flush=True)
                 shutil.rmtree(out)
         for stage, points in peaks.items():
