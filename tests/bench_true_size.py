@@ -131,7 +131,8 @@ def main():
     parser.add_argument("--offload", action="store_true", help="all parameters with --offload, in place of adapters")
     parser.add_argument("--folder", help="where to work; several GB")
     args = parser.parse_args()
-    how = ["--offload"] if args.offload else ["--lora_rank", "16", "--lr", "1e-4"]
+    # of offloading several passes an update: the gradients of those before are there when the head's logits are
+    how = ["--offload", "--max_tokens_per_pass", "256"] if args.offload else ["--lora_rank", "16", "--lr", "1e-4"]
     before = after_imports()
     print(f"{before / 1e9:.2f} GB after imports", flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
