@@ -40,6 +40,7 @@ OBJECTS = ("config.json", "generation_config.json", "preprocessor_config.json", 
 LFS = b"version https://git-lfs"
 AGAIN = "download or copy it again"
 FILE_BYTES = 256e6  # of tensors in a file of a run's checkpoint
+EXPORT_BYTES = int(2e9)  # of a file of the exported weights, which is made in memory
 
 
 # -------------------------------------------------------------------------------------------------- load
@@ -250,7 +251,7 @@ def write_checkpoint(policy, folder, mark):
     hf, generation = policy.hf, policy.hf.generation_config
     try:
         hf.generation_config = GenerationConfig()  # save_pretrained refuses some that are published
-        hf.save_pretrained(folder)
+        hf.save_pretrained(folder, max_shard_size=EXPORT_BYTES)
     finally:
         hf.generation_config = generation
     generation.to_json_file(folder / "generation_config.json")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from generation import PREFILL_TOKENS
 from model import LOGIT_CHUNK, VISION_BATCH
 
 FLOAT = 4  # bytes of a float32
@@ -117,6 +118,17 @@ def forward_activations(s, tokens, item):
 
 
 # ------------------------------------------------------------------------------------------------- rollouts
+def rollout_activations(s, frame_tokens, item):
+    """Of frames or prompts on their way, whichever is more."""
+    return max(forward_activations(s, PREFILL_TOKENS, item), vision_activations(s, frame_tokens, item))
+
+
+def auto_cache(s, item, left, row, rows):
+    """Bytes for keys and values where `left` are free for them and what a step needs beside: at least those
+    of one episode, `row`, at most those of all `rows`."""
+    return max(row, min(left / (1 + decode_activations(s, item)), rows * row))
+
+
 def vision_activations(s, frame_tokens, item):
     """A batch of frames through the vision tower: the stream, queries, keys and values, and the first two
     rotated in float32, with the products on the way; or the MLP; and the pixels."""

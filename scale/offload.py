@@ -14,14 +14,12 @@ little of it ends before it begins, and the memory that a group passes through.
 
 import copy
 import re
-import weakref
-from contextlib import nullcontext
 from itertools import groupby
 
 import torch
 
-from common import UserError
 from model import Policy
+from scale.devices import Copies, pin_memory
 from scale.masters import MasterWeights
 
 
@@ -169,37 +167,3 @@ def stream_layers(layers, weights, places, copies):
 
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, number=number: before(number))
-
-
-# ---------------------------------------------------------------------------------------- what only CUDA does
-def pin_memory(tensor, device):
-    """Registers a host tensor's memory with CUDA, so that copies go beside other work. (PyTorch's own pinned
-    memory is rounded up to a power of two.) On a CPU nothing. Returns the tensor. Raises UserError."""
-    if device.type == "cuda":
-        cudart = torch.cuda.cudart()
-        if int(status := cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
-            raise UserError(f"{tensor.nbytes / 1e9:.2f} GB of host memory could not be pinned "
-                            f"({cudart.cudaGetErrorString(status)}); free some, or go without --offload")
-        weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
-    return tensor
-
-
-class Copies:
-    """Copies between host and device, one after the other, beside other work; on a CPU at once."""
-
-    def __init__(self, device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def begin(self, targets, sources):
-        """They begin once the device has done what it was given. Returns what waits for them on the host."""
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)
-        return (lambda: None) if self.stream is None else self.stream.record_event().synchronize
-
-    def join(self):
-        """What the device is given from now on waits for all copies so far."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)

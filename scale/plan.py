@@ -13,21 +13,20 @@ bytes. Where episodes decide (features, times), scale/estimates.py says what is 
 
 import itertools
 import json
-import os
-import subprocess
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from common import UserError, read_text
-from generation import PREFILL_TOKENS
 from rollout import RolloutConfig
 from scale import estimates as of
-from scale.checkpoints import config_fault, load_env_config, loading, object_fault
+from scale.checkpoints import EXPORT_BYTES, config_fault, load_env_config, loading, object_fault
+from scale.devices import gpu_here, host_here
 
 GPUS_A_MACHINE = 8
+ON_HOST = "reference", "features"  # what --on_host may name
 RESERVE, RESERVE_SMALL = 3e9, 2e9  # CUDA's context, libraries' workspaces, gaps between tensors; up to 24 GB
 RESERVE_NCCL = 2e9  # ... and buffers of NCCL, of more than one process
 PROCESS = 4e9  # host memory of a process with PyTorch, CUDA's libraries and what videos are decoded in
@@ -63,7 +62,7 @@ class Plan:
         needs = [(where, sum(part.values()), there) for where, part, there in
                  (*needs, ("host", self.host, self.host_bytes))]
         return [f"{where} {size / 1e9:.1f} of {there / 1e9:.0f} GB"
-                for where, size, there in needs if size > there]
+                for where, size, there in needs if size > there + 1e3]  # a cache may take all that is left
 
     @property
     def fits(self):
@@ -105,7 +104,7 @@ class Run:
         self.in_rl, self.here = name == "rl", min(processes, GPUS_A_MACHINE)  # here: processes of a machine
         self.shard, self.shards = shards_of(config, processes)
         self.in_shards = self.shard != "none"
-        self.offload, self.on_host = getattr(config, "offload", False), getattr(config, "on_host", ())
+        self.offload, self.on_host = bool(config.offload), getattr(config, "on_host", ())
         self.with_reference = self.in_rl and config.kl_weight > 0
         self.own_reference = self.with_reference and not config.lora_rank  # it has weights
         self.entropy = self.in_rl and config.entropy_weight != 0
@@ -181,17 +180,20 @@ def host_of(run):
     # images: in RL of what is played and decoded ahead, in SFT of this batch and the next one
     ahead = max(4, run.play.max_rows // e.size) * e.frames if run.play else 0
     frames = max(run.live_frames + ahead, 0 if run.in_rl else 2 * e.all_frames)
-    there = {"frames": run.here * 3 * run.env_config.max_pixels * frames}
+    stays, passing = {}, {"frames": run.here * 3 * run.env_config.max_pixels * frames}
     if run.offload:  # and the memory that two groups of gradients pass through
-        there["masters and moments"] = of.FLOAT * (3 * s.trained + 2 * max(s.layer, s.largest))
+        stays["masters and moments"] = of.FLOAT * (3 * s.trained + 2 * max(s.layer, s.largest))
     if run.own_reference and "reference" in run.on_host:
-        there["reference"] = run.item * s.layers * s.layer
+        stays["reference"] = run.item * s.layers * s.layer
     if "features" in run.on_host:
-        there["features"] = run.here * e.all_frames * run.frame_bytes
-    # the first process exports, with adapters copies of what is merged
-    files = max(run.here * load, run.item * (s.total + s.adapted))
-    if files > sum(there.values()):
-        there = {"loading, exporting": files}
+        stays["features"] = run.here * e.all_frames * run.frame_bytes
+    # the first process exports, a file at a time, with adapters copies of what is merged
+    of_file = min(run.item * s.total, max(EXPORT_BYTES, run.item * s.vocabulary * s.hidden))
+    if (exporting := run.item * s.adapted + of_file) > sum(passing.values()):
+        passing = {"exporting": exporting}
+    there = stays | passing
+    if run.here * load > sum(there.values()):
+        there = {"loading": run.here * load}
     return {"processes": processes} | there
 
 
@@ -231,18 +233,17 @@ def rollout_of(run, there, gpu_bytes):
     least what one episode may need, and at most what --max_rows of them may."""
     s, e, item, play = run.sizes, run.episodes, run.item, run.play
     frames = e.all_frames if run.in_rl and "features" not in run.on_host else run.live_frames
-    passing = max(of.forward_activations(s, PREFILL_TOKENS, item),
-                  of.vision_activations(s, e.frame_tokens, item))
     rollout = there | {"gathered weights": item * s.language if run.in_shards else 0,
-                       "features": frames * run.frame_bytes, "activations": passing,
+                       "features": frames * run.frame_bytes,
+                       "activations": of.rollout_activations(s, e.frame_tokens, item),
                        "logits": of.decode_logits(s, play.max_rows, item)}
-    beside = of.decode_activations(s, item)  # ... for each byte of the cache
-    if (cache := play.cache_gb) == "auto":
+    if play.cache_gb == "auto":
         row = longest(run) * of.cache_token(s, item)
-        left = (gpu_bytes - sum(rollout.values())) / (1 + beside)
-        cache = max(row, min(left, play.max_rows * row)) / 1e9
-    rollout["activations"] += beside * cache * 1e9
-    return rollout | {"cache": cache * 1e9}
+        cache = of.auto_cache(s, item, gpu_bytes - sum(rollout.values()), row, play.max_rows)
+    else:
+        cache = play.cache_gb * 1e9
+    rollout["activations"] += of.decode_activations(s, item) * cache
+    return rollout | {"cache": cache}
 
 
 def longest(run):
@@ -271,31 +272,56 @@ def notes_of(run, cache):
 
 
 # ------------------------------------------------------------------------------------------------- the choice
-def choose(name, config, model_config, env_config, processes, gpu_bytes, host_bytes):
-    """Who holds the weights, where the flags leave it open: of what fits, what costs least. With several
-    processes each all of them, or in shards, of a machine (where there are several) or of all; with one,
-    masters and moments on the host, then frames' features and the reference, too.
+def check_places(config, processes):
+    """Raises UserError for settings of which each says otherwise where the weights are."""
+    shared, on_host = config.shard not in (None, "none"), getattr(config, "on_host", ())
+    if config.lora_rank and shared:
+        raise UserError("--lora_rank goes without --shard: each process has the whole base")
+    if config.offload and (processes > 1 or shared):
+        raise UserError("--offload is for one process that has all weights; "
+                        "of several each holds a part with --shard all")
+    if config.offload and config.lora_rank:
+        raise UserError("--offload goes without --lora_rank: adapters have small masters")
+    if unknown := set(on_host) - {*ON_HOST}:
+        raise UserError(f"--on_host must be some of {' '.join(ON_HOST)}, not {' '.join(sorted(unknown))}")
+    if "reference" in on_host and not config.offload:
+        raise UserError("--on_host reference goes with --offload")
 
-    Returns (the changed config, a line that says what and why); where nothing fits, the last of them."""
-    options, has = [{}], {f.name for f in fields(config)}
-    whole = not config.lora_rank and config.dtype != "float32"
-    if processes > 1 and config.shard is None and whole:
-        options = [{"shard": "none"}, *([{"shard": "node"}] if processes > GPUS_A_MACHINE else []),
-                   {"shard": "all"}]
-    elif processes == 1 and not config.lora_rank and "offload" in has and not config.offload:
-        on_host = [set(), {"features"}, {"features", "reference"}] if name == "rl" else [set()]
-        options += [{"offload": True} | ({"on_host": sorted(names | {*config.on_host})} if names else {})
-                    for names in on_host]
+
+def options_of(name, config, processes):
+    """Settings for what the flags leave open, what costs least first. With several processes each has all
+    weights, or they are in shards, of a machine (where there are several) or of all; with one, masters and
+    moments go to the host. In each of them the reference (if offloaded) and frames' features may, too."""
+    bases = [{}]
+    if processes > 1 and config.shard is None and not config.lora_rank and config.dtype != "float32":
+        shards = ["none", *(["node"] if processes > GPUS_A_MACHINE else []), "all"]
+        bases = [{"shard": shard} for shard in shards]
+    elif (processes == 1 and config.offload is None and not config.lora_rank
+          and config.shard in (None, "none")):
+        bases.append({"offload": True})
+    for base in bases:
+        yield base
+        if name == "rl" and not config.on_host:
+            offload = base.get("offload", config.offload)
+            hosts = [["reference"], ["features"], ["features", "reference"]] if offload else [["features"]]
+            yield from (base | {"on_host": names} for names in hosts)
+
+
+def choose(name, config, model_config, env_config, processes, gpu_bytes, host_bytes):
+    """Who holds the weights, where the flags leave it open: of what fits, what costs least.
+
+    Returns (the changed config, a line that says what and why); where nothing fits, what takes least."""
     sizes = of.sizes_of(model_config, config.lora_rank, config.lora_targets)
-    for changes in options:
+    for changes in options_of(name, config, processes):
         chosen = replace(config, **changes)
         plan = make_plan(name, chosen, model_config, env_config, processes, gpu_bytes, host_bytes, sizes)
         if plan.fits:
             break
     shard, shards = shards_of(chosen, processes)
     what = f"weights in {shards} shards" if shard != "none" else "all weights on each GPU"
-    if getattr(chosen, "offload", False):
-        what = " and ".join(["masters", "moments", *getattr(chosen, "on_host", ())]) + " in host memory"
+    on_host = ["masters", "moments"] * bool(chosen.offload) + [*getattr(chosen, "on_host", ())]
+    if on_host:
+        what += f", {' and '.join(on_host)} in host memory"
     gb = {time: f"{sum(part.values()) / 1e9:.0f}" for time, part in plan.on_gpu.items()}
     also = f", {gb['rollout']} at rollout" if "rollout" in gb else ""
     return chosen, (f"memory: {what}; {gb['update']} of {gpu_bytes / 1e9:.0f} GB a GPU at update{also} (plan)"
@@ -337,8 +363,8 @@ def remedies(name, config, model_config, env_config, processes, gpu_bytes, host_
 
 def changes_of(name, config, forced, processes):
     """Dicts of settings that change what fits and no result, each with those that are `forced`."""
-    has, one = {f.name for f in fields(config)}, forced.get("gpus", processes) == 1
-    offload, on_host = getattr(config, "offload", False), set(getattr(config, "on_host", ()))
+    one, offload = forced.get("gpus", processes) == 1, config.offload
+    on_host = set(getattr(config, "on_host", ()))
     trains_all = not (config.lora_rank or "lora_rank" in forced)
     choices = [[forced]]
     if name == "rl" and config.cache_gb != "auto":
@@ -349,11 +375,11 @@ def changes_of(name, config, forced, processes):
         choices.append([{}, {"gradient_checkpointing": True}])
     if offload and not (one and trains_all):
         choices.append([{"offload": False} | ({"on_host": ["features"]} if "reference" in on_host else {})])
-    elif one and trains_all and "offload" in has and not offload:
+    elif one and trains_all and not offload:
         choices.append([{}, {"offload": True}])
     if not one and trains_all and config.shard == "none":
         choices.append([{"shard": "all"}])
-    if name == "rl" and "on_host" in has:
+    if name == "rl":
         more = [{"features"}, {"reference"}, {"features", "reference"}]
         choices.append([{}, *({"on_host": sorted(on_host | names)} for names in more if names - on_host)])
     for parts in itertools.product(*choices):
@@ -410,38 +436,15 @@ def read_settings(name_or_path):
         return model_config, load_env_config(path)
 
 
-def gpu_here():
-    """Bytes of this machine's first GPU, without touching it."""
-    try:
-        ask = "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"  # in MiB
-        said = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
-        return float(said.split()[0]) * 2 ** 20
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        raise UserError("--plan: no GPU is seen here; say with --gpu_gb what one of them has") from None
-
-
-def host_here():
-    """Bytes of this machine's memory, or of what its container may take."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            there = min(there, int(Path(file).read_text()))
-        except (OSError, ValueError):  # no limit
-            continue
-    return there
-
-
 def plan_main(name, config, model=None):
-    """Prints the plan of a run and exits, with status 0 where it fits, else 1. `model`: without --model.
-    Raises UserError."""
-    if getattr(config, "offload", False) and config.gpus > 1:
-        raise UserError("--offload is for one process; leave out --gpus, or --offload")
-    model_config, env_config = read_settings(config.model or model)
-    gpu_bytes = config.gpu_gb * 1e9 if config.gpu_gb else gpu_here()
-    host_bytes = config.host_gb * 1e9 if config.host_gb else host_here()
-    given = name, config, model_config, env_config, config.gpus, gpu_bytes, host_bytes
+    """Prints what a run would choose, and the plan of the flags as they are given, and exits, with status 0 if
+    that fits, else 1. `model`: without --model. Raises UserError."""
+    check_places(config, config.gpus)
+    there = config.gpu_gb * 1e9 if config.gpu_gb else gpu_here()
+    host = config.host_gb * 1e9 if config.host_gb else host_here()
+    given = name, config, *read_settings(config.model or model), config.gpus, there, host
     plan = make_plan(*given)
-    print(plan.text())
+    print(f"a run chooses, where flags leave it open: {choose(*given)[1]}\n{plan.text()}")
     if not plan.fits:
         found = remedies(*given)
         print("It would fit with" if found else "No flags are known with which it would fit.")

@@ -26,8 +26,9 @@ from scale import runs
 from scale.checkpoints import SavedRun, Shard, run_folders, save_run, sync
 from scale.held_out import held_out
 from scale.lora import TARGETS
-from scale.memory import auto_cache_gb, later_bytes, plan_run
+from scale.memory import auto_cache_of_run, plan_run
 from scale.metrics import FILES, Metrics, check_installed
+from scale.plan import check_places
 from scale.sharding import SHARDS
 from scale.stopping import Stopping
 
@@ -49,8 +50,8 @@ class TrainConfig(RunConfig):
     max_bad_steps: int = 5  # the run ends after so many optimizer steps in a row whose gradient is not finite
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
-    shard: str | None = None  # none, all, node: who shares one copy of the weights; in bfloat16 all
-    offload: bool = False  # one process: masters and AdamW's moments in host memory (scale/offload.py)
+    shard: str | None = None  # none, all, node: who shares a copy of the weights; else as the plan says
+    offload: bool | None = None  # one process: masters and AdamW's moments on the host; else as the plan says
     lora_rank: int = 0  # train adapters of this rank beside frozen weights (scale/lora.py); 0: all weights
     lora_alpha: float = 32.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = TARGETS  # names of the layers that get one
@@ -69,23 +70,6 @@ class TrainConfig(RunConfig):
 
 
 AT_LEAST_ONE = ("max_tokens_per_pass", "max_bad_steps", "save_every", "keep", "val_every", "gpus")
-ON_HOST = "reference", "features"  # what --on_host may name
-
-
-def check_places(config, world):
-    """Raises UserError for settings of which each says otherwise where the weights are."""
-    shared, on_host = config.shard not in (None, "none"), getattr(config, "on_host", ())
-    if config.lora_rank and shared:
-        raise UserError("--lora_rank goes without --shard: each process has the whole base")
-    if config.offload and (world > 1 or shared):
-        raise UserError("--offload is for one process that has all weights; "
-                        "of several each holds a part with --shard all")
-    if config.offload and config.lora_rank:
-        raise UserError("--offload goes without --lora_rank: adapters have small masters")
-    if unknown := set(on_host) - {*ON_HOST}:
-        raise UserError(f"--on_host must be some of {' '.join(ON_HOST)}, not {' '.join(sorted(unknown))}")
-    if "reference" in on_host and not config.offload:
-        raise UserError("--on_host reference goes with --offload")
 
 
 class TrainingRun:
@@ -103,7 +87,7 @@ class TrainingRun:
                 names = ", ".join(name for name in known if name)
                 raise UserError(f"--{flag} must be one of {names}, not {getattr(config, flag)}")
         check_places(config, world)
-        self.config, self.memory = plan_run(name, config, inputs.get("model"), world, device)
+        self.config, choice = plan_run(name, config, inputs.get("model"), world, device)
         resolved = replace(config, dtype=str(choose_dtype(config.dtype, device)).removeprefix("torch."))
         self.name, self.out = name, Path(config.out)
         self.rank, self.world, self.device = rank, world, device
@@ -121,6 +105,8 @@ class TrainingRun:
         self.finished, self.stopping = box[0] == "finished", Stopping(config.grace_s, self._lost)
         if self.finished and rank == 0:
             print(f"{name}: the run in {self.out} is finished; --resume never makes it again")
+        if choice and not self.finished and rank == 0:
+            print(f"{name}: {choice}", flush=True)
         self.before = SavedRun(box[1]) if box[1] else None
         self.saved_step, self.moved = 0, False  # moved: the weights are no longer those of `progress`
         self.idle_s, self.last_save_s, self.seconds_save = 0.0, 0.0, 0.0
@@ -139,8 +125,7 @@ class TrainingRun:
         weights.adopt(optimizer)
         self.fixed = {}  # what a run that goes on must not find anew
         if getattr(self.config, "cache_gb", None) == "auto":
-            size = self.progress.get("cache_gb") or auto_cache_gb(weights.policy, self.config,
-                                                                  later_bytes(weights))
+            size = self.progress.get("cache_gb") or auto_cache_of_run(weights, self.config)
             self.fixed = {"cache_gb": size}
             self.config = replace(self.config, cache_gb=size)
             self.val = val and (*val[:2], replace(val[2], cache_gb=size))
@@ -153,8 +138,6 @@ class TrainingRun:
             Metrics.cut(self.out, done)
             if self.before:
                 print(f"{self.name}: goes on after step {done}")
-            if self.memory:
-                print(f"{self.name}: {self.memory}")
             if self.fixed:
                 print(f"{self.name}: --cache_gb auto is {self.fixed['cache_gb']}")
         self.metrics = Metrics(self.out, total_steps, self.name, self.config.tensorboard, self.config.wandb,

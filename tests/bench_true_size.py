@@ -116,8 +116,8 @@ def plan_total(stage, flags):
     and host are one."""
     config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", {}, (), flags)
     plan = make_plan(stage, config, *read_settings(config.model), 1, 1e12, 1e12)
-    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes", "loading, exporting"))
-    training, files = max(of(plan.rollout), of(plan.update)) + of(plan.host), plan.host.get("loading, exporting", 0)
+    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes", "loading", "exporting"))
+    training, files = max(of(plan.rollout), of(plan.update)) + of(plan.host), plan.host.get("exporting", 0)
     held = plan.update["compute weights"] + plan.host.get("masters and moments", 0)
     return [size / 1e9 for size in (held + held, training, held + files)]
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from common import UserError
 from model import Policy, PolicyError, Sampled, encode, load_policy
 from rollout import Episode
+from scale import checkpoints
 from scale.checkpoints import INDEX, save_policy
 from zoom_env import Message
 
@@ -419,8 +419,7 @@ def test_a_save_is_of_the_compute_dtype_tied_or_not(tmp_path, dtype, tied):
 
 def test_many_shards(tmp_path, monkeypatch):
     policy = random_policy()
-    small = partial(policy.hf.save_pretrained, max_shard_size="500KB")
-    monkeypatch.setattr(policy.hf, "save_pretrained", small)
+    monkeypatch.setattr(checkpoints, "EXPORT_BYTES", 500_000)
     for _ in range(2):
         save_policy(policy, tmp_path)
         names = {file.name for file in tmp_path.glob("*.safetensors")}

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from test_rl import make_groups
-from tiny import random_policy
+from tiny import make_place
 
 import rl
 from common import UserError
-from demo.synthetic import synthetic
 from model import load_policy, token_log_probs
-from scale.checkpoints import save_policy
 from scale.lora import LoRALinear, add_adapters, without_adapters
 from scale.sharding import load_weights
 
@@ -18,10 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    synthetic(folder, 10, 5, seed=3)
-    save_policy(random_policy(), folder / "model")
-    return folder
+    return make_place(tmp_path_factory.mktemp("lora"))
 
 
 def config_of(place, **more):

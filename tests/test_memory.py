@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from launcher import launch
-from tiny import random_policy
+from tiny import make_place, random_policy
 
 import rl
-from demo.synthetic import synthetic
+from common import start_processes
 from rollout import Engine, RolloutConfig
 from scale import memory
-from scale.checkpoints import save_policy
-from scale.memory import auto_cache_gb, explain, held, plan_run, ran_out
+from scale.devices import free_bytes, host_here
+from scale.memory import auto_cache_gb, auto_cache_of_run, explain, held, plan_run, ran_out
+from scale.sharding import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -28,10 +29,7 @@ FLAGS = ["--steps", 1, "--batch_size", 2, "--mini_batch_size", 1, "--group_size"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("memory")
-    synthetic(folder, 10, 5, seed=3)
-    save_policy(random_policy(), folder / "model")
-    return folder
+    return make_place(tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture(autouse=True)
@@ -46,16 +44,20 @@ def config_of(**more):
 
 
 @pytest.mark.parametrize("world, gpu_gb, host_gb, more, expected", [
-    (1, 300, 500, {}, {"offload": False}),
+    (1, 300, 500, {}, {"offload": None}),
     (1, 80, 500, {"batch_size": 16, "max_tokens_per_pass": 8192}, {"offload": True}),
     (8, 200, 1000, {}, {"shard": "none"}),
     (8, 80, 1000, {}, {"shard": "all"}),
     (16, 80, 1000, {}, {"shard": "node"}),
+    (1, 80, 500, {"batch_size": 16, "offload": False}, {"offload": False}),  # --no-offload is said, too
+    (1, 80, 500, {"batch_size": 16}, {"offload": True, "on_host": ["reference"]}),
+    (1, 60, 200, {"lora_rank": 16}, {"offload": None, "on_host": ["features"]}),
     (8, 200, 1000, {"shard": "all"}, {"shard": "all"})])  # what is said stays
 def test_the_plan_decides_what_the_flags_leave_open(world, gpu_gb, host_gb, more, expected):
     config, line = plan_run("rl", config_of(gpu_gb=gpu_gb, host_gb=host_gb, **more), CONFIGS / "qwen2.5-vl-7b", world, CPU)
     assert {name: getattr(config, name) for name in expected} == expected, line
-    assert line.startswith("memory: ") and f"of {gpu_gb} GB" in line and "may not fit" not in line
+    assert line.startswith("memory: ") and f"of {gpu_gb} GB" in line
+    assert ("may not fit" in line) == (config.offload is False)
 
 
 def test_a_cpu_is_left_as_it_is():
@@ -113,20 +115,30 @@ def test_auto_is_found_once_and_used_again(place, tmp_path):
     assert "goes on after step" in said and "--cache_gb auto is 0.123" in said
 
 
-def smallest(model, out):
+def smallest(model, out, shard):
     """Of a process of several that see other amounts."""
-    from common import start_processes
-    from model import load_policy
-    rank, _, _ = start_processes("cpu")
+    rank, _, device = start_processes("cpu")
     memory.free_bytes = lambda device: (20 - 5 * rank) * 1e9
-    Path(out, f"{rank}").write_text(str(auto_cache_gb(load_policy(model), RolloutConfig(max_rows=100_000))))
+    weights = load_weights(model, rl.Config(shard=shard), device)
+    Path(out, f"{rank}").write_text(str(auto_cache_of_run(weights, RolloutConfig(max_rows=100_000))))
 
 
-def test_auto_is_the_smallest_of_all_processes(place, tmp_path, monkeypatch):
-    launch(2, "test_memory:smallest", [place / "model", tmp_path]).wait()
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_auto_is_the_smallest_of_all_processes(place, tmp_path, monkeypatch, shard):
+    """What is still to come, AdamW's moments, counts as much as a process has of it."""
+    launch(2, "test_memory:smallest", [place / "model", tmp_path, shard]).wait()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 15e9)
-    expected = auto_cache_gb(random_policy(), RolloutConfig(max_rows=100_000))
-    assert [float((tmp_path / f"{rank}").read_text()) for rank in range(2)] == [expected] * 2
+    policy = random_policy()
+    later = 8 * sum(p.numel() for p in policy.freeze_vision().parameters() if p.requires_grad) // (2 if shard == "all" else 1)
+    expected = auto_cache_gb(policy, RolloutConfig(max_rows=100_000), later)
+    assert [float((tmp_path / f"{rank}").read_text()) for rank in range(2)] == [pytest.approx(expected, abs=0.006)] * 2
+
+
+def test_a_process_without_questions_is_not_waited_for(place, tmp_path):
+    """In evaluation each finds its own size: one of two has nothing to play."""
+    flags = ["--model", place / "model", "--data", place / "test.jsonl", "--out", tmp_path / "out", "--device", "cpu",
+             "--max_questions", 1, "--max_turn_tokens", 4, "--cache_gb", "auto"]
+    launch(2, "eval.py", flags).wait(timeout_s=60)
 
 
 # -------------------------------------------------------------------------------------------------- when it runs out
@@ -149,7 +161,7 @@ def test_memory_that_runs_out_is_one_line(place, tmp_path):
     run = subprocess.run([sys.executable, str(script), *map(str, flags)], capture_output=True, text=True, timeout=200)
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr[-2000:]
-    assert "rl.py: error: out of memory at the rollout" in last and "lower first: --" in last
+    assert "rl.py: error: out of memory" in last and " at rollout: " in last and "lower first: --" in last
 
 
 @pytest.mark.parametrize("error, expected", [
@@ -163,7 +175,7 @@ def test_what_counts_as_memory_that_ran_out(error, expected):
 def test_it_says_what_was_above_the_plan_and_what_to_lower(place, monkeypatch):
     """A cache far above the plan's at the rollout; features at the update."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..")
-    assert "see --plan" in explain(error) and "2.50 GiB" in explain(error)
+    assert "have a --plan" in explain(error) and "2.50 GiB" in explain(error)
     config = rl.Config(dtype="bfloat16", gpu_gb=80, host_gb=128, batch_size=16, offload=True, on_host=["reference"])
     plan_run("rl", config, CONFIGS / "qwen2.5-vl-7b", 1, CPU)
     engine = Engine(random_policy(), 2, RolloutConfig())
@@ -177,8 +189,49 @@ def test_it_says_what_was_above_the_plan_and_what_to_lower(place, monkeypatch):
     with pytest.raises(ZeroDivisionError) as caught:
         engine.play(questions, place)
     error.__traceback__ = caught.value.__traceback__
-    assert "at the rollout: cache took 30.00 GB where the plan had 16.00; lower first: --" in explain(error)
+    assert "at rollout: cache took 30.00 GB where the plan had 16.00; lower first: --" in explain(error)
     error.__traceback__ = None
     monkeypatch.setattr(memory, "held", lambda device: {"cache": 0, "features": 90e9, "gradients": 0})
-    assert "at the update: features took 90.00 GB" in explain(error) and "\n" not in explain(error)
+    assert "at update: features took 90.00 GB" in explain(error) and "\n" not in explain(error)
     assert before == 0
+
+
+def raised(function, error):
+    """The error, come out of a function of that name."""
+    code = f"def {function}():\n    raise error.with_traceback(None)\n"
+    names = {"error": error, "__name__": "somewhere"}
+    exec(code, names)
+    try:
+        names[function]()
+    except BaseException as caught:
+        return caught
+
+
+def test_passes_are_what_pytorch_has_beside_the_rest(monkeypatch):
+    """At the moment of the error, not the most there ever was; and what the host lacks is said of the host."""
+    config = rl.Config(dtype="bfloat16", gpu_gb=80, host_gb=128, batch_size=16, offload=True, on_host=["reference"])
+    plan_run("rl", config, CONFIGS / "qwen2.5-vl-7b", 1, CPU)
+    plan = memory.make_plan(*memory.RUNS[0][1])
+    fixed = sum(size for part, size in plan.update.items() if part not in ("activations", "logits", "reserve"))
+    said = "CUDA out of memory. Tried to allocate 2.50 GiB. Of the allocated memory {:.2f} GiB is allocated by PyTorch, and"
+    monkeypatch.setattr(memory, "held", lambda device: {"cache": 0, "features": plan.update["features"],
+                                                        "gradients": plan.update["gradients"]})
+    passing = plan.update["activations"] + plan.update.get("logits", 0)
+    over = raised("update", torch.OutOfMemoryError(said.format((fixed + passing + 5e9) / 2 ** 30)))
+    under = raised("update", torch.OutOfMemoryError(said.format((fixed + passing - 5e9) / 2 ** 30)))
+    took = float(explain(over).split("activations took ")[1].split()[0])
+    assert took == pytest.approx(passing / 1e9 + 5, abs=0.02) and f"the plan had {passing / 1e9:.2f}; lower first: --" in explain(over)
+    assert "no category is above the plan" in explain(under)
+    # where it came from
+    assert "at loading: " in explain(raised("load_weights", over)) and "at exporting: " in explain(raised("_save", over))
+    # of a run on a GPU
+    memory.RUNS[0] = torch.device("cuda", 0), memory.RUNS[0][1]
+    lacking = explain(raised("load_weights", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                                                          "30460000000 bytes. Error code 12")))
+    assert "on the host at loading" in lacking and f"masters and moments {plan.host['masters and moments'] / 1e9:.1f}" in lacking
+    assert "lower first: --" in lacking and "\n" not in lacking
+
+
+def test_memory_of_the_machine():
+    total = host_here()
+    assert 1e9 < total and 0 < free_bytes(CPU) <= total * 1.01

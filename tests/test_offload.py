@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_rl import make_groups
 from test_training import lines, make_place, metrics, start, wait_for
-from tiny import random_policy
+from tiny import random_policy, tied_and_untied
 
 import rl
 from common import UserError
@@ -31,11 +31,7 @@ def place(tmp_path_factory):
     """Data, and random checkpoints, whose embedding and head are one tensor, and are not, in float32 and bfloat16."""
     folder = tmp_path_factory.mktemp("offload")
     make_place(folder)
-    for name in ("tied", "untied"):
-        policy = random_policy(layers=2)
-        if name == "untied":
-            policy.hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(policy.head.weight) * 0.02)
-            policy.hf.config.tie_word_embeddings = policy.hf.config.text_config.tie_word_embeddings = False
+    for name, policy in tied_and_untied():
         save_policy(policy, folder / name)
         save_policy(policy.bfloat16(), folder / f"{name}-bfloat16")
     return folder

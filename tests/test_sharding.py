@@ -13,7 +13,7 @@ import pytest
 import torch
 from launcher import launch
 from test_rl import make_groups, shift
-from tiny import random_policy
+from tiny import tied_and_untied
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.distributed.tensor import DTensor
 from torch.profiler import profile
@@ -44,11 +44,7 @@ def place(tmp_path_factory):
 def make_place(folder):
     """Data, and two random checkpoints, whose embedding and head are one tensor, and are not."""
     synthetic(folder, 10, 5, seed=3)
-    for name in ("tied", "untied"):
-        policy = random_policy(layers=2)
-        if name == "untied":
-            policy.hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(policy.head.weight) * 0.02)
-            policy.hf.config.tie_word_embeddings = policy.hf.config.text_config.tie_word_embeddings = False
+    for name, policy in tied_and_untied():
         save_policy(policy, folder / name)
         with torch.no_grad():
             for p in policy.parameters():

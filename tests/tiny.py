@@ -3,8 +3,9 @@ way to log-probabilities."""
 
 import torch
 
-from demo.synthetic import TINY_PROMPT
+from demo.synthetic import TINY_PROMPT, synthetic
 from demo.tiny_base import make_tiny_model, make_tokenizer
+from scale.checkpoints import save_policy
 from zoom_env import ZoomEnv
 
 
@@ -17,6 +18,23 @@ def random_policy(seed=0, layers=None):
     text = policy.hf.config.text_config  # so that it can be saved and loaded
     text.num_hidden_layers, text.layer_types = len(policy.language_model.layers), text.layer_types[:layers]
     return policy.eval()
+
+
+def make_place(folder):
+    """Questions and trajectories, and a random checkpoint, `model`. Returns the folder."""
+    synthetic(folder, 10, 5, seed=3)
+    save_policy(random_policy(), folder / "model")
+    return folder
+
+
+def tied_and_untied():
+    """(name, small random policy), whose embedding and head are one tensor, and are not."""
+    for name in ("tied", "untied"):
+        policy = random_policy(layers=2)
+        if name == "untied":
+            policy.hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(policy.head.weight) * 0.02)
+            policy.hf.config.tie_word_embeddings = policy.hf.config.text_config.tie_word_embeddings = False
+        yield name, policy
 
 
 def plain_log_probs(policy, dialogue, temperature=1.0):
