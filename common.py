@@ -182,7 +182,7 @@ def gather(items):
 
 
 # ---------------------------------------------------------------------------------------------------- devices
-# All that only CUDA executes, and all places that ask which device it is; but for scale/offload.py's copies.
+# All that only CUDA executes, and all places that ask which device it is; but for scale/devices.py.
 # The rest is the same everywhere.
 def choose_device(name=None):
     """(torch.device, process group's backend). On CUDA each process of a machine takes a GPU of its own."""

@@ -253,7 +253,8 @@ def main():
     config = parse_flags(Config, __doc__, DEMO, (
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
         "max_rows", "show_every", *AT_LEAST_ONE))
-    if config.plan: return plan_main("rl", config)
+    if config.plan:
+        return plan_main("rl", config)
     rank, world, device = start_processes(config.device, config.timeout_min)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")

@@ -137,7 +137,8 @@ def train(weights, rows, config, run, rank, world, device, val):
 
 def main():
     config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", *AT_LEAST_ONE))
-    if config.plan: return plan_main("sft", config, TINY_BASE)
+    if config.plan:
+        return plan_main("sft", config, TINY_BASE)
     rank, world, device = start_processes(config.device, config.timeout_min)
     if config.model is None and config.data == Config.data and rank == 0:
         ensure_demo(Path(config.data).parent, config.seed)
