@@ -1,9 +1,10 @@
 """The gap between log-probabilities that were noted while sampling and those that training computes, and between two ways
-to compute them: in packed groups, and one by one. Float32 and bfloat16 compute weights, 10 questions x 4 rollouts.
+to compute them: in packed groups, and one by one. Float32 and bfloat16 compute weights, 10 questions x 4 rollouts (--questions).
 
     python tests/bench_gap.py runs/sft
-    python tests/bench_gap.py runs/rl --base runs/sft --adapter runs/rl_lora/adapter
-                                               beside it, in bfloat16, the adapters unmerged and merged, as ratios of runs/rl's
+    python tests/bench_gap.py runs/rl_lora --base runs/sft --adapter runs/rl_lora/adapter --questions 40
+                                               runs/rl_lora: the same policy with full weights; beside it, in bfloat16, its
+                                               adapters unmerged, and sampled merged and scored unmerged, as ratios of it
 """
 
 import argparse
@@ -55,13 +56,14 @@ def with_adapter(base, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint of the demo")
+    parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--base", help="what an adapter was trained on")
     parser.add_argument("--adapter", type=Path, help="its folder")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     full = None
     with tempfile.TemporaryDirectory() as folder:
-        synthetic(folder, 10, 10, seed=9)
+        synthetic(folder, 10, args.questions, seed=9)
         questions = [json.loads(line) for line in open(Path(folder, "test.jsonl"))]
         for dtype in (torch.float32, torch.bfloat16):
             policy = load_policy(args.model, args.device, dtype)
