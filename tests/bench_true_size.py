@@ -77,7 +77,7 @@ def peaks_of(command, out):
     reader = threading.Thread(target=lambda: said.extend(run.stdout))
     reader.start()
     while run.poll() is None:
-        exports = any(out.glob("saving*")) or (out / "checkpoints").exists()
+        exports = (out / "metrics.jsonl").exists()  # the step's line is written before its checkpoint
         phase = 2 if exports else int(any("trained parameters" in line for line in said))
         peaks[phase] = max(peaks[phase], resident_bytes(run.pid))
         time.sleep(0.02)
