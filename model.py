@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from common import UserError, read_text
 from video import Frame
-from zoom_env import Message, ZoomEnv, stop_strings, until_call
+from zoom_env import Message, protocol_of, stop_strings, until_call
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -286,7 +286,7 @@ def encode(policy, messages, dialogue=None, learn=True):
     After a user message that ends `messages` the header of the assistant's turn follows, ready to generate.
     An assistant message holds either its text or a Sampled. `learn` says whether what the assistant produced
     is trained."""
-    dialogue = Dialogue() if dialogue is None else dialogue
+    dialogue, rules = Dialogue() if dialogue is None else dialogue, protocol_of(policy.env_config)
     # split_special_tokens: text, whoever wrote it, never turns into a special token
     tokenize = lambda text: policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     for i, message in enumerate(messages):
@@ -297,9 +297,11 @@ def encode(policy, messages, dialogue=None, learn=True):
                 ids = said.ids
                 dialogue.sampled_log_probs += said.log_probs
             else:
-                ids = tokenize(said) + ([] if said.endswith(stop_strings()) else [policy.im_end])
+                cut = said.endswith(stop_strings(rules.tools)) and not rules.trains_appended_end
+                ids = tokenize(said) + ([] if cut else [policy.im_end])
             dialogue.add(ids, trained=learn)
-            dialogue.add(([] if ids and ids[-1] == policy.im_end else [policy.im_end]) + tokenize("\n"))
+            end = [] if ids and ids[-1] == policy.im_end else [policy.im_end]
+            dialogue.add(end + (tokenize(rules.after_turn) if rules.after_turn else []))
             continue
         # what it is told and shown: text in one piece between frames, as pieces would be other tokens
         dialogue.add([policy.im_start])
@@ -327,12 +329,12 @@ def replay(policy, row, root="."):
     Returns (dialogue, env). Raises VideoError, and ValueError if the turns do not fit the episode."""
     max_zooms = (row.get("provenance") or {}).get("max_zooms", policy.env_config.max_zooms)
     config = replace(policy.env_config, max_zooms=max_zooms)
-    env = ZoomEnv(row["question"], config, root)
+    env = protocol_of(config)(row["question"], config, root)
     dialogue = encode(policy, env.reset())
     for i, (text, is_learned) in enumerate(zip(row["turns"], row["learn"], strict=True)):
         if env.done:
             raise ValueError(f"the episode is over after {i} of {len(row['turns'])} turns")
-        text = until_call(text)  # where generation stops
+        text = until_call(text, env.tools)  # where generation stops
         encode(policy, [Message("assistant", [text])], dialogue, learn=is_learned)
         encode(policy, env.step(text), dialogue)
     if not env.done:

@@ -20,6 +20,7 @@ on no clock, so a seed gives one result.
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 
@@ -27,7 +28,7 @@ from common import float_or_auto, has_graphs
 from generation import ROW_UNIT, Decoder, KVCache, Row, prefill, sample
 from model import Sampled, attend_pieces, encode, fill_features, pack
 from video import VideoError
-from zoom_env import Message, ZoomEnv, stop_strings
+from zoom_env import Message, ZoomEnv, protocol_of, stop_strings
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,25 @@ class Episode(Row):
 
     def turn_is_over(self, policy):
         """Whether the turn ends with the token that was sampled last."""
-        token, stops = self.turn_ids[-1], stop_strings()
+        token, stops = self.turn_ids[-1], stop_strings(self.env.tools)
         if token in policy.end_tokens:
             return True
-        tail = self.turn_ids[-max(map(len, stops)):]
+        tail = self.turn_ids[-max(map(len, stops), default=1):]
         return policy.can_close_tag[token] and any(stop in policy.tokenizer.decode(tail) for stop in stops)
 
     def end_turn(self, policy):
         """The turn becomes part of the dialogue, ids as sampled. Returns its text, without an end token."""
         self.truncated = not self.turn_is_over(policy)
         ids, log_probs, self.turn_ids, self.turn_log_probs = self.turn_ids, self.turn_log_probs, [], []
+        if max(ids) > self.env.largest_id:  # these the protocol drops, and what follows moves up
+            keep = [i <= self.env.largest_id for i in ids]
+            self.cached = min(self.cached, len(self.dialogue.ids) + keep.index(False))
+            ids, log_probs = list(compress(ids, keep)), list(compress(log_probs, keep))
+        if self.env.trains_appended_end and policy.im_end not in ids:
+            ids, log_probs = [*ids, policy.im_end], [*log_probs, None]  # was not sampled
         encode(policy, [Message("assistant", [Sampled(ids, log_probs)])], self.dialogue)
-        return policy.tokenizer.decode(ids[:-1] if ids[-1] in policy.end_tokens else ids)
+        said = ids[:-1] if ids and ids[-1] in policy.end_tokens else ids
+        return policy.tokenizer.decode(said, skip_special_tokens=self.env.skips_special)
 
     def take_reply(self, policy, reply, max_response_tokens):
         """The environment's message is appended, unless the episode is over, or would be too long with it."""
@@ -82,7 +90,7 @@ class Episode(Row):
 def play(policy, question, config, root=".", generator=None):
     """One episode the plain way: no cache, no batch. What `Engine` must equal. Returns an Episode."""
     # the question and the first look at the video
-    env = ZoomEnv(question, policy.env_config, root)
+    env = protocol_of(policy.env_config)(question, policy.env_config, root)
     e = Episode(encode(policy, env.reset()), env=env)
     while not env.done:
         # the policy's turn, each token from a pass over the whole dialogue
@@ -143,9 +151,10 @@ class Engine:
             read, and the (question id, reason) of those."""
         self.live, self.decoding, self.outside, self.on_end = [], 0, deque(), on_end
         self.cache.clear()
+        env_config = env_config or self.policy.env_config
 
         def begin(question):
-            env = ZoomEnv(question, env_config or self.policy.env_config, root)
+            env = protocol_of(env_config)(question, env_config, root)
             try:
                 return env, env.reset()
             except VideoError as error:

@@ -15,7 +15,8 @@ calls among them, it has to.
     env.rewards                                 # {"reward": ..., "accuracy": ..., "format": ..., "tool": ...}
 
 Anything that maps messages to text can play: our model, a served one, a script (demo/synthetic.py has one).
-Another tool is a parser, a function that runs it and a row of TOOLS, and words in the system prompt.
+Another tool is a parser, a function that runs it and a row of TOOLS, and words in the system prompt. What
+other agents meet (other words, frames, rules) is a subclass that has a name, see sources/protocols.
 Nothing that the policy says can raise: it comes back to it as an error text.
 
 Where the paper is silent: frames stand in the middle of equal slices of the interval that they sample (so a
@@ -76,8 +77,11 @@ class EnvConfig(RewardWeights):
     max_pixels: int = 100_352  # ... and down to at most 128
     frame_unit: int = 28  # sides of frames are multiples of it; the policy sets it (patch x merge)
     system_prompt: str = SYSTEM_PROMPT  # ZOOM_MAX_FRAMES in it is replaced by the number
+    protocol: str = "videozoomer"  # whose rules: a subclass of ZoomEnv
+    texts: dict = field(default_factory=dict)  # its sentences, where they are not in our code
 
     def __post_init__(self):
+        protocol_of(self)
         for name in ("overview_fps", "overview_max_frames", "zoom_max_frames", "min_pixels", "max_pixels",
                      "frame_unit"):
             if not getattr(self, name) > 0:
@@ -101,7 +105,21 @@ class ZoomEnv:
     """One episode on one question, a row as in question files; `video` in it is relative to `root`.
 
     turns: a Turn for each text of the policy. rewards: {"reward": total, and each of REWARD_PARTS} once the
-    episode is over, {} before. watched: the Frames of the overview and of each call; frames_shown in all."""
+    episode is over, {} before. watched: the Frames of the overview and of each call; frames_shown in all.
+
+    Another protocol has another `protocol` and overrides what it does otherwise."""
+
+    protocol = "videozoomer"
+    protocols = {}  # {name: class}, of all that were imported
+    tools = {}  # {tag: Tool}: TOOLS below
+    after_turn = "\n"  # text between an assistant turn's end token and what follows
+    trains_appended_end = False  # whether an end token is trained that was not sampled, but appended
+    largest_id = math.inf  # sampled token ids above are dropped
+    skips_special = False  # whether the text of a turn is without special tokens that were sampled
+
+    def __init_subclass__(cls):
+        if "protocol" in vars(cls):
+            cls.protocols[cls.protocol] = cls
 
     def __init__(self, question, config, root="."):
         self.question, self.config = question, config
@@ -114,36 +132,30 @@ class ZoomEnv:
         self.turns, self.done, self.rewards = [], False, {}
         self.watched, self.frames_shown = [], 0
         self.duration_s = open_video(self.path).duration_s
-        frames = self._overview()
-        lines = [self.question["question"].strip()]
-        lines += self._options()
-        lines.append(f"The video lasts {self.duration_s:.2f} seconds. {len(frames)} frames of it:\n")
         system = self.config.system_prompt.replace("ZOOM_MAX_FRAMES", str(self.config.zoom_max_frames))
-        user = ["\n".join(lines), *self._show(frames), "\n" + self._go_on()]
-        return [Message("system", [system]), Message("user", user)]
+        return [Message("system", [system]), Message("user", self.opening(self.overview()))]
 
     def step(self, text):
         """Takes one assistant text; returns the user message with the reply, [] when the episode is over."""
-        turn = parse_turn(text, self.duration_s, self.config)
+        turn = self.parse(text)
         # the last round is for the answer
-        last = len(self.turns) >= self.config.max_zooms
+        last = self.is_last()
         if turn.kind == "call" and last:
             turn = replace(turn, kind="error", well_formed=False, error="Error: no zoom is left.")
         # carry the call out
         if turn.kind == "call":
-            tool = TOOLS[turn.tool]
+            tool = self.tools[turn.tool]
             try:
                 frames = tool.run(self, turn.arguments)
                 turn.num_frames, turn.hit = len(frames), self._hits(tool.looks_at(turn.arguments))
-            except VideoError:  # the format was right all the same
-                turn = replace(turn, kind="error", error="Error: this part of the video cannot be decoded.")
+            except VideoError as error:  # the format was right all the same
+                turn = replace(turn, kind="error", error=self.unreadable(error))
         # end, or go on
         self.turns.append(turn)
         if turn.kind == "answer" or last:
             self.end()
             return []
-        reply = [turn.error] if turn.error else self._show(frames)
-        return [Message("user", ["<tool_response>\n", *reply, "\n</tool_response>\n" + self._go_on()])]
+        return [Message("user", self.reply(turn, None if turn.error else frames))]
 
     def end(self):
         """Ends the episode and grades it, once: from `step`, or where an episode is cut off. A reply that the
@@ -186,9 +198,10 @@ class ZoomEnv:
 
     def describe(self):
         """The episode for a reader: what was asked, looked at, said and answered."""
-        times = lambda frames: f"{len(frames)} frames, {frames[0].time_s:.2f} s to {frames[-1].time_s:.2f} s"
+        times = lambda frames: f"{len(frames)} frames" + (
+            f", {frames[0].time_s:.2f} s to {frames[-1].time_s:.2f} s" if frames else "")
         lines = [f"{self.question['video']}: {self.question['question']}"]
-        lines += ["  " + line for line in self._options()]
+        lines += ["  " + line for line in self.options()]
         lines.append(f"  overview: {times(self.watched[0])}")
         clips = iter(self.watched[1:])
         for number, turn in enumerate(self.turns, 1):
@@ -199,11 +212,45 @@ class ZoomEnv:
                 lines.append(f"    {turn.error}")
         return "\n".join(lines)
 
-    def _options(self):
+    # ------------------------------------------------------------ what is another protocol's to do otherwise
+    def opening(self, frames):
+        """The first user message, a list of str and Frame."""
+        lines = [self.question["question"].strip(), *self.options()]
+        lines.append(f"The video lasts {self.duration_s:.2f} seconds. {len(frames)} frames of it:\n")
+        return ["\n".join(lines), *self.show(frames), "\n" + self._go_on()]
+
+    def parse(self, text):
+        """What an assistant text means: a Turn. A call in the last round ends the episode, too."""
+        return parse_turn(text, self.duration_s, self.config)
+
+    def is_last(self):
+        """Whether the turn that comes is the last one, where no tool is left."""
+        return len(self.turns) >= self.config.max_zooms
+
+    def reply(self, turn, frames):
+        """The user message after a call, or an error, where `frames` is None: a list of str and Frame."""
+        shown = [turn.error] if frames is None else self.show(frames)
+        return ["<tool_response>\n", *shown, "\n</tool_response>\n" + self._go_on()]
+
+    def unreadable(self, error):
+        """What the policy is told of a VideoError."""
+        return "Error: this part of the video cannot be decoded."
+
+    def is_well_formed(self):
+        """Whether the finished episode earns the format reward."""
+        return self.answer() is not None and all(turn.well_formed for turn in self.turns)
+
+    def tag(self, index, frame):
+        """What stands before a frame."""
+        return "\n" * (index > 0) + f"<frame{index}_time{frame.time_s:.2f}s>"
+
+    def options(self):
+        """The options as lines."""
         options = option_texts(self.question.get("options") or [])
         return [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
 
-    def _overview(self):
+    def overview(self):
+        """The frames of the first look, a tuple of Frame."""
         # a data set may name the frames, by their numbers in the video
         if chosen := self.question.get("overview_frames"):
             return self.frames_at(open_video(self.path).times_of(tuple(chosen)))
@@ -213,12 +260,11 @@ class ZoomEnv:
         by_key = how == "nearest_keyframe" or how == "auto" and self.duration_s > LONG_S
         return self.frames_at(times_s, self.duration_s / len(times_s) / 2 if by_key else None)
 
-    def _show(self, frames):
-        """Message items: the tag and the frame for each of them."""
+    def show(self, frames):
+        """Message items: the tag and the frame for each of them, which then have been watched."""
         self.frames_shown += len(frames)
         self.watched.append(frames)
-        return [item for index, frame in enumerate(frames)
-                for item in ("\n" * (index > 0) + f"<frame{index}_time{frame.time_s:.2f}s>", frame)]
+        return [item for index, frame in enumerate(frames) for item in (self.tag(index, frame), frame)]
 
     def _go_on(self):
         """What ends each message: may it zoom, or must it answer."""
@@ -229,6 +275,17 @@ class ZoomEnv:
         """Whether a segment overlaps the question's evidence, [start_s, end_s] pairs; None if it has none."""
         evidence = self.question.get("evidence")
         return any(segment[0] < end and start < segment[1] for start, end in evidence) if evidence else None
+
+
+ZoomEnv.protocols[ZoomEnv.protocol] = ZoomEnv
+
+
+def protocol_of(config):
+    """The class that plays by an EnvConfig's protocol. Raises ValueError if nothing of that name was
+    imported."""
+    if config.protocol not in ZoomEnv.protocols:
+        raise ValueError(f"protocol must be one of {', '.join(ZoomEnv.protocols)}, not {config.protocol}")
+    return ZoomEnv.protocols[config.protocol]
 
 
 def overview_times(duration_s, config):
@@ -370,16 +427,17 @@ def run_zoom(env, arguments):
 
 
 TOOLS = {"video_zoom": Tool(parse_zoom, run_zoom, looks_at=lambda arguments: arguments["segment"])}
+ZoomEnv.tools = TOOLS
 
 
-def stop_strings():
+def stop_strings(tools=TOOLS):
     """After these a call is complete, and sampling stops."""
-    return tuple(f"</{tag}>" for tag in TOOLS)
+    return tuple(f"</{tag}>" for tag in tools)
 
 
-def until_call(text):
+def until_call(text, tools=TOOLS):
     """A turn's text up to the end of its first call, all of it where there is none."""
-    ends = [text.index(stop) + len(stop) for stop in stop_strings() if stop in text]
+    ends = [text.index(stop) + len(stop) for stop in stop_strings(tools) if stop in text]
     return text[:min(ends, default=None)]
 
 
@@ -387,7 +445,6 @@ def until_call(text):
 def reward_parts(env):
     """{part: from 0 to 1} for each of REWARD_PARTS, of an episode that is over."""
     accuracy = grade(env.answer(), env.question)
-    well_formed = env.answer() is not None and all(turn.well_formed for turn in env.turns)
     # right from 0.5 on: a time segment may be partly right (sources/answers.py)
     used_tool = accuracy >= 0.5 and env.num_calls() > 0
-    return {"accuracy": accuracy, "format": float(well_formed), "tool": float(used_tool)}
+    return {"accuracy": accuracy, "format": float(env.is_well_formed()), "tool": float(used_tool)}

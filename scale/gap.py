@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from common import UserError, sum_over_processes
 from model import split_by_tokens, token_log_probs
+from zoom_env import protocol_of
 
 
 def check_flags(config):
@@ -28,6 +29,13 @@ def check_flags(config):
         raise UserError(f"--old_log_probs must be sampled or recomputed, not {config.old_log_probs}")
     if config.max_gap is not None and config.old_log_probs == "sampled":
         raise UserError("--max_gap needs --old_log_probs recomputed: else gaps are known after the loss")
+
+
+def check_protocol(config, env_config):
+    """Raises UserError where the protocol trains an end token that may not have been sampled."""
+    if config.old_log_probs == "sampled" and protocol_of(env_config).trains_appended_end:
+        raise UserError(f"the protocol {env_config.protocol} trains an appended end token, which has no "
+                        "log-probability of sampling: add --old_log_probs recomputed")
 
 
 class Gap:
@@ -42,12 +50,14 @@ class Gap:
 
     def add(self, log_probs, dialogues):
         """Takes what `token_log_probs` says of the dialogues, (N,). Returns the gap of each token, (N,)."""
-        sampled = torch.tensor([p for d in dialogues for p in d.sampled_log_probs], dtype=torch.float64)
-        gaps = (log_probs.detach().cpu().double() - sampled).abs()
+        now, sampled = log_probs.detach().cpu().double(), [p for d in dialogues for p in d.sampled_log_probs]
+        known = torch.tensor([p is not None for p in sampled])  # one that was appended has no gap
+        sampled = torch.tensor([0.0 if p is None else p for p in sampled], dtype=torch.float64)
+        gaps = torch.where(known, (now - sampled).abs(), 0.0)
         turns = torch.tensor([turn for d in dialogues for turn in turns_of(d)], dtype=torch.long)
         turns = turns.clamp(max=len(self.sums) - 1)
         self.sums.index_add_(0, turns, gaps)
-        self.tokens.index_add_(0, turns, torch.ones_like(gaps))
+        self.tokens.index_add_(0, turns, known.double())
         self.largest.scatter_reduce_(0, turns, gaps.nan_to_num(nan=math.inf, posinf=math.inf), "amax")
         return gaps
 

@@ -254,7 +254,7 @@ def main():
     policy, rows = make_policy(), []
     theirs = copy.deepcopy(policy.hf)
     looping(theirs)
-    engine.Episode.turn_is_over, engine.ZoomEnv = scripted_end, ScriptedEnv
+    engine.Episode.turn_is_over, ZoomEnv.protocols[ZoomEnv.protocol] = scripted_end, ScriptedEnv
     print(f"{'':60}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'goal':>6}{'met':>5}")
     with tempfile.TemporaryDirectory() as folder:
         questions = make_videos(Path(folder))

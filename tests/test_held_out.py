@@ -29,7 +29,7 @@ def figures(policy, rows, root, rank=0, world=1, config=CONFIG):
 
 def test_figures_are_those_of_plain_episodes_at_temperature_0(policy, data, monkeypatch):
     folder, rows, _ = data
-    monkeypatch.setattr(rollouts, "ZoomEnv", ScriptedEnv)
+    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
     policy = restless(policy)
     envs = [play(policy, row, RolloutConfig(temperature=0.0, max_turn_tokens=24), folder).env for row in rows]
     mean = lambda values: sum(values) / len(rows)
@@ -68,7 +68,7 @@ def on_processes(folder, numbers, out):
 def of_questions(folder, numbers, rank, world):
     rows = [json.loads(line) for line in open(Path(folder) / "train.jsonl")]
     rows[-1]["video"] = "missing.mp4"
-    rollouts.ZoomEnv = ScriptedEnv
+    ZoomEnv.protocols[ZoomEnv.protocol] = ScriptedEnv
     return figures(restless(random_policy()), [rows[i] for i in numbers], folder, rank, world)
 
 
@@ -76,7 +76,7 @@ def of_questions(folder, numbers, rank, world):
 def test_the_figures_are_of_all_processes(data, tmp_path, monkeypatch, numbers):
     """Two, with unequal shares; with one question one of them has nothing to play."""
     folder, _, _ = data
-    monkeypatch.setattr(rollouts, "ZoomEnv", ScriptedEnv)
+    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
     launch(2, "test_held_out:on_processes", [folder, json.dumps(numbers), tmp_path]).wait()
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1] == pytest.approx(of_questions(folder, numbers, 0, 1))

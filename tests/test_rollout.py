@@ -9,12 +9,12 @@ import torch
 from tiny import ScriptedEnv, chatty, plain_log_probs, random_policy, restless
 
 import generation
-import rollout as rollouts
 from generation import KVCache, decode_hidden, sample
 from model import Policy, token_log_probs
 from rollout import Engine, RolloutConfig, play, rollout
 from scale.first_day import check_decoder
 from video import Video
+from zoom_env import ZoomEnv
 
 SHORT = RolloutConfig(max_turn_tokens=24)
 
@@ -44,7 +44,7 @@ def test_the_engine_says_what_the_plain_loop_says(policy, data, monkeypatch, how
     """At temperature 0, token for token: with tool replies, rows that enter as others end, episodes that are cut off."""
     folder, questions, _ = data
     policy = restless(policy)
-    monkeypatch.setattr(rollouts, "ZoomEnv", ScriptedEnv)
+    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
     config = RolloutConfig(temperature=0.0, max_turn_tokens=24, **how)
     plain = [play(policy, question, config, folder) for question in questions[:6]]
     groups, _ = rollout(policy, questions[:6], 1, config, root=folder)
@@ -203,7 +203,7 @@ def test_compiled_rollouts_say_the_same(small, data, monkeypatch, capsys):
     weights. Nothing is compiled again when shapes or weights change, but for a group of one and for as many rows as the
     cache has."""
     folder, questions, _ = data
-    monkeypatch.setattr(rollouts, "ZoomEnv", ScriptedEnv)
+    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
     config = lambda compiled, rows=64: RolloutConfig(temperature=0.0, max_turn_tokens=24, max_rows=rows, compile=compiled)
     start = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for moved in range(2):
