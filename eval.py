@@ -38,8 +38,9 @@ from model import load_policy
 from rollout import Engine, RolloutConfig
 from scale import runs
 from scale.first_day import check_decoder
+from sources.protocols import use_protocol
 from video import open_video
-from zoom_env import TOOLS, EnvConfig
+from zoom_env import EnvConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def interval(right, total):
 
 def load(name, config, device):
     policy = load_policy(name, device, choose_dtype(config.dtype, device), config.system_prompt)
+    tool = config.mode == "zoom" and config.max_zooms != 0
+    policy.env_config = use_protocol(policy.env_config, config, name, tool)
     by_file, frames = (config.overview or "").endswith(".json"), config.num_frames
     changes = {"overview": None if by_file else config.overview, "overview_max_frames": frames,
                "overview_fps": None if frames is None else 1e6,  # always that many
@@ -129,7 +132,7 @@ def record(e):
     """What the tables need of an episode, and what was said in it."""
     env, question, tool = e.env, e.env.question, e.env.config.max_zooms > 0
     hits = [turn.hit for turn in env.turns if turn.hit is not None]
-    calls = sum(any(f"<{tag}>" in turn.text.rpartition("</think>")[2] for tag in TOOLS) for turn in env.turns)
+    calls = sum(any(f"<{tag}>" in turn.text.rpartition("</think>")[2] for tag in env.tools) for turn in env.turns)
     return {"question": question["id"], "right": env.rewards["accuracy"], "answer": env.answer(),
             "kind": (question.get("meta") or {}).get("kind") or question.get("source") or "other",
             "untagged": any(turn.untagged for turn in env.turns), "frames": env.frames_shown,

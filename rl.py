@@ -47,11 +47,12 @@ from data_prep import read_questions, use_overview
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
-from scale.gap import Gap, check_flags, find_old_log_probs
+from scale.gap import Gap, check_flags, check_protocol, find_old_log_probs
 from scale.metrics import episode_metrics, show_step
 from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
+from sources.protocols import use_protocol
 from zoom_env import RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
@@ -272,6 +273,8 @@ def main():
     torch.manual_seed(config.seed)
     weights = load_weights(config.model, config, device, with_reference=config.kl_weight > 0)
     policy = weights.policy
+    policy.env_config = use_protocol(policy.env_config, config, config.model)
+    check_protocol(config, policy.env_config)
     policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
     if rank == 0:
         print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {weights.describe()}, "

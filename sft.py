@@ -37,6 +37,7 @@ from scale.ahead import batches_ahead, in_threads
 from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
+from sources.protocols import use_protocol
 from video import VideoError
 
 
@@ -154,6 +155,7 @@ def main():
     torch.manual_seed(config.seed)
     weights = load_weights(model, config, device)
     policy = weights.policy
+    policy.env_config = use_protocol(policy.env_config, config, model)
     policy.env_config, known, without = use_overview(
         policy.env_config, [row["question"] for row in rows], config.overview, config.max_bad)
     known = {id(question) for question in known}

@@ -190,21 +190,25 @@ class Video:
     def times_of(self, numbers):
         """Seconds, ascending, at which the frames of these numbers, counted from 0 as they are shown, are on
         screen. At a constant rate from the rate, else from the packets of the whole file."""
-        with self.lock:
-            rate = self.stream.average_rate
-            if rate and rate == self.stream.base_rate and not self.animated:
-                times_s = {n: (n + 0.5) / self.fps for n in numbers}
-            else:
-                if self.all_pts is None:
-                    self._seek(None)
-                    self.all_pts = sorted(p.pts for p in self._packets() if p.pts is not None)
-                    self.ahead = self.shown = None
-                times_s = {n: float((self.all_pts[int(n)] - self.start_pts) * self.time_base)
-                           if 0 <= n < len(self.all_pts) else math.inf for n in numbers}
+        rate = self.stream.average_rate
+        if rate and rate == self.stream.base_rate and not self.animated:
+            times_s = {n: (n + 0.5) / self.fps for n in numbers}
+        else:
+            shown_s = self.all_times()
+            times_s = {n: shown_s[int(n)] if 0 <= n < len(shown_s) else math.inf for n in numbers}
         for n, time_s in times_s.items():
             if not 0 <= time_s <= self.duration_s + 1:
                 raise VideoError(f"{self.path}: no frame {n:.0f} in {self.duration_s:.2f} s")
         return tuple(sorted(round(t, 6) for t in times_s.values()))
+
+    def all_times(self):
+        """Seconds at which each frame comes on screen, from the packets of the whole file."""
+        with self.lock:
+            if self.all_pts is None:
+                self._seek(None)
+                self.all_pts = sorted(p.pts for p in self._packets() if p.pts is not None)
+                self.ahead = self.shown = None
+        return [float((pts - self.start_pts) * self.time_base) for pts in self.all_pts]
 
     def close(self):
         for opened in (self.container, self.file):

@@ -81,7 +81,8 @@ class EnvConfig(RewardWeights):
     texts: dict = field(default_factory=dict)  # its sentences, where they are not in our code
 
     def __post_init__(self):
-        protocol_of(self)
+        if missing := [name for name in protocol_of(self).needs if not isinstance(self.texts.get(name), str)]:
+            raise ValueError(f"the protocol {self.protocol} lacks its texts {', '.join(missing[:2])}, ..")
         for name in ("overview_fps", "overview_max_frames", "zoom_max_frames", "min_pixels", "max_pixels",
                      "frame_unit"):
             if not getattr(self, name) > 0:
@@ -112,6 +113,7 @@ class ZoomEnv:
     protocol = "videozoomer"
     protocols = {}  # {name: class}, of all that were imported
     tools = {}  # {tag: Tool}: TOOLS below
+    settings, needs = {}, ()  # of EnvConfig, when it is chosen by name; texts that have to be given
     after_turn = "\n"  # text between an assistant turn's end token and what follows
     trains_appended_end = False  # whether an end token is trained that was not sampled, but appended
     largest_id = math.inf  # sampled token ids above are dropped
@@ -201,7 +203,7 @@ class ZoomEnv:
         times = lambda frames: f"{len(frames)} frames" + (
             f", {frames[0].time_s:.2f} s to {frames[-1].time_s:.2f} s" if frames else "")
         lines = [f"{self.question['video']}: {self.question['question']}"]
-        lines += ["  " + line for line in self.options()]
+        lines += ["  " + line for line in self.question_lines()[1:]]
         lines.append(f"  overview: {times(self.watched[0])}")
         clips = iter(self.watched[1:])
         for number, turn in enumerate(self.turns, 1):
@@ -215,13 +217,12 @@ class ZoomEnv:
     # ------------------------------------------------------------ what is another protocol's to do otherwise
     def opening(self, frames):
         """The first user message, a list of str and Frame."""
-        lines = [self.question["question"].strip(), *self.options()]
-        lines.append(f"The video lasts {self.duration_s:.2f} seconds. {len(frames)} frames of it:\n")
-        return ["\n".join(lines), *self.show(frames), "\n" + self._go_on()]
+        length = f"The video lasts {self.duration_s:.2f} seconds. {len(frames)} frames of it:\n"
+        return ["\n".join([*self.question_lines(), length]), *self.show(frames), "\n" + self._go_on()]
 
     def parse(self, text):
         """What an assistant text means: a Turn. A call in the last round ends the episode, too."""
-        return parse_turn(text, self.duration_s, self.config)
+        return parse_turn(text, self.duration_s, self.config, self.tools)
 
     def is_last(self):
         """Whether the turn that comes is the last one, where no tool is left."""
@@ -244,10 +245,11 @@ class ZoomEnv:
         """What stands before a frame."""
         return "\n" * (index > 0) + f"<frame{index}_time{frame.time_s:.2f}s>"
 
-    def options(self):
-        """The options as lines."""
+    def question_lines(self):
+        """The question and its options, a line each."""
         options = option_texts(self.question.get("options") or [])
-        return [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
+        lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
+        return [self.question["question"].strip(), *lettered]
 
     def overview(self):
         """The frames of the first look, a tuple of Frame."""
@@ -317,12 +319,13 @@ class Turn:
     hit: bool | None = None  # whether the call looked at the question's evidence, where that is known
 
 
-def parse_turn(text, duration_s, config):
+def parse_turn(text, duration_s, config, tools=None):
     """Reads one assistant text: never raises, linear in its length.
 
     The action is what stands after the last </think>, or anywhere if there is none; a thought holds none.
     A call that cannot be carried out, or a turn without exactly one action, is of kind "error"."""
-    tags, calls = [*TOOLS, "answer"], " or ".join(f"<{tag}>" for tag in TOOLS)
+    tools = TOOLS if tools is None else tools
+    tags, calls = [*tools, "answer"], " or ".join(f"<{tag}>" for tag in tools)
     body = text.rpartition("</think>")[2]
     # the format: one thought, one action, nothing around them
     counts = [(text.count(f"<{tag}>"), text.count(f"</{tag}>")) for tag in tags]
@@ -344,7 +347,7 @@ def parse_turn(text, duration_s, config):
     elif not actions:
         reason = f"the turn has no {calls} call and no <answer>"
     if reason:
-        bare = not (config.max_zooms or actions or any(f"<{tag}>" in body for tag in ("think", *TOOLS)))
+        bare = not (config.max_zooms or actions or any(f"<{tag}>" in body for tag in ("think", *tools)))
         answer = read_untagged(body) if bare else None
         return Turn(text, "error", False, error=f"Error: {reason}. Give exactly one.", answer=answer,
                     untagged=answer is not None)
@@ -353,7 +356,7 @@ def parse_turn(text, duration_s, config):
     if tag == "answer":
         return Turn(text, "answer", well_formed, answer=inside.strip())
     try:
-        arguments = TOOLS[tag].parse(inside, duration_s, config)
+        arguments = tools[tag].parse(inside, duration_s, config)
     except ValueError as error:
         return Turn(text, "error", False, error=f"Error: {error}")
     return Turn(text, "call", well_formed, tool=tag, arguments=arguments)

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (AutoTokenizer, GenerationConfig, PreTrainedConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor)
+from transformers.utils import cached_file
 
 from common import UserError, gather, read_text
 from model import PolicyError
@@ -71,7 +72,7 @@ def read_checkpoint(name_or_path, dtype, device):
 def read_parts(name_or_path):
     """Tokenizer, image processor and settings of the environment."""
     return (AutoTokenizer.from_pretrained(name_or_path), Qwen2VLImageProcessor.from_pretrained(name_or_path),
-            load_env_config(Path(name_or_path)))
+            load_env_config(name_or_path))
 
 
 def check_checkpoint(name_or_path):
@@ -187,14 +188,25 @@ def parts_fault(policy):
     return None if fits else f"its preprocessor_config.json does not fit config.json; {AGAIN}"
 
 
-def load_env_config(path):
-    """The environment settings of a checkpoint folder, else the paper's. Raises UserError."""
-    if not (path / "zoom_config.json").is_file():
+def find_env_config(name_or_path):
+    """The path of a checkpoint's zoom_config.json, fetched where it is a name on the hub, or None."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path / "zoom_config.json" if (path / "zoom_config.json").is_file() else None
+    found = cached_file(str(name_or_path), "zoom_config.json", _raise_exceptions_for_missing_entries=False,
+                        _raise_exceptions_for_connection_errors=False)
+    return found and Path(found)
+
+
+def load_env_config(name_or_path):
+    """The environment settings of a checkpoint, else the paper's. Raises UserError."""
+    import sources.protocols  # noqa: F401: settings name one of them
+    if not (path := find_env_config(name_or_path)):
         return EnvConfig()
-    settings = json.loads(read_text(path / "zoom_config.json"))
+    settings = json.loads(read_text(path))
     try:
         for f in fields(EnvConfig):
-            value = settings.get(f.name, f.default)
+            value = settings.get(f.name, getattr(EnvConfig(), f.name))
             fits = isinstance(value, (int, float) if f.type is float else f.type)
             if not fits or isinstance(value, bool) or value in (float("inf"), -float("inf")):
                 raise ValueError(f"{f.name} must be a finite {f.type.__name__}, not {value!r}"[:200])

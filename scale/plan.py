@@ -433,7 +433,7 @@ def read_settings(name_or_path):
         model_config = AutoConfig.from_pretrained(name_or_path)
         if fault := config_fault(model_config.to_dict()):
             raise UserError(fault)
-        return model_config, load_env_config(path)
+        return model_config, load_env_config(name_or_path)
 
 
 def plan_main(name, config, model=None):

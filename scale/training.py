@@ -94,7 +94,8 @@ class TrainingRun:
         check_installed(config.tensorboard, config.wandb)
         by_file = (config.overview or "").endswith(".json")
         inputs = inputs | {"system prompt": config.system_prompt,
-                           "overview": config.overview if by_file else None}
+                           "overview": config.overview if by_file else None,
+                           "protocol": config.protocol if (config.protocol or "").endswith(".json") else None}
         box = [None, None]  # new, unfinished or finished; the checkpoint to go on from
         if rank == 0:
             box[0] = runs.begin_run(runs.open_folder(self.out), resolved, TRAINING_MAY_DIFFER, inputs, NAMES)

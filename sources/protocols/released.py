@@ -1,0 +1,248 @@
+"""What the checkpoint that came with the paper was trained on, token for token.
+
+Facts from the public repository zsgvivo/VideoZoomer (a fork of verl), read there in
+verl/workers/rollout/vllm_rollout/{vllm_async_engine,function_tools}.py, verl/utils/dataset/
+multimodal_dataset.py and verl/utils/reward_score/toolcall_format.py. Its sentences are not here: official.py
+reads them out of a clone of it (TEXTS below). What it does otherwise than we:
+
+    frames     counted in the order of presentation; their time is number / average rate, also where the rate
+               varies. Overview: every round(rate / 0.5)-th frame, or if that is more than 64, 64 from first
+               to last; a zoom: int(fps * (end - start)) frames from the segment's first to its last, both
+               moved into the video; none if that is 0. A frame may be shown twice
+    size       scaled down to max_pixels (PIL's Lanczos), sides cut to whole numbers; then to the nearest
+               multiples of 28, as the processor does with its own limits
+    a call     JSON objects {..} without inner braces, exactly one; numbers may be texts, other keys are
+               ignored; the limit holds for int(fps * length) before the segment is moved. Carried out
+               wherever it stands, beside an answer, too
+    the end    a turn without a call, a call in the last round, or one when 128 images have been shown
+    tokens     no line break between an assistant's end token and what follows; an end token that was not
+               sampled is appended and trained; ids above 151,664 are dropped
+    format     see `is_well_formed`
+
+One thing is not as there: an unreadable video is skipped and named, where the released code shows a blank frame.
+"""
+
+import json
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import functional as transforms
+
+from video import Frame, VideoError, open_video, remember
+from zoom_env import Tool, Turn, ZoomEnv, between
+
+TEXTS = ("frame", "before_frames", "after_frames", "bad_call", "bad_input", "too_many", "not_shown",
+         "after_error", "last_round")  # names of the sentences; {index}, {time}, {error}, .. in them are filled
+MOST_IMAGES = 128  # in an episode
+PROCESSOR_MIN, PROCESSOR_MAX = 3_136, 12_845_056  # pixels, of Qwen2.5-VL's image processor
+
+
+def fill(text, **values):
+    """A text with {name} replaced, of these names only; what is put in is not read again."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: str(values[match[1]]), text)
+
+
+# ----------------------------------------------------------------------------------------------------- frames
+def overview_numbers(total, rate, fps, most):
+    """Numbers of the frames of the first look at a video of `total` frames at `rate` a second."""
+    numbers = list(range(0, total, max(1, round(rate / fps))))
+    return numbers if len(numbers) <= most else np.linspace(0, total - 1, most, dtype=int).tolist()
+
+
+def zoom_numbers(start_s, end_s, count, total, rate):
+    """Numbers of the frames of a zoom. Raises ValueError and OverflowError as NumPy and Python do."""
+    first = max(0, min(int(start_s * rate), total - 1))
+    last = max(first, min(int(end_s * rate), total - 1))
+    return np.linspace(first, last, count).astype(int).tolist()
+
+
+def shrunk(height, width, min_pixels, max_pixels):
+    """(height, width) after the first resize."""
+    if height * width > max_pixels:
+        factor = np.sqrt(max_pixels / (height * width))
+        height, width = int(height * factor), int(width * factor)
+        if height * width < min_pixels:
+            factor = np.sqrt(min_pixels / (height * width))
+            height, width = int(height * factor), int(width * factor)
+    return height, width
+
+
+def rounded(height, width, unit):
+    """(height, width) after the processor's resize, which has limits of its own. Raises VideoError."""
+    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+        raise VideoError(f"a frame of {width}x{height} is too narrow")
+    size = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+    if size[0] * size[1] > PROCESSOR_MAX:
+        factor = np.sqrt(height * width / PROCESSOR_MAX)
+        size = tuple(max(unit, int(side / factor / unit) * unit) for side in (height, width))
+    elif size[0] * size[1] < PROCESSOR_MIN:
+        factor = np.sqrt(PROCESSOR_MIN / (height * width))
+        size = tuple(int(np.ceil(side * factor / unit)) * unit for side in (height, width))
+    return size
+
+
+def resized(image, min_pixels, max_pixels, unit):
+    """(H, W, 3) uint8 to (3, H', W'), in the two steps."""
+    height, width = image.shape[:2]
+    size = shrunk(height, width, min_pixels, max_pixels)
+    if size != (height, width):
+        image = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
+    image = torch.from_numpy(image).permute(2, 0, 1)
+    size = rounded(*size, unit)
+    if size != tuple(image.shape[1:]):
+        image = transforms.resize(image, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
+    return image.contiguous()
+
+
+@remember(most=256e6, size=lambda frames: sum(frame.image.nbytes for frame in frames))
+def numbered_frames(path, numbers, min_pixels, max_pixels, unit):
+    """The frames of a tuple of numbers, ascending, a Frame each. Raises VideoError."""
+    video = open_video(path)
+    times_s = video.all_times()
+    images = {}
+    for n in dict.fromkeys(numbers):
+        (_, image), = video.frames_at([times_s[n]])
+        images[n] = resized(image, min_pixels, max_pixels, unit)
+    return tuple(Frame(n / video.fps, images[n]) for n in numbers)
+
+
+# ---------------------------------------------------------------------------------------------------- a turn
+def objects_in(text):
+    """JSON texts {..} without inner braces, of one line each."""
+    found = []
+    for line in text.split("\n"):
+        at = 0
+        while (start := line.find("{", at)) >= 0 and (end := line.find("}", start)) >= 0:
+            found.append(line[start:end + 1])
+            at = end + 1
+    return found
+
+
+def calls_in(text):
+    """What stands inside the tags of each call, the shortest way."""
+    return between(text, "video_zoom")[0]
+
+
+def run_zoom(env, arguments):
+    return env.frames_of(arguments["numbers"])
+
+
+class Released(ZoomEnv):
+    """An episode as the released checkpoint knows it."""
+
+    protocol = "released"
+    tools = {"video_zoom": Tool(None, run_zoom, looks_at=lambda arguments: arguments["segment"])}
+    needs = TEXTS
+    settings = {}
+    after_turn = ""
+    trains_appended_end = True
+    largest_id = 151_664
+    skips_special = True
+
+    def overview(self):
+        video, c = open_video(self.path), self.config
+        total = len(video.all_times())
+        chosen = self.question.get("overview_frames")
+        numbers = sorted(map(int, chosen)) if chosen else overview_numbers(
+            total, video.fps, c.overview_fps, c.overview_max_frames)
+        if not numbers or not 0 <= numbers[-1] < total:
+            raise VideoError(f"{self.path}: no frame {numbers[-1] if numbers else 0} of {total}")
+        return self.frames_of(numbers)
+
+    def frames_of(self, numbers):
+        c = self.config
+        return numbered_frames(self.path, tuple(numbers), c.min_pixels, c.max_pixels, c.frame_unit) if numbers else ()
+
+    def opening(self, frames):
+        """The data set's own text, frames where it has <image>; of other questions frames come first."""
+        problem = (self.question.get("meta") or {}).get("problem") or "\n".join(["<image>", *self.question_lines()])
+        before, _, after = problem.partition("<image>")
+        return [before, *self.show(frames), after]
+
+    def tag(self, index, frame):
+        return fill(self.config.texts["frame"], index=index, time=f"{frame.time_s:.2f}")
+
+    def is_last(self):
+        return super().is_last() or self.frames_shown >= MOST_IMAGES
+
+    def parse(self, text):
+        contents = calls_in(text)
+        if not contents:
+            answer = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+            return Turn(text, "answer", True, answer=answer, untagged="<answer>" not in text)
+        try:
+            return Turn(text, "call", True, tool="video_zoom", arguments=self.read_call(contents))
+        except ValueError as error:
+            return Turn(text, "error", True, error=str(error))
+
+    def read_call(self, contents):
+        """{"segment", "fps", "numbers"} of a call. Raises ValueError with what the policy is told."""
+        texts, error = self.config.texts, None
+        try:
+            objects = [json.loads(found) for content in contents for found in objects_in(content)]
+            if len(objects) != 1:
+                raise ValueError("")
+            try:
+                start_s, end_s = float(objects[0]["segment"][0]), float(objects[0]["segment"][1])
+                fps = float(objects[0]["fps"])
+            except Exception as reason:  # whatever Python says is what it read
+                raise ValueError(fill(texts["bad_input"], error=reason, input=objects[0])) from None
+        except (ValueError, RecursionError) as reason:
+            error = fill(texts["bad_call"], error=reason)
+        if error:
+            raise ValueError(error)
+        try:
+            count, limit = int(fps * (end_s - start_s)), self.config.zoom_max_frames
+            if count > limit:
+                raise ValueError(fill(texts["too_many"], count=count, limit=limit))
+            video = open_video(self.path)
+            numbers = zoom_numbers(start_s, end_s, count, len(video.all_times()), video.fps)
+        except (ValueError, OverflowError, VideoError) as reason:
+            raise ValueError(self.unreadable(reason)) from None
+        return {"segment": (start_s, end_s), "fps": fps, "numbers": numbers}
+
+    def unreadable(self, error):
+        return fill(self.config.texts["not_shown"], error=error)
+
+    def reply(self, turn, frames):
+        texts, no_more = self.config.texts, len(self.turns) == self.config.max_zooms
+        last = texts["last_round"] * no_more
+        if frames is None:
+            return [turn.error + texts["after_error"] + last]
+        return [texts["before_frames"], *self.show(frames), texts["after_frames"] + last]
+
+    def is_well_formed(self):
+        """All turns but the last one are calls that start with a thought, stand alone in the turn, are JSON and
+        within the limit; the last one is <think>..</think>..<answer>..</answer> without a call."""
+        texts = [turn.text for turn in self.turns]
+        if not texts:
+            return False
+        last = texts[-1].strip() if len(texts) == 1 else texts[-1]
+        return all(self.is_good_call(text.strip()) for text in texts[:-1]) and is_good_answer(last)
+
+    def is_good_call(self, text):
+        try:
+            call = json.loads(calls_in(text)[-1])
+            count = int(float(call["fps"]) * (float(call["segment"][1]) - float(call["segment"][0])))
+        except Exception:  # of any kind, as there
+            return False
+        alone = (text.count("<video_zoom>"), text.count("</video_zoom>")) == (1, 1)
+        return (count <= self.config.zoom_max_frames and alone and "<answer>" not in text
+                and "</answer>" not in text and in_order(text, "</think>", "<video_zoom>", "</video_zoom>"))
+
+
+def in_order(text, *parts):
+    """Whether a text begins with <think> and has the parts behind each other after it."""
+    at = len("<think>") if text.startswith("<think>") else -1
+    for part in parts:
+        at = text.find(part, at) + len(part) if at >= 0 and part in text[at:] else -1
+    return at >= 0
+
+
+def is_good_answer(text):
+    whole = text.removesuffix("\n")
+    alone = (text.count("<answer>"), text.count("</answer>")) == (1, 1)
+    return (alone and "<video_zoom>" not in text and whole.endswith("</answer>")
+            and in_order(whole, "</think>", "<answer>", "</answer>"))
