@@ -28,7 +28,7 @@ import re
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as transforms
+from torchvision.transforms.v2 import functional as transforms  # as the processor does: another rounding
 
 from video import Frame, VideoError, open_video, remember
 from zoom_env import Tool, Turn, ZoomEnv, between
