@@ -34,6 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from scale.runs import open_folder
+from sources.protocols import official
 from sources.answers import LETTERS, normalise, option_texts
 from common import UserError, check_bad, fail, read_rows, read_text, run_main
 
@@ -186,10 +187,13 @@ def main():
     sub.add_argument("--steps", type=int, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
     sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
     sub.add_argument("--init", help="checkpoint folder to begin the last part from")
+    official.add_command(commands, show)
     args = parser.parse_args()
     for name in ("train", "test", "steps"):
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if "run" in args:
+        return args.run(args)
     open_folder(args.out)
     if args.command == "synthetic":
         synthetic(args.out, args.train, args.test, args.seed)

@@ -134,9 +134,8 @@ def test_the_command(official, tmp_path):
     done = run("--official", str(official), "--variant", "eval", "--out", "p.json")
     assert done.returncode == 0, done.stderr
     assert read_protocol(tmp_path / "p.json")["system_prompt"].endswith("boxed{{}}.")
-    failed = run("--official", str(tmp_path / "none"), "--out", "q.json")
-    assert failed.returncode == 2 and "no such folder" in failed.stderr and not (tmp_path / "q.json").exists()
-    assert len(failed.stderr.strip().splitlines()) == 1
+    with pytest.raises(UserError, match="no such folder"):
+        read_official(tmp_path / "none", "train")
 
 
 # --------------------------------------------------------------------------------------------------- the released rules
@@ -220,3 +219,132 @@ def test_dialogues_equal_the_plain_rules(folder, policy):
         assert env.rewards["format"] == plain.format_reward(said), (case, said)
         seen |= {turn.kind for turn in env.turns} | {f"{len(env.turns)} turns", f"format {env.rewards['format']}"}
     assert seen >= {"call", "error", "answer", "1 turns", "5 turns", "format 0.0", "format 1.0"}
+
+
+def test_replay_writes_what_the_checkpoint_was_trained_on(folder, policy):
+    """A trajectory for SFT: end tokens are trained though the text has none, and no line break follows a turn."""
+    zoom = '<think>I look.</think><video_zoom>{"segment": [1, 5], "fps": 1}</video_zoom>'
+    row = {"question": QUESTION | {"video": "tiny.mp4"}, "turns": [zoom, "<think>I see.</think><answer>B</answer>"], "learn": [True, True]}
+    dialogue, env = replay(policy, row, folder)
+    said = policy.tokenizer.decode([i for i, trained in zip(dialogue.ids, dialogue.trained) if trained])
+    assert said == f"{zoom}<|im_end|><think>I see.</think><answer>B</answer><|im_end|>"
+    assert "</video_zoom><|im_end|><|im_start|>user\n<tool_response>\nHere it is {so}:\n<frame0_at1.00>" in policy.tokenizer.decode(dialogue.ids)
+    assert env.rewards == {"reward": 1.5, "accuracy": 1.0, "format": 1.0, "tool": 1.0}
+
+
+class Scripted(Released):
+    """Zooms, makes an error or answers, as the length of what is said has it."""
+
+    def step(self, text):
+        number = len(text) + len(self.turns)
+        zoom = '<video_zoom>{"segment": [%d, %d], "fps": 1}</video_zoom>' % (number % 9, number % 9 + 2)
+        says = [zoom, "<video_zoom>{}</video_zoom>", zoom, "<video_zoom>?</video_zoom>", zoom, "<think>t</think><answer>A</answer>"]
+        return super().step(says[number % 6])
+
+
+@pytest.mark.parametrize("how", [dict(), dict(look_every=5), dict(max_rows=2)])
+def test_the_engine_plays_by_it_as_the_plain_loop_does(folder, policy, monkeypatch, how):
+    """With ids that are dropped in the middle of a turn, and appended end tokens, which have no log-probability of sampling."""
+    policy = restless(policy)
+    with torch.no_grad():
+        policy.head.weight[policy.im_end] *= 1.1
+    monkeypatch.setitem(ZoomEnv.protocols, "released", Scripted)
+    monkeypatch.setattr(Released, "largest_id", 250)
+    policy.env_config = replace(policy.env_config, overview_max_frames=2)
+    questions = [QUESTION | {"id": str(n), "video": "tiny.mp4", "meta": {"problem": f"{n} <image>?"}} for n in range(8)]
+    config = RolloutConfig(temperature=0.0, max_turn_tokens=12, **how)
+    episodes = [play(policy, question, config, folder) for question in questions]
+    groups, _ = Engine(policy, 1, config).play(questions, folder)
+    assert [g[0].dialogue.ids for g in groups] == [e.dialogue.ids for e in episodes]
+    sampled = [p for e in episodes for p in e.dialogue.sampled_log_probs]
+    assert None in sampled and max(i for e in episodes for i, t in zip(e.dialogue.ids, e.dialogue.trained) if t) <= 250
+    assert any(e.env.num_calls() for e in episodes) and any(len(e.env.turns) > 2 for e in episodes)
+    for e in [g[0] for g in groups]:
+        assert e.dialogue.trained.count(True) == len(e.dialogue.sampled_log_probs)
+
+
+# ------------------------------------------------------------------------------------------------- which one is played
+def test_a_checkpoint_keeps_its_protocol(policy, official, tmp_path, capsys):
+    save_policy(policy, tmp_path / "trained")
+    kept = use_protocol(load_env_config(tmp_path / "trained"), RunConfig(), tmp_path / "trained")
+    assert kept == policy.env_config and kept.protocol == "released" and not capsys.readouterr().err
+    other = use_protocol(kept, RunConfig(protocol="direct"), tmp_path / "trained")
+    assert (other.protocol, other.texts, other.max_zooms) == ("direct", {}, 0) and "helpful" in other.system_prompt
+    ours = use_protocol(kept, RunConfig(protocol="videozoomer"), tmp_path / "trained")
+    assert ours.system_prompt == EnvConfig().system_prompt and ours.texts == {}
+    given = use_protocol(replace(kept, system_prompt="mine"), RunConfig(protocol="direct", system_prompt="file"), tmp_path / "trained")
+    assert given.system_prompt == "mine"
+    # one that says nothing
+    (tmp_path / "trained/zoom_config.json").unlink()
+    for tool, name in ((True, "videozoomer"), (False, "direct")):
+        plays = use_protocol(load_env_config(tmp_path / "trained"), RunConfig(), tmp_path / "trained", tool)
+        assert plays.protocol == name and f"played by the protocol {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, message", [
+    ("[]", "must be an object"), ("{", "cannot read"), ('{"protocol": "released"}', "lacks its texts frame"), ('{"protocol": "mine"}', "must be one of"),
+    ('{"protocol": "released", "texts": {"frame": 1}}', "must be an object"), ('{"protocol": "direct", "speed": 1}', "must be an object")])
+def test_a_bad_file_is_named(tmp_path, file, message):
+    (tmp_path / "p.json").write_text(file)
+    with pytest.raises(UserError, match=message) as error:
+        use_protocol(EnvConfig(), RunConfig(protocol=str(tmp_path / "p.json")), "none")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_released_without_its_texts_is_refused():
+    with pytest.raises(UserError, match="data_prep.py protocol"):
+        use_protocol(EnvConfig(), RunConfig(protocol="released"), "none")
+    with pytest.raises(ValueError, match="protocol must be one of"):
+        EnvConfig(protocol="unheard")
+
+
+# --------------------------------------------------------------------------------------------------------- the others
+def episode(name, folder, texts, **question):
+    config = use_protocol(replace(EnvConfig(), frame_unit=28), RunConfig(protocol=name), "none")
+    env = PROTOCOLS[name](QUESTION | {"video": "tiny.mp4"} | question, config, folder)
+    messages = [env.reset()]
+    for text in texts:
+        assert not env.done
+        messages.append(env.step(text))
+    return env, [["".join(i if isinstance(i, str) else "[]" for i in m.content) for m in some] for some in messages]
+
+
+@pytest.mark.parametrize("said, right", [("B", 1), ("B.", 1), ("(B) a dog", 1), ("The answer is B.", 1), ("A", 0), ("a dog", 1), ("", 0),
+                                         ("<think>A?</think><answer>B</answer>", 1), ("B\nIt has fur.", 1)])
+def test_direct(folder, said, right):
+    env, ((system, user),) = episode("direct", folder, [])
+    assert user == "[]" * 6 + "What is it?\nA. a cat\nB. a dog\nAnswer with the letter of the right option only."
+    assert system == "You are a helpful assistant."
+    env, _ = episode("direct", folder, [said])
+    assert env.done and env.rewards["accuracy"] == right and env.rewards["tool"] == 0
+
+
+def test_longvt(folder):
+    call = lambda **a: '<think>t</think><tool_call>' + json.dumps({"name": "crop_video", "arguments": a}) + "</tool_call>"
+    turns = [call(video_path="x", start_time=2, end_time=6), call(start_time=8.0, end_time=99), call(start_time=6, end_time=2),
+             call(start_time=50, end_time=60), "<think>t</think><tool_call>crop</tool_call>", "<think>t</think><answer>B</answer>"]
+    env, messages = episode("longvt", folder, turns, evidence=[[9, 10]])
+    assert messages[0][1] == "[]" * 12 + "What is it?\nA. a cat\nB. a dog\nThe path of the video is tiny.mp4; it lasts 12.00 seconds."
+    assert messages[1] == ["<tool_response>\n[][][][]4 frames, 2.00 s to 6.00 s\n</tool_response>"]
+    assert messages[2] == ["<tool_response>\n[][][][]4 frames, 8.00 s to 12.00 s\n</tool_response>"]
+    assert ["before end_time" in messages[3][0], "after the end" in messages[4][0], "not JSON" in messages[5][0]] == [True] * 3
+    assert [turn.kind for turn in env.turns] == ["call", "call", "error", "error", "error", "answer"]
+    assert [turn.hit for turn in env.turns[:2]] == [False, True] and env.rewards["accuracy"] == 1
+    assert all(f.image.shape[1] * f.image.shape[2] <= 50_176 for frames in env.watched for f in frames)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_nothing_that_is_said_raises(folder, official, name):
+    config = RunConfig(protocol=str(write_protocol(official)) if name == "released" else name)
+    config = use_protocol(replace(EnvConfig(), frame_unit=28), config, "none")
+    calls = ['{"segment": [0, 1e308], "fps": 1e308}', '{"segment": [1e308, 1e308], "fps": 1}', '{"segment": [-1e308, 1], "fps": 1e-308}',
+             '{"segment": {"0": 1, "1": 2}, "fps": 1}', '{"segment": [NaN, 1], "fps": 1}', '{"name": "crop_video", "arguments": {"start_time": NaN, "end_time": 1}}',
+             "[" * 100_000, '{"a": ' + "[" * 100_000 + "}", "{" * 100_000, '{"segment": [' + "9" * 5000 + ', 1], "fps": 1}', "\0\ud800", "{}{}"]
+    for tag in ("video_zoom", "tool_call", "answer"):
+        for text in [f"<{tag}>{call}</{tag}>" for call in calls] + [f"<{tag}>" * 80_000, f"<{tag}>{{" * 40_000, f"</{tag}>" * 80_000]:
+            env = PROTOCOLS[name](QUESTION | {"video": "tiny.mp4"}, config, folder)
+            env.reset()
+            reply = env.step(text)
+            assert env.done or reply
+            env.end()
+            assert 0 <= env.rewards["accuracy"] <= 1

@@ -14,10 +14,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import UserError, read_text
+from scale.runs import open_folder, write_json
 
 FOLDER = "verl/workers/rollout/vllm_rollout"
 SCRIPTS = {"train": "scripts/train_video.sh", "eval": "scripts/eval_video.sh"}
 IMAGE, HEADER, END = "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def add_command(commands, show):
+    """Adds `protocol` to data_prep.py's subparsers."""
+    sub = commands.add_parser("protocol", help="the released protocol's sentences, out of a clone", **show)
+    sub.add_argument("--official", required=True, help="clone of github.com/zsgvivo/VideoZoomer")
+    sub.add_argument("--variant", choices=SCRIPTS, default="train", help="whose system prompt")
+    sub.add_argument("--out", default="released.json", help="file to write, for --protocol")
+    sub.set_defaults(run=write_protocol)
+
+
+def write_protocol(args):
+    protocol = read_official(args.official, args.variant)
+    open_folder(Path(args.out).parent)
+    write_json(Path(args.out), protocol)
+    print(f"wrote {args.out}: --protocol {args.out} of sft.py, rl.py and eval.py plays by it")
 
 
 class Hole(NamedTuple):
