@@ -16,6 +16,7 @@ equal teaches nothing and is dropped; new questions are drawn until the batch is
 Metrics `gap`, `gap_max`, `gap_turn_1`, ..: |log pi - log pi as sampled| before a step's first update, by turn
 (scale/gap.py). --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling.
 --max_gap: an episode of a larger mean gap is left out of the loss and of N, not of its group's mean.
+--loss_mean episode: the mean over an episode's tokens comes first, then the one over episodes.
 
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-3b --data questions.jsonl
@@ -75,6 +76,7 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     clip_high: float = 0.27  # ... and up to 1 + clip_high
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
     entropy_weight: float = 0.001  # of the entropy bonus
+    loss_mean: str = "token"  # over all sampled tokens, or over those of each episode, then over episodes
     old_log_probs: str = "sampled"  # log pi_old: as sampled, or recomputed by a pass before the first update
     max_gap: float | None = None  # with recomputed: an episode of a larger mean gap a token is left out
     on_host: list[str] = ()  # of reference and features, what is kept in host memory between uses
@@ -163,7 +165,8 @@ def update(weights, groups, optimizer, config, rank, device, total=sum_over_proc
     groups, old_log_probs = find_old_log_probs(weights, groups, config, gap)
     for m in range(num_batches):
         mini = groups[(m + rank) % num_batches::num_batches]
-        tokens = total({"t": sum(sum(e.dialogue.trained) for g in mini for e in g)}, device)["t"]
+        lengths = [sum(e.dialogue.trained) for g in mini for e in g]
+        tokens, episodes = total({"t": sum(lengths), "e": len(lengths)}, device).values()
         if not tokens:
             continue
         sums = Counter(dict.fromkeys(PER_TOKEN, 0.0))
@@ -182,6 +185,8 @@ def update(weights, groups, optimizer, config, rank, device, total=sum_over_proc
                     ref, _ = token_log_probs(reference, batch, temperature)
             # this pass's part of the loss, whose gradient is added to that of the passes before
             loss, stats = grpo_loss(log_probs, old, advantages, episode, config, ref, entropies)
+            if config.loss_mean == "episode":
+                loss = loss * tokens / episodes / torch.bincount(episode)[episode].to(device)
             loss = loss.sum() / tokens
             loss.backward()
             stats["loss"] = loss.item() * tokens
@@ -212,7 +217,7 @@ def train(weights, rows, config, run, rank, world, device, val):
     policy, rewards = weights.policy, {f.name: getattr(config, f.name) for f in fields(RewardWeights)}
     max_zooms = policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms
     policy.env_config = replace(policy.env_config, max_zooms=max_zooms, **rewards)
-    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, 0.95),
+    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
     progress = run.start(weights, optimizer, config.steps, {"step": 0, "drawn": 0, "skipped": []},
@@ -259,6 +264,8 @@ def main():
     rank, world, device = start_processes(config.device, config.timeout_min)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
+    if config.loss_mean not in ("token", "episode"):
+        raise UserError(f"--loss_mean must be token or episode, not {config.loss_mean}")
     if not config.temperature > 0:
         raise UserError("--temperature must be above 0: at 0 all episodes of a question are the same")
     check_flags(config)

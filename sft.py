@@ -109,7 +109,7 @@ def batches(num_rows, config, rank, world):
 
 
 def train(weights, rows, config, run, rank, world, device, val):
-    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, 0.95),
+    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     progress = run.start(weights, optimizer, steps, {"step": 0, "skipped": []}, val=val)

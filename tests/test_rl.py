@@ -167,6 +167,26 @@ def test_update_does_not_depend_on_the_split(folder, whole, split):
     assert_same(whole, one_update(folder, **split))
 
 
+def test_the_mean_over_episodes_is_that_of_updates_on_each_alone(folder):
+    """Token means of one episode each, and their mean; the same however it is split."""
+    counts = []
+
+    def alone(n):
+        def prepare(policy, groups):
+            counts[:] = [len(g) for g in groups]
+            chosen = [e for g in groups for e in g][n:n + 1]
+            groups[:] = [chosen]
+        return prepare
+
+    first = one_update(folder, prepare=alone(0))
+    changes = [first[0]] + [one_update(folder, prepare=alone(n))[0] for n in range(1, sum(counts))]
+    together = one_update(folder, loss_mean="episode")
+    mean = torch.stack(changes).double().mean(0)
+    assert (together[0] - mean).norm() <= 1e-4 * mean.norm() > 0 and len(changes) > 3
+    assert_same(together, one_update(folder, loss_mean="episode", max_tokens_per_pass=600))
+    assert (together[0] - one_update(folder)[0]).norm() > 1e-2 * mean.norm()  # token means are something else
+
+
 def save_update(folder, out):
     """Of one process of several."""
     rank, world, _ = start_processes("cpu")
