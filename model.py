@@ -278,15 +278,16 @@ class Sampled:
     log_probs: list
 
 
-def encode(policy, messages, dialogue=None, learn=True):
+def encode(policy, messages, dialogue=None, learn=True, rules=None):
     """Appends messages to a dialogue (a new one by default) in Qwen's chat template and returns it:
 
         <|im_start|>user\\n text and <|vision_start|> image tokens <|vision_end|> in turn <|im_end|>\\n
 
     After a user message that ends `messages` the header of the assistant's turn follows, ready to generate.
     An assistant message holds either its text or a Sampled. `learn` says whether what the assistant produced
-    is trained."""
-    dialogue, rules = Dialogue() if dialogue is None else dialogue, protocol_of(policy.env_config)
+    is trained. `rules`: another ZoomEnv than the policy's says how turns end."""
+    dialogue = Dialogue() if dialogue is None else dialogue
+    rules = rules or protocol_of(policy.env_config)
     # split_special_tokens: text, whoever wrote it, never turns into a special token
     tokenize = lambda text: policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     for i, message in enumerate(messages):

@@ -190,15 +190,13 @@ class Video:
     def times_of(self, numbers):
         """Seconds, ascending, at which the frames of these numbers, counted from 0 as they are shown, are on
         screen. At a constant rate from the rate, else from the packets of the whole file."""
-        rate = self.stream.average_rate
-        if rate and rate == self.stream.base_rate and not self.animated:
+        if (rate := self.stream.average_rate) and rate == self.stream.base_rate and not self.animated:
             times_s = {n: (n + 0.5) / self.fps for n in numbers}
         else:
-            shown_s = self.all_times()
-            times_s = {n: shown_s[int(n)] if 0 <= n < len(shown_s) else math.inf for n in numbers}
-        for n, time_s in times_s.items():
-            if not 0 <= time_s <= self.duration_s + 1:
-                raise VideoError(f"{self.path}: no frame {n:.0f} in {self.duration_s:.2f} s")
+            all_s = dict(enumerate(self.all_times()))
+            times_s = {n: all_s.get(int(n), math.inf) for n in numbers}
+        if beyond := [n for n, time_s in times_s.items() if not 0 <= time_s <= self.duration_s + 1]:
+            raise VideoError(f"{self.path}: no frame {beyond[0]:.0f} in {self.duration_s:.2f} s")
         return tuple(sorted(round(t, 6) for t in times_s.values()))
 
     def all_times(self):
@@ -211,9 +209,8 @@ class Video:
         return [float((pts - self.start_pts) * self.time_base) for pts in self.all_pts]
 
     def close(self):
-        for opened in (self.container, self.file):
-            if opened:
-                opened.close()
+        for opened in filter(None, (self.container, self.file)):
+            opened.close()
 
     __del__ = close  # not left to the garbage collector: PyAV's containers and streams refer to each other
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from sources.answers import LETTERS, grade, option_texts, read_untagged
+from sources.images import read_image
 from video import VideoError, open_video, read_frames
 
 # Trained checkpoints know these words, and those of the errors below: another text needs new training.
@@ -124,7 +125,7 @@ class ZoomEnv:
             cls.protocols[cls.protocol] = cls
 
     def __init__(self, question, config, root="."):
-        self.question, self.config = question, config
+        self.question, self.config, self.root = question, config, root
         self.path = str(Path(root) / question["video"])
         self.turns, self.done, self.rewards = [], False, {}
         self.watched, self.frames_shown = [], 0
@@ -203,7 +204,7 @@ class ZoomEnv:
         times = lambda frames: f"{len(frames)} frames" + (
             f", {frames[0].time_s:.2f} s to {frames[-1].time_s:.2f} s" if frames else "")
         lines = [f"{self.question['video']}: {self.question['question']}"]
-        lines += ["  " + line for line in self.question_lines()[1:]]
+        lines += ["  " + line for line in self.options()]
         lines.append(f"  overview: {times(self.watched[0])}")
         clips = iter(self.watched[1:])
         for number, turn in enumerate(self.turns, 1):
@@ -218,7 +219,8 @@ class ZoomEnv:
     def opening(self, frames):
         """The first user message, a list of str and Frame."""
         length = f"The video lasts {self.duration_s:.2f} seconds. {len(frames)} frames of it:\n"
-        return ["\n".join([*self.question_lines(), length]), *self.show(frames), "\n" + self._go_on()]
+        asked = self.with_images("\n".join([*self.question_lines(), length]))
+        return [*asked, *self.show(frames), "\n" + self._go_on()]
 
     def parse(self, text):
         """What an assistant text means: a Turn. A call in the last round ends the episode, too."""
@@ -245,11 +247,24 @@ class ZoomEnv:
         """What stands before a frame."""
         return "\n" * (index > 0) + f"<frame{index}_time{frame.time_s:.2f}s>"
 
-    def question_lines(self):
-        """The question and its options, a line each."""
+    def options(self):
+        """The options as lines."""
         options = option_texts(self.question.get("options") or [])
-        lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
-        return [self.question["question"].strip(), *lettered]
+        return [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
+
+    def question_lines(self):
+        """What is asked: subtitles, where the question has some, the question itself, its options."""
+        said = [f"[{start_s:.1f} - {end_s:.1f}] {text}" for start_s, end_s, text in
+                self.question.get("subtitles") or []]
+        return [*(["Subtitles, with their seconds:"] + said if said else []),
+                self.question["question"].strip(), *self.options()]
+
+    def with_images(self, text):
+        """A text with the question's images in place of its <image>: a list of str and Frame."""
+        c, images = self.config, self.question.get("images") or []
+        first, *parts = text.split("<image>", len(images)) if images else [text]
+        read = lambda name: read_image(Path(self.root, name), c.min_pixels, c.max_pixels, c.frame_unit)
+        return [first, *(item for name, part in zip(images, parts) for item in (read(name), part))]
 
     def overview(self):
         """The frames of the first look, a tuple of Frame."""

@@ -83,16 +83,15 @@ def rounded(height, width, unit):
     return size
 
 
-def resized(image, min_pixels, max_pixels, unit):
-    """(H, W, 3) uint8 to (3, H', W'), in the two steps."""
-    height, width = image.shape[:2]
-    size = shrunk(height, width, min_pixels, max_pixels)
-    if size != (height, width):
-        image = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
-    image = torch.from_numpy(image).permute(2, 0, 1)
-    size = rounded(*size, unit)
-    if size != tuple(image.shape[1:]):
-        image = transforms.resize(image, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
+def resized(image, min_pixels, max_pixels, unit, resample=Image.Resampling.LANCZOS):
+    """A PIL image in RGB to (3, H', W') uint8, in the two steps."""
+    size = shrunk(image.height, image.width, min_pixels, max_pixels)
+    whole = rounded(*size, unit)
+    if size != (image.height, image.width):
+        image = image.resize(size[::-1], resample)
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if whole != tuple(image.shape[1:]):
+        image = transforms.resize(image, list(whole), transforms.InterpolationMode.BICUBIC, antialias=True)
     return image.contiguous()
 
 
@@ -104,7 +103,7 @@ def numbered_frames(path, numbers, min_pixels, max_pixels, unit):
     images = {}
     for n in dict.fromkeys(numbers):
         (_, image), = video.frames_at([times_s[n]])
-        images[n] = resized(image, min_pixels, max_pixels, unit)
+        images[n] = resized(Image.fromarray(image), min_pixels, max_pixels, unit)
     return tuple(Frame(n / video.fps, images[n]) for n in numbers)
 
 
