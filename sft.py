@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from common import check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes
-from data_prep import read_questions, read_trajectories, use_overview
+from data_prep import read_questions, read_trajectories
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
 from model import fill_features, replay, split_by_tokens, token_log_probs
@@ -37,6 +37,7 @@ from scale.ahead import batches_ahead, in_threads
 from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
+from sources.overview import use_overview
 from video import VideoError
 
 
