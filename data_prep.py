@@ -2,7 +2,7 @@
 
     python data_prep.py synthetic --out runs/data     videos, questions, trajectories (demo/synthetic.py)
     python data_prep.py tiny_base --out tiny_base     the model that the demo starts from (demo/tiny_base.py)
-    python data_prep.py convert | overlap | stats     public data sets, what a file holds (sources/commands.py)
+    python data_prep.py convert, overlap, stats       public data, what a file holds (sources/commands.py)
 
 A file has one JSON object a line. A question:
 

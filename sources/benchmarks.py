@@ -7,7 +7,8 @@ returns may have any shape that sources/shapes.py reads; `finish` brings it to o
 
     id            as text; without one it is made of the video's name, the question and its options
     video         its file's name, with or without folders and suffix; `folder`, part of its folder's name
-    question, options, answer, meta; `inside` where the options stand in the question's text
+    question, options, answer, meta; `inside` where the options stand in the question's text, `letter` where
+                  the data set's own evaluation takes the answer for a letter, whatever the options are
     open          text or number: the type of answer of a question without options
     evidence      "00:15-00:19" or [[start, end], ...]; `frames`, numbers of frames, is evidence, too
     images        None, or {1: image} of <image 1> in the question's text
@@ -53,7 +54,7 @@ def keep(raw, *names, **renamed):
 def videomme(raw):
     return {"id": raw.get("question_id"), "video": first_of(raw, "videoID", "video_path", "video"),
             "question": raw["question"], "options": first_of(raw, "options", "candidates"),
-            "answer": raw["answer"],
+            "answer": raw["answer"], "letter": True,
             "meta": keep(raw, "domain", "sub_category", kind="task_type", duration_group="duration")}
 
 
@@ -62,6 +63,7 @@ def longvideobench(raw):
     position = read_list(raw.get("position"))
     return {"id": raw["id"], "video": raw["video_path"], "question": raw["question"],
             "options": raw.get("candidates") or numbered, "answer": letter_at(raw.get("correct_choice")),
+            "letter": True,
             "frames": position and [int(n) for n in position],
             "subtitles": raw.get("subtitle_path"), "begin_s": raw.get("starting_timestamp_for_subtitles"),
             "meta": keep(raw | {"position": position}, "duration_group", "level", "topic_category",
@@ -85,7 +87,7 @@ def lvbench(raw):
     minutes = (raw.get("video_info") or {}).get("duration_minutes")
     return {"id": f"{raw['key']}_{raw['uid']}" if raw.get("key") else raw.get("uid"),
             "video": first_of(raw, "video_path", "key"), "question": raw["question"],
-            "options": raw.get("options"), "inside": True, "answer": raw["answer"],
+            "options": raw.get("options"), "inside": True, "answer": raw["answer"], "letter": True,
             "evidence": raw.get("time_reference"),
             "meta": keep(raw | {"kinds": kinds, "kind": kinds[0]}, "kind", "kinds", topic="type") | (
                 {"duration_s": round(minutes * 60, 3)} if minutes else {})}
@@ -102,7 +104,7 @@ def videommmu(raw):
     numbered = {int(key[-1]): raw[key] for key in raw if re.fullmatch(r"image.?\d", key)}
     return {"id": f"{raw['id']}_{tracks[0].lower()}", "video": raw.get("video") or raw["id"],
             "question": raw["question"], "options": raw.get("options"), "answer": raw["answer"],
-            "open": "number or text", "images": {1: raw.get("image")} | numbered,
+            "letter": True, "open": "number or text", "images": {1: raw.get("image")} | numbered,
             "meta": keep(raw, "question_type") | {
                 "kind": tracks[0], "subject": "_".join(raw["id"].split("_")[1:-1])}}
 
@@ -125,25 +127,25 @@ def longvideoreason(raw):
     bare = not options and not split_options(raw["problem"])[1]
     return {"id": raw.get("problem_id"), "video": first_of(raw, "videos", "video"),
             "question": raw["problem"], "options": options, "inside": True, "answer": raw["answer"],
-            "open": "text",
+            "letter": True, "open": "text",
             "meta": keep(raw, kind="problem_type") | ({"judge": True} if bare else {})}
 
 
 def lsdbench(raw):
     span = raw.get("time_range")
     return {"id": raw.get("id"), "video": raw["video_id"], "question": raw["question"],
-            "options": raw["options"], "answer": raw["correct_answer"],
+            "options": raw["options"], "answer": raw["correct_answer"], "letter": True,
             "evidence": span and [[span["start"], span["end"]]], "meta": {}}
 
 
 def video_r1(raw):
     if raw["data_type"] != "video":
-        raise ValueError(f"it is about an {raw['data_type']}, not a video")
+        raise ValueError("it is not about a video", str(raw["data_type"])[:60])
     types = {"numerical": "number", "regression": "number", "OCR": "text", "free-form": "text"}
     kind = raw["problem_type"]
     return {"id": raw["problem_id"], "video": raw["path"], "question": raw["problem"],
             "options": raw.get("options") if kind == "multiple choice" else None, "inside": kind not in types,
-            "answer": raw["solution"], "open": types.get(kind),
+            "answer": raw["solution"], "letter": True, "open": types.get(kind),
             "meta": keep(raw, subset="data_source") | {"kind": kind} | (
                 {"judge": True} if kind == "free-form" else {})}
 
@@ -200,7 +202,8 @@ def finish(given, name):
     # the answer
     meta = dict(given["meta"])
     if options:
-        answer, answer_type = read_answer(given["answer"], options), "multiple_choice"
+        answer = read_answer(given["answer"], options, given.get("letter", False))
+        answer_type = "multiple_choice"
     else:
         answer, answer_type = open_answer(given, meta)
     # evidence
@@ -228,11 +231,14 @@ def open_answer(given, meta):
     """(answer, answer_type) of a question without options."""
     if not given.get("open"):
         raise ValueError("no options", "")
-    answer = read_list(given["answer"])
-    if isinstance(answer, list) and answer:  # several are right
-        answer, meta["also_right"] = answer[0], answer[1:]
-    if answer in (None, "", []):
-        raise ValueError("no answer", "")
+    answer = given["answer"]
+    several = read_list(answer)
+    if isinstance(several, list) and several and all(isinstance(text, str) for text in several):
+        answer, meta["also_right"] = several[0], several[1:]
+    elif str(answer).startswith(("['", '["')):
+        raise ValueError("the answer is a list that cannot be read", str(answer)[:60])
+    if answer in (None, "", []) or isinstance(answer, list | dict):
+        raise ValueError("no answer", str(answer)[:60])
     text = unwrap(answer)
     number = re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) and float(text.replace(",", ""))
     if "number" in given["open"] and isinstance(number, float):

@@ -6,7 +6,7 @@ import sys
 def add_commands(commands, show, question_error, trajectory_error):
     """Adds convert, overlap and stats to data_prep.py's subparsers; each has its function as `run`.
 
-    show: settings of all its parsers. question_error, trajectory_error: of data_prep, what is a usable row."""
+    show: settings of all its parsers. question_error, trajectory_error: why a row cannot be used."""
     from sources.benchmarks import FORMATS
 
     sub = commands.add_parser("convert", help="a public data set as a question file", **show)

@@ -1,4 +1,4 @@
-"""Files that data sets come in: annotations (JSON, JSONL, TSV, CSV, Parquet), videos and subtitles in folders."""
+"""Files of data sets: annotations (JSON, JSONL, TSV, CSV, Parquet), videos and subtitles in folders."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Images inside questions: <image> marks each one's place; embedded ones become files beside the questions."""
+"""Images inside questions: <image> marks each one's place; embedded ones become files beside the rows."""
 
 import re
 from pathlib import Path

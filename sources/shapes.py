@@ -4,8 +4,8 @@
                or at the end of the question's text: (A) a, A) a, A. a, A.a, A：a, a line each or in one line
     answer     B   b   B.   (B)   <answer>B</answer>   B. b   the text of an option
 
-Everything here raises ValueError(reason, details): the reason is the same for all rows with the same fault, as
-they are counted by it.
+Everything here raises ValueError(reason, details): the reason is the same for all rows with the same fault,
+as they are counted by it.
 """
 
 import ast
@@ -140,8 +140,9 @@ def unwrap(answer):
     return answer
 
 
-def read_answer(answer, options):
-    """The letter of the right option, which the answer names by its letter, its text, or both."""
+def read_answer(answer, options, is_letter=False):
+    """The letter of the right option, which the answer names by its letter, its text, or both. is_letter: a
+    letter is one, and not the text of an option: of A. C, B. B, C. A it means the third."""
     answer = plain_value(answer)
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
@@ -155,7 +156,8 @@ def read_answer(answer, options):
         letter, text = (match[1] or match[2]).upper(), match[3]
         if letter in letters and (text is None or letter in texts_that_fit(text, options)):
             fits.add(letter)
-    fits |= texts_that_fit(said, options)
+    if not (fits and is_letter):
+        fits |= texts_that_fit(said, options)
     if len(fits) > 1:
         raise ValueError("the answer fits two options", f"{said[:60]!r} fits {', '.join(sorted(fits))}")
     if not fits:
@@ -173,7 +175,7 @@ def texts_that_fit(text, options):
     return set()
 
 
-# ------------------------------------------------------------------------------------------------------- times
+# ------------------------------------------------------------------------------------------------------ times
 def seconds(text):
     """Seconds of a time as 1:02:03.5, 02:03 or 123, also with a comma."""
     match = re.fullmatch(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:[.,]\d+)?)\s*", str(text))
