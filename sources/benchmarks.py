@@ -20,6 +20,7 @@ function and its line.
 """
 
 import hashlib
+import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,7 @@ def mlvu(raw):
 
 def lvbench(raw):
     kinds = read_list(raw.get("question_type"))
-    kinds = kinds if isinstance(kinds, list) else [kinds]
+    kinds = kinds if isinstance(kinds, list) and kinds else [kinds]
     minutes = (raw.get("video_info") or {}).get("duration_minutes")
     return {"id": f"{raw['key']}_{raw['uid']}" if raw.get("key") else raw.get("uid"),
             "video": first_of(raw, "video_path", "key"), "question": raw["question"],
@@ -173,8 +174,9 @@ FORMATS = {
                         "github.com/EvolvingLMMs-Lab/VideoMMMU data/*.json"),
     "videommlu": Format(videommlu, {}, "arXiv 2504.14693: 1,065 videos, github.com/Espere-1119-Song/"
                         "Video-MMLU", parts=quiz),
-    "longvideoreason_train": Format(longvideoreason, {}, "arXiv 2507.07966: 52K in its first version, 104K "
-                                    "later, huggingface.co/datasets/LongVideo-Reason/longvideo-reason"),
+    "longvideoreason_train": Format(lambda raw: longvideoreason(raw) | {"id": None}, {}, "arXiv 2507.07966: "
+                                    "52K, later 104K, huggingface.co/datasets/LongVideo-Reason/"
+                                    "longvideo-reason"),  # its numbers begin anew in each file
     "longvideoreason_eval": Format(longvideoreason, {1000: "test"}, "arXiv 2507.07966, lmms-eval "
                                    "lmms_eval/tasks/longvideo_reason/README.md"),
     "lsdbench": Format(lsdbench, {1304: "on 400 videos"}, "github.com/dvlab-research/LSDBench README.md"),
@@ -201,6 +203,8 @@ def finish(given, name):
         raise ValueError("an option is an image", str(options)[:60])
     # the answer
     meta = dict(given["meta"])
+    if "kind" in meta:
+        meta["kind"] = str(meta["kind"])
     if options:
         answer = read_answer(given["answer"], options, given.get("letter", False))
         answer_type = "multiple_choice"
@@ -223,7 +227,7 @@ def finish(given, name):
            "evidence": evidence, "meta": meta}
     said = "\0".join([PurePosixPath(row["video"]).stem, question, *options])
     row["id"] = str(row["id"]) if row["id"] not in (None, "") else (
-        f"{PurePosixPath(row['video']).stem}_{hashlib.sha256(said.encode()).hexdigest()[:10]}")
+        f"{PurePosixPath(row['video']).stem}_{hashlib.sha256(said.encode(errors='replace')).hexdigest()[:10]}")
     return row, notes
 
 
@@ -258,13 +262,15 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False, 
         question_error: says why a row cannot be used, see data_prep.py.
     Returns: (rows, [{"row", "reason", "details", "kept"}]). Raises UserError, also where no row comes out."""
     out, form = Path(out), FORMATS[name]
-    if out.suffix != ".jsonl":
-        raise UserError(f"--out {out}: its name must end with .jsonl")
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise UserError(f"--out {out}: it must be a file whose name ends with .jsonl")
     video_index, subtitle_index = FileIndex(videos, VIDEOS), subtitles and FileIndex(subtitles, SUBTITLES)
     open_folder(out.parent)
     rows, named, found, ids, frames = [], [], 0, set(), {}  # frames: numbers that are evidence, by id
-    name_it = lambda where, kept, reason, *details: named.append(
-        {"row": where, "reason": reason, "details": "; ".join(filter(None, details)), "kept": kept})
+
+    def name_it(where, kept, reason, details):
+        details = " ".join(details.encode(errors="replace").decode().split())[:300]
+        named.append({"row": where, "reason": reason, "details": details, "kept": kept})
 
     def add(path, given, where):  # one question
         row, notes = finish(given, name)
@@ -300,6 +306,8 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False, 
             if isinstance(raw, ValueError):
                 raise raw
             parts = form.parts(raw)
+            if not isinstance(parts, list):
+                raise ValueError("not a list of questions", str(parts)[:60])
         except (ValueError, TypeError, AttributeError) as error:
             found += 1
             name_it(where, False, *reason_of(error))
@@ -325,7 +333,7 @@ def reason_of(error):
     """(reason, details) of a row that cannot be converted."""
     if isinstance(error, KeyError):
         return f'no "{error.args[0]}"', ""
-    if isinstance(error, ValueError) and not isinstance(error, UserError) and len(error.args) > 1:
+    if type(error) is ValueError and len(error.args) == 2:
         return error.args
     return "the row cannot be read", f"{type(error).__name__}: {error}"
 
@@ -339,11 +347,13 @@ def find_subtitles(index, given, row, notes):
     """The subtitles of a row, or None and a note why there are none."""
     try:
         if path := index.find(given.get("subtitles") or PurePosixPath(row["video"]).stem):
-            duration_s = row["meta"].get("duration_s")
-            return read_subtitles(path, float(given.get("begin_s") or 0), duration_s)
-        notes.append(("no subtitles", ""))
+            begin_s, duration_s = float(given.get("begin_s") or 0), row["meta"].get("duration_s")
+            if found := read_subtitles(path, begin_s, duration_s):
+                return found
+        notes.append(("no subtitles", f"none while the video lasts in {path}" if path else ""))
     except (ValueError, UserError) as error:
-        notes.append(reason_of(error) if len(error.args) > 1 else ("subtitles cannot be read", str(error)))
+        known = type(error) is ValueError and len(error.args) == 2
+        notes.append(error.args if known else ("subtitles cannot be read", str(error)))
 
 
 def look_at_videos(rows, root, frames, check_videos, name_it):
@@ -356,13 +366,13 @@ def look_at_videos(rows, root, frames, check_videos, name_it):
 
     def look(path):
         try:
-            if not Path(path).is_file():
+            if not os.path.isfile(path):
                 return None
             video, times_s = open_video(path), {}
             for row in by_path[path]:
                 try:
                     times_s[row["id"]] = video.times_of(tuple(frames.get(row["id"], ())))
-                except VideoError as error:
+                except (VideoError, ArithmeticError) as error:
                     times_s[row["id"]] = str(error)
             return video.duration_s, video.fps, times_s
         except VideoError as error:

@@ -1,5 +1,6 @@
 """Images inside questions: <image> marks each one's place; embedded ones become files beside the rows."""
 
+import os
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def save_image(image, annotations, out, name):
     content = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
     if not content:
         file = Path(annotations).parent / str(path)
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ValueError("an image of the question is missing", str(file)[:200])
         return relative_to_file(file, out)
     suffix = next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), None)

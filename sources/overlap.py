@@ -3,6 +3,7 @@
     python data_prep.py overlap train.jsonl test.jsonl     exit status 1 if there is anything, 0 if not
 """
 
+import os
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -59,7 +60,7 @@ def same_content(first, second):
     by_size = [defaultdict(set), defaultdict(set)]
     for sizes, paths in zip(by_size, (first, second)):
         for path in paths:
-            if path.is_file():
+            if os.path.isfile(path):
                 sizes[path.stat().st_size].add(path.resolve())
     both = by_size[0].keys() & by_size[1].keys()
     files = sorted({path for sizes in by_size for size in both for path in sizes[size]})

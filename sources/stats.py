@@ -3,6 +3,7 @@
     python data_prep.py stats questions.jsonl [--model DIR]
 """
 
+import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,7 @@ def stats(path, model=None, *, question_error, trajectory_error):
     questions, trajectories = list(map(question_of, rows)), [row for row in rows if is_trajectory(row)]
     root = Path(path).parent
     files = {q["video"]: root / q["video"] for q in questions}
-    missing = [name for name, file in files.items() if not file.is_file()]
+    missing = [name for name, file in files.items() if not os.path.isfile(file)]
     durations = video_durations(questions, files)
     kind_of = lambda q: (q.get("meta") or {}).get("kind") or q.get("source") or "other"
     kinds = defaultdict(list)
@@ -75,7 +76,7 @@ def video_durations(questions, files):
         except VideoError:
             return None
 
-    unknown = [name for name in durations if name not in known and files[name].is_file()]
+    unknown = [name for name in durations if name not in known and os.path.isfile(files[name])]
     with ThreadPoolExecutor(8) as pool:
         looked = tqdm(pool.map(look, unknown), total=len(unknown), desc="videos", unit="video",
                       dynamic_ncols=True, disable=not unknown)
