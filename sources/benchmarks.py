@@ -220,15 +220,16 @@ def finish(given, name):
         if evidence and max(start for start, _ in evidence) >= meta.get("duration_s", float("inf")):
             raise ValueError("a time reference is after the video's end", str(evidence))
     except ValueError as error:
-        evidence, notes = None, [error.args]
+        evidence, notes = None, [reason_of(error)]
         meta["time_reference"] = given["evidence"]
     row = {"id": given.get("id"), "video": str(given["video"]), "question": question,
            "options": options or None, "answer": answer, "answer_type": answer_type, "source": name,
            "evidence": evidence, "meta": meta}
-    said = "\0".join([PurePosixPath(row["video"]).stem, question, *options])
-    row["id"] = str(row["id"]) if row["id"] not in (None, "") else (
-        f"{PurePosixPath(row['video']).stem}_{hashlib.sha256(said.encode(errors='replace')).hexdigest()[:10]}")
-    return row, notes
+    if row["id"] in (None, ""):
+        stem = PurePosixPath(row["video"]).stem
+        said = "\0".join([stem, question, *options]).encode(errors="replace")
+        row["id"] = f"{stem}_{hashlib.sha256(said).hexdigest()[:10]}"
+    return row | {"id": str(row["id"])}, notes
 
 
 def open_answer(given, meta):
@@ -253,6 +254,9 @@ def open_answer(given, meta):
 
 
 # ------------------------------------------------------------------------------------------------- conversion
+FAULTS = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError  # of a raw row
+
+
 def convert(name, annotations, videos, out, subtitles=None, check_videos=False, *, question_error):
     """Writes the question file `out`, and beside it what was left out or lacks something; prints counts.
 
@@ -308,7 +312,7 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False, 
             parts = form.parts(raw)
             if not isinstance(parts, list):
                 raise ValueError("not a list of questions", str(parts)[:60])
-        except (ValueError, TypeError, AttributeError) as error:
+        except FAULTS as error:
             found += 1
             name_it(where, False, *reason_of(error))
             continue
@@ -317,7 +321,7 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False, 
             here = where if len(parts) == 1 else f"{where}.{number}"
             try:
                 add(path, form.read({**raw, **part, "_path": path}), here)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, UserError) as error:
+            except FAULTS as error:
                 name_it(here, False, *reason_of(error))
     if not rows:
         first = "; ".join(f"{n['row']}: {n['reason']} {n['details']}" for n in named[:3]) or "it is empty"
@@ -351,7 +355,7 @@ def find_subtitles(index, given, row, notes):
             if found := read_subtitles(path, begin_s, duration_s):
                 return found
         notes.append(("no subtitles", f"none while the video lasts in {path}" if path else ""))
-    except (ValueError, UserError) as error:
+    except FAULTS as error:
         known = type(error) is ValueError and len(error.args) == 2
         notes.append(error.args if known else ("subtitles cannot be read", str(error)))
 
