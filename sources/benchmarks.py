@@ -222,7 +222,8 @@ def finish(given, name):
     except ValueError as error:
         evidence, notes = None, [reason_of(error)]
         meta["time_reference"] = given["evidence"]
-    row = {"id": given.get("id"), "video": str(given["video"]), "question": question,
+    video = given["video"][0] if isinstance(given["video"], list) else given["video"]
+    row = {"id": given.get("id"), "video": str(video), "question": question,
            "options": options or None, "answer": answer, "answer_type": answer_type, "source": name,
            "evidence": evidence, "meta": meta}
     if row["id"] in (None, ""):
