@@ -63,7 +63,10 @@ def read_list(value):
 
 def read_options(value):
     """The options' texts without their letters, [] where there are none."""
-    value = read_list(plain_value(value))
+    text, value = value, read_list(plain_value(value))
+    joined = isinstance(text, str) and isinstance(value, list) and len(value) < 2  # texts without commas
+    if joined and re.search(r"['\"]\s+['\"]", text):
+        raise ValueError("options are an array as NumPy prints it", text[:60])
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):  # a line each

@@ -292,6 +292,7 @@ def test_options_in_every_shape(value):
     (["A. red", "B."], "an option is empty"), (["red", ""], "an option is empty"),
     (["red", None], "an option is empty"), ({"A": "red", "C": "blue"}, "options have other keys"),
     ("red or blue", "options are not a list"), (7, "options are not a list"),
+    ("['red' 'blue']", "as NumPy prints it"), ("['A. red'\n 'B. blue']", "as NumPy prints it"),
 ])
 def test_unclear_options_are_named(value, reason):
     with pytest.raises(ValueError, match=reason):
@@ -649,16 +650,35 @@ def test_stats_of_questions_and_trajectories(data, videos, tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------- commands
-def command(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "data_prep.py"), *map(str, flags)], capture_output=True,
-                          text=True, timeout=120)
+def test_the_shell_converts(videos, tmp_path):
+    """All flags, in a process of its own."""
+    (tmp_path / "subs").mkdir()
+    (tmp_path / "subs" / "aB-3_c.srt").write_bytes(SRT.encode())
+    flags = {"--dataset": "videomme", "--annotations": write(tmp_path / "a.json", RAW["videomme"]),
+             "--videos": videos("aB-3_c.mp4"), "--out": tmp_path / "new" / "o.jsonl",
+             "--subtitles": tmp_path / "subs"}
+    done = subprocess.run([sys.executable, str(ROOT / "data_prep.py"), "convert", "--check_videos",
+                           *[str(part) for pair in flags.items() for part in pair]],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "found 1 / published 2700" in done.stdout, done.stderr
+    row, = map(json.loads, (tmp_path / "new" / "o.jsonl").read_text().splitlines())
+    assert row["video"] == "../videos/aB-3_c.mp4" and len(row["subtitles"]) == 2
+    assert row["meta"]["duration_s"] == SECONDS
 
 
-def test_the_shell_sees_what_overlaps(videos, tmp_path):
+def test_the_shell_sees_what_overlaps(tmp_path, monkeypatch, capsys):
     one, two = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     write_jsonl(one, [question("1", "a.mp4", "What?")])
     write_jsonl(two, [question("1", "b.mp4", "Who?")])
-    assert [command("overlap", one, other).returncode for other in (one, two)] == [1, 0]
+    monkeypatch.setattr(sys, "argv", ["data_prep.py", "overlap", str(one), str(two)])
+    assert not data_prep.run_main(data_prep.main)
+    monkeypatch.setattr(sys, "argv", ["data_prep.py", "overlap", str(one), str(one)])
+    with pytest.raises(SystemExit) as raised:
+        data_prep.run_main(data_prep.main)
+    assert raised.value.code == 1
+    monkeypatch.setattr(sys, "argv", ["data_prep.py", "stats", str(one)])
+    data_prep.run_main(data_prep.main)
+    assert "questions 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, named", [
