@@ -2,6 +2,7 @@
 
     python data_prep.py synthetic --out runs/data     videos, questions, trajectories (demo/synthetic.py)
     python data_prep.py tiny_base --out tiny_base     the model that the demo starts from (demo/tiny_base.py)
+    python data_prep.py convert, overlap, stats       public data, what a file holds (sources/commands.py)
 
 A file has one JSON object a line. A question:
 
@@ -16,6 +17,8 @@ A file has one JSON object a line. A question:
     evidence          [[start_s, end_s], ...] to be seen, or null; tells which zooms hit, is never shown
     meta              anything else; results are grouped by its "kind", or else by source
     overview_frames   optional: numbers of the frames to show in the overview instead of its own choice
+    images            optional: image files, as video, one for each <image> in the question's text
+    subtitles         optional: [[start_s, end_s, text], ...] of what is said
 
 and a trajectory, which is what a teacher said on such a question:
 
@@ -30,13 +33,13 @@ and a trajectory, which is what a teacher said on such a question:
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from scale.runs import open_folder
-from sources.protocols import official
 from sources.answers import LETTERS, normalise, option_texts
-from common import UserError, check_bad, fail, read_rows, read_text, run_main
+from sources.commands import add_commands
+from sources.released_data import SUFFIXES, read_released_messages, read_released_questions
+from common import UserError, fail, read_rows, run_main
 
 
 # ---------------------------------------------------------------------------------- questions, trajectories
@@ -55,6 +58,7 @@ def question_error(question):
     is_segment = lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_number, x)) and 0 <= x[0] < x[1]
     kind, answer = question["answer_type"], question["answer"]
     options, evidence, chosen, meta = map(question.get, ("options", "evidence", "overview_frames", "meta"))
+    images, subtitles = question.get("images"), question.get("subtitles")
     if "\0" in question["video"]:
         return "video is not a path"
     options = [] if options is None else options
@@ -81,6 +85,15 @@ def question_error(question):
         return "evidence is not a list of [start_s, end_s]"
     if chosen is not None and not (isinstance(chosen, list) and all(is_number(n) and n >= 0 for n in chosen)):
         return "overview_frames is not a list of frame numbers"
+    is_path = lambda x: isinstance(x, str) and x.strip() and "\0" not in x
+    if images is not None and not (isinstance(images, list) and all(map(is_path, images))):
+        return "images is not a list of paths"
+    if images is not None and len(images) != (marks := question["question"].count("<image>")):
+        return f"there are {len(images)} images, and {marks} <image> in the question"
+    is_line = lambda x: isinstance(x, list) and len(x) == 3 and isinstance(x[2], str) and x[2].strip() and (
+        all(map(is_number, x[:2])) and 0 <= x[0] <= x[1])
+    if subtitles is not None and not (isinstance(subtitles, list) and all(map(is_line, subtitles))):
+        return "subtitles is not a list of [start_s, end_s, text]"
     if not isinstance(meta, dict | None):
         return "meta is not an object"
     if not all(isinstance(name, str | None) for name in (question.get("source"), (meta or {}).get("kind"))):
@@ -120,48 +133,19 @@ def trajectory_error(row):
 
 
 def read_questions(path, max_bad):
-    """The question rows of a .jsonl file and [(line, reason)] of those left out. Raises UserError."""
+    """The question rows of a .jsonl file, or of a released data set (sources/released_data.py), and [(line,
+    reason)] of those left out. Raises UserError."""
+    if Path(path).suffix in SUFFIXES:
+        return read_released_questions(path, max_bad, question_error)
     return read_rows(path, max_bad, question_error)
 
 
 def read_trajectories(path, max_bad):
-    """The trajectory rows of a .jsonl file and [(line, reason)] of those left out. Raises UserError."""
+    """The trajectory rows of a .jsonl file, or rows of messages of the released data set, and [(line, reason)]
+    of those left out. Raises UserError."""
+    if Path(path).suffix in SUFFIXES:
+        return read_released_messages(path, max_bad)
     return read_rows(path, max_bad, trajectory_error)
-
-
-def use_overview(env_config, questions, overview, max_bad):
-    """Applies --overview: one of EnvConfig's ways, or a .json file of frames that another selector chose.
-
-    Such a file is a list of {"video_name", "question", "frame_idx"} (TSPO's format). A row belongs to the
-    question with the same file name and the same first line, which gets it as overview_frames.
-    Returns (env_config, questions that have frames, [(id, reason)] of the others). Raises UserError, also
-    when more than the share `max_bad` has none."""
-    if overview is None:
-        return env_config, questions, []
-    if not overview.endswith(".json"):
-        try:
-            env_config = replace(env_config, overview=overview)
-        except ValueError as error:
-            raise UserError(f"--{error}, or a .json file") from None
-        return env_config, questions, []
-
-    def key(video, question):
-        return Path(video).name, question.strip().splitlines()[0].strip()
-
-    try:
-        chosen = {key(row["video_name"], row["question"]): [float(n) for n in row["frame_idx"]]
-                  for row in json.loads(read_text(overview)) if row.get("frame_idx")}
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"cannot read --overview {overview}: {type(error).__name__}: {error}") from None
-    known, bad = [], []
-    for question in questions:
-        if frames := chosen.get(key(question["video"], question["question"])):
-            question["overview_frames"] = frames
-            known.append(question)
-        else:
-            bad.append((question["id"], "no frames chosen for it"))
-    check_bad(bad, len(questions), max_bad, overview)
-    return env_config, known, bad
 
 
 # -------------------------------------------------------------------------------------------------- commands
@@ -187,7 +171,7 @@ def main():
     sub.add_argument("--steps", type=int, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
     sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
     sub.add_argument("--init", help="checkpoint folder to begin the last part from")
-    official.add_command(commands, show)
+    add_commands(commands, show, question_error, trajectory_error)
     args = parser.parse_args()
     for name in ("train", "test", "steps"):
         if getattr(args, name, 1) < 1:

@@ -32,12 +32,13 @@ from torchvision.io import write_png
 from tqdm import tqdm
 
 from common import RunConfig, UserError, choose_dtype, parse_flags, run_main, start_processes, write_jsonl
-from data_prep import question_error, read_questions, use_overview
+from data_prep import question_error, read_questions
 from demo import synthetic
 from model import load_policy
 from rollout import Engine, RolloutConfig
 from scale import runs
 from scale.first_day import check_decoder
+from sources.overview import use_overview
 from sources.protocols import use_protocol
 from video import open_video
 from zoom_env import EnvConfig

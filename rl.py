@@ -44,7 +44,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes
-from data_prep import read_questions, use_overview
+from data_prep import read_questions
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
@@ -53,6 +53,7 @@ from scale.metrics import episode_metrics, show_step
 from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
+from sources.overview import use_overview
 from sources.protocols import use_protocol
 from zoom_env import RewardWeights
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from common import check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes
-from data_prep import read_questions, read_trajectories, use_overview
+from data_prep import read_questions, read_trajectories
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
 from model import fill_features, replay, split_by_tokens, token_log_probs
@@ -37,7 +37,9 @@ from scale.ahead import batches_ahead, in_threads
 from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
+from sources.overview import use_overview
 from sources.protocols import use_protocol
+from sources.released_data import encode_stored
 from video import VideoError
 
 
@@ -69,7 +71,7 @@ def load_dialogues(policy, rows, root, max_length):
     """Dialogues of trajectory rows, and [(id, reason)] of those that cannot be replayed."""
     def load(row):
         try:
-            dialogue, _ = replay(policy, row, root)
+            dialogue = encode_stored(policy, row, root) if "messages" in row else replay(policy, row, root)[0]
         except (VideoError, ValueError) as error:
             return row["question"]["id"], str(error)
         if len(dialogue.ids) > max_length:

@@ -1,1 +1,1 @@
-"""What other people write: so far, the ways in which models put their answers."""
+"""What other people write: answers of models, data sets, frames that another selector chose."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from sources.answers import grade, normalise, option_texts, plain, read_letter, read_times, read_untagged
 from common import UserError, read_text
-from data_prep import question_error, read_questions, read_trajectories, trajectory_error, use_overview
+from data_prep import question_error, read_questions, read_trajectories, trajectory_error
 from model import load_policy
 from scale.checkpoints import save_policy
+from sources.overview import use_overview
 
 COLOURS = ["blue", "red", "a yellow car", "Both A and B"]
 
@@ -768,7 +769,7 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     "frame_idx": [3]}],
                                                  ensure_ascii=False).encode("utf-8-sig"))
     script = """import locale, sys; sys.path.insert(0, sys.argv[1])
-from common import *; from data_prep import *
+from common import *; from data_prep import *; from sources.overview import use_overview
 rows, bad = read_questions("q.jsonl", 0)
 write_jsonl("w.jsonl", rows)
 assert read_questions("w.jsonl", 0)[0] == rows and read_text("f.json")[0] == "["

@@ -10,7 +10,8 @@ import pytest
 
 import data_prep
 from common import UserError
-from data_prep import question_error, read_questions, read_trajectories, trajectory_error, use_overview
+from data_prep import question_error, read_questions, read_trajectories, trajectory_error
+from sources.overview import use_overview
 from zoom_env import EnvConfig
 
 ROOT = Path(data_prep.__file__).parent
