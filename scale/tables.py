@@ -4,12 +4,11 @@
     settings(config, env), questions_hash(questions)    what else a number depends on
     report(by_kind, by_duration, skipped)               all of it as text
 
-Accuracy is a mean over questions, as the paper's is (row "all"), and over tasks, that is the mean of what each
-kind has (row "task mean"; MLVU's own M-Avg). Skipped questions are left out in `right`, and count as wrong in
-`skips wrong`, a column that stands where there are any.
-A question whose meta has "judge": true is played, but has no grade until a judge gives one: it is in no
-accuracy, and counted. Of questions without evidence no zoom is known to hit: they are in no hit rate.
-Intervals are Wilson's, 95%.
+Accuracy is a mean over questions, as the paper's is (row "all"), and over tasks: the mean of what each kind
+has (row "task mean"; MLVU's own M-Avg). Skipped questions are left out in `right`, and count as wrong in
+`skips wrong`, a column that stands where there are any. A question whose meta has "judge": true is played,
+but has no grade until a judge gives one: it is in no accuracy, and counted in the column `for a judge`. Of
+questions without evidence no zoom is known to hit: they are in no hit rate. Intervals are Wilson's, 95%.
 """
 
 import hashlib
@@ -24,21 +23,22 @@ COLUMNS = {
     "frames": "{frames_per_question:.1f}", "zooms": "{zooms_per_question:.2f}", "hit": "{hit_rate:.1%}",
     "invalid": "{invalid_call_rate:.1%}", "no-tool calls": "{calls_without_tool:d}",
     "untagged": "{untagged:d}", "tokens": "{tokens_per_question:.0f}", "s": "{seconds_per_question:.3f}"}
-ONLY_WITH = {"skips wrong": "skipped", "for a judge": "waits_for_judge"}  # columns for rows with any of these
-TASK_MEAN = "task mean"  # a row beside those of the kinds
 SETTINGS = {
     "policy": "{policy}", "mode": "{mode}", "protocol": "{settings[protocol]}",
     "overview": "{settings[overview]}", "frames": "{settings[overview_max_frames]:d}",
     "fps": "{settings[overview_fps]:g}", "zooms": "{settings[max_zooms]:d} x {settings[zoom_max_frames]:d}",
     "pixels": "{settings[min_pixels]:d} - {settings[max_pixels]:d}",
     "temperature": "{settings[temperature]:g}", "dtype": "{settings[dtype]}", "seed": "{settings[seed]:d}",
-    "no video": "{missing_videos:d}", "evidence": "{num_with_evidence:d}",
-    "questions": "{questions_sha256:.12}"}
+    "videos missing": "{missing_videos:d}", "evidence": "{num_with_evidence:d}",
+    "questions": "{questions_sha256:.12}", "played": "{played_sha256:.12}"}
+ONLY_WITH = {  # columns that stand only where a row has any of these
+    "skips wrong": "skipped", "for a judge": "waits_for_judge", "played": "skipped"}
+TASK_MEAN = "task mean"  # a row beside those of the kinds
 ANY_FPS = 1e6  # overview_fps that always gives overview_max_frames
 DURATIONS = (  # up to below so many seconds
     (60, "under 1 min"), (180, "1 to 3 min"), (600, "3 to 10 min"), (1800, "10 to 30 min"),
     (3600, "30 to 60 min"), (math.inf, "60 min and more"))
-MOST_SHOWN = 20  # reasons, and questions of one reason, that are printed; skipped.jsonl has all
+MOST_SHOWN = 50  # reasons, and questions of one reason, that are printed; skipped.jsonl has all
 
 
 # ----------------------------------------------------------------------------------------- kinds of questions
@@ -53,17 +53,17 @@ def waits_for_judge(question):
 
 
 def durations(questions):
-    """{number: how long its video is, in words} of {number: question}, in order of length: the data set's own
-    groups (meta's duration_group) where any question has one, else DURATIONS (60 s is "1 to 3 min") where all
-    have a duration_s; {} where not."""
+    """{number: how long its video is, in words} of {number: question}, the shortest first: the data set's own
+    groups (meta's duration_group) where any question has one, names in the file's order; else DURATIONS (60 s
+    is "1 to 3 min") where all have a duration_s; {} where not."""
     metas = {number: question.get("meta") or {} for number, question in questions.items()}
-    is_number = lambda x: type(x) in (int, float) and x >= 0
-    groups = {number: meta.get("duration_group") for number, meta in metas.items()}
+    of = lambda name: {number: meta.get(name) for number, meta in metas.items()}
+    is_number = lambda x: type(x) in (int, float) and 0 <= x < math.inf
+    groups, lengths_s = of("duration_group"), of("duration_s")
     if any(group is not None for group in groups.values()):
         rank = lambda number: (groups[number] is None, groups[number] if is_number(groups[number]) else -1)
         words = lambda x: "unknown" if x is None else f"group {x}" if is_number(x) else str(x)
         return {number: words(groups[number]) for number in sorted(groups, key=rank)}
-    lengths_s = {number: meta.get("duration_s") for number, meta in metas.items()}
     if not all(map(is_number, lengths_s.values())):
         return {}
     return {number: next(words for below_s, words in DURATIONS if lengths_s[number] < below_s)
@@ -86,7 +86,7 @@ def figures(name, mode, episodes, questions, num_bad=0):
     Args:
         episodes: the dicts that eval.py's `evaluate` wrote of those that were played.
         questions: {number: question}, all that were asked; the video of one without an episode was missing or
-            could not be read. A question with evidence has it in seconds.
+            could not be read.
         num_bad: rows of the file that are no question, of unknown kind.
     Returns: (by_kind, by_duration). by_kind: all questions, each kind, the mean over kinds where there are
         several, and rows that count what was skipped ("no video", "bad row"). by_duration: each group of
@@ -159,9 +159,10 @@ def environment(env):
     """What of an EnvConfig a number depends on; the system prompt as its hash."""
     names = ("overview", "overview_fps", "overview_max_frames", "max_zooms", "zoom_max_frames", "min_pixels",
              "max_pixels", "frame_unit")
-    return {"protocol": getattr(env, "protocol", "videozoomer"), **{name: getattr(env, name) for name in names},
-            "overview_fps": None if env.overview_fps >= ANY_FPS else env.overview_fps,
-            "system_prompt_sha256": hashlib.sha256(env.system_prompt.encode()).hexdigest()}
+    found = {name: getattr(env, name) for name in names}
+    return {"protocol": getattr(env, "protocol", "videozoomer")} | found | {
+        "overview_fps": None if env.overview_fps >= ANY_FPS else env.overview_fps,
+        "system_prompt_sha256": hashlib.sha256(env.system_prompt.encode()).hexdigest()}
 
 
 def settings(config, env):
@@ -173,8 +174,8 @@ def settings(config, env):
 
 def questions_hash(questions):
     """sha256 of the id, question, options and answer of question rows, in whatever order they are."""
-    keys = "id", "question", "options", "answer"
-    lines = sorted(json.dumps([question.get(key) or None for key in keys]) for question in questions)
+    lines = sorted(json.dumps([q["id"], q["question"], q.get("options") or None, q["answer"]])
+                   for q in questions)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -183,22 +184,23 @@ def report(by_kind, by_duration, skipped):
     """All that is printed: the table by kind, and by duration where they differ; what was skipped, by name;
     then all questions, and what they were played with."""
     total = [row for row in by_kind if row["kind"] in ("all", TASK_MEAN)]
-    parts = [text_table(shown(by_kind), by_kind)]
+    parts = [text_table(shown(COLUMNS, by_kind), by_kind)]
     if len({row["duration"] for row in by_duration}) > 1:
         columns = {name.replace("kind", "duration"): words.replace("{kind}", "{duration}")
-                   for name, words in shown(by_duration).items()}
+                   for name, words in shown(COLUMNS, by_duration).items()}
         parts.append(text_table(columns, by_duration))
     if skipped:
         parts.append("\n".join(skipped_lines(skipped)))
-    parts.append(text_table(shown(total), total))
-    parts.append(text_table(SETTINGS, [row for row in total if row.get("settings")]))
+    parts.append(text_table(shown(COLUMNS, total), total))
+    if played := [row for row in total if row.get("settings")]:
+        parts.append(text_table(shown(SETTINGS, played), played))
     return "\n\n".join(parts)
 
 
-def shown(rows):
-    """COLUMNS without those that would say nothing."""
+def shown(columns, rows):
+    """The columns without those that would say nothing of any row."""
     says = lambda name, words, row: row.get(ONLY_WITH[name]) if name in ONLY_WITH else cell(words, row) != "-"
-    return {name: words for name, words in COLUMNS.items() if any(says(name, words, row) for row in rows)}
+    return {name: words for name, words in columns.items() if any(says(name, words, row) for row in rows)}
 
 
 def skipped_lines(skipped):

@@ -107,7 +107,7 @@ def test_figures_equal_a_count_by_hand(folder, detail):
 
 def test_without_a_tool_calls_are_no_invalid_calls_and_a_bare_answer_counts(folder, detail):
     question, wrong = detail
-    written, (row, _) = play_known(folder, question, [
+    written, (row, *_) = play_known(folder, question, [
         [question["answer"]], [f"It is seen.\nThe answer is {question['answer']}."],
         [f"The answer is {wrong}."], [ANSWER.format(question["answer"])], [ZOOM.format(0, 5)],
         ["<video_zoom>?</video_zoom>"]], max_zooms=0)
@@ -118,7 +118,7 @@ def test_without_a_tool_calls_are_no_invalid_calls_and_a_bare_answer_counts(fold
 
 
 def test_a_zoom_whose_reply_was_dropped_is_none(folder, detail):
-    written, (row, _) = play_known(folder, detail[0], [[ZOOM.format(0, 5)]], limit=1)
+    written, (row, *_) = play_known(folder, detail[0], [[ZOOM.format(0, 5)]], limit=1)
     assert row["zooms_per_question"] == 0 and row["frames_per_question"] == 9
     assert row["invalid_call_rate"] == 0 and written[0]["hits_known"] == 0
 
