@@ -139,7 +139,8 @@ def count(episodes, left, num_bad, seconds):
         "accuracy": share(sum(graded), len(graded)), "accuracy_low": low, "accuracy_high": high,
         "invalid_call_rate": None if invalid is None else invalid / max(1, invalid + zooms),
         "hit_rate": total("hits") / seen if seen else None, "untagged": total("untagged"),
-        "calls_without_tool": total("calls_without_tool"), "seconds_per_question": seconds,
+        "calls_without_tool": total("calls_without_tool"),
+        "seconds_per_question": seconds if episodes else None,
         **{f"{key}_per_question": share(total(key), len(episodes)) for key in ("frames", "zooms", "tokens")},
         "waits_for_judge": len(episodes) - len(graded),
         "accuracy_skipped_wrong": share(sum(graded), len(graded) + wrong)}
