@@ -9,18 +9,18 @@ Modes: `zoom` plays full episodes; `uniform` shows --num_frames uniform frames a
 The demo adds each policy's accuracy with zooming off, and for synthetic data the best that any uniform
 sampler could reach with as many frames as the policy looked at (see demo/synthetic.py).
 
-Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines:
-results.json (a row for each policy and mode), by_kind.jsonl (the same by kind of question). So a run that was
-stopped goes on, see --resume. A video that cannot be read is counted and named in skipped.jsonl.
+Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines
+(scale/tables.py): results.json (a row for each policy and mode, with the settings), by_kind.jsonl and
+by_duration.jsonl (the same by kind of question and length of video). So a run that was stopped goes on, see
+--resume. A video that is missing or cannot be read ends nothing: it is counted, and named in skipped.jsonl.
 
 Temperature 0, as in the paper: nothing depends on what is played together, else on --seed and each process's
-share. Intervals are Wilson's, 95%. An invalid call is a turn that could not be carried out, among all calls;
-where no tool is offered, calls are counted apart, and answers without <answer>, too, which are graded all the
-same (untagged). Seconds are those of playing, summed over processes.
+share. An invalid call is a turn that could not be carried out, among all calls; where no tool is offered,
+calls are counted apart, and answers without <answer>, too, which are graded all the same (untagged). Seconds
+are those of playing, summed over processes.
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -36,7 +36,7 @@ from data_prep import question_error, read_questions
 from demo import synthetic
 from model import load_policy
 from rollout import Engine, RolloutConfig
-from scale import runs
+from scale import runs, tables
 from scale.first_day import check_decoder
 from sources.overview import use_overview
 from sources.protocols import use_protocol
@@ -65,23 +65,7 @@ class Config(RolloutConfig, RunConfig):
 
 DEMO = dict(max_rows=100, max_turn_tokens=160)
 MAY_DIFFER = ("strict", "video", "question", "options", "save_frames")  # when a run goes on
-FILES = r"results\.json|(episodes(\.rank\d+)?|by_kind|skipped)\.jsonl"  # that it writes
-COLUMNS = {
-    "policy": "{policy}", "mode": "{mode}", "kind": "{kind}", "n": "{num_questions}",
-    "skipped": "{skipped:d}", "right": "{accuracy:.1%}",
-    "95% interval": "{accuracy_low:.1%} - {accuracy_high:.1%}", "frames": "{frames_per_question:.1f}",
-    "zooms": "{zooms_per_question:.2f}", "hit": "{hit_rate:.1%}",
-    "invalid": "{invalid_call_rate:.1%}", "no-tool calls": "{calls_without_tool:d}",
-    "untagged": "{untagged:d}", "tokens": "{tokens_per_question:.0f}", "s": "{seconds_per_question:.3f}"}
-
-
-def interval(right, total):
-    """Wilson's 95% interval of a share."""
-    if not total:
-        return 0.0, 1.0
-    z, p = 1.96, right / total
-    centre, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, (centre - half) / (1 + z * z / total)), min(1.0, (centre + half) / (1 + z * z / total))
+FILES = r"results\.json|(episodes(\.rank\d+)?|by_kind|by_duration|skipped)\.jsonl"  # that it writes
 
 
 def load(name, config, device):
@@ -90,7 +74,7 @@ def load(name, config, device):
     policy.env_config = use_protocol(policy.env_config, config, name, tool)
     by_file, frames = (config.overview or "").endswith(".json"), config.num_frames
     changes = {"overview": None if by_file else config.overview, "overview_max_frames": frames,
-               "overview_fps": None if frames is None else 1e6,  # always that many
+               "overview_fps": None if frames is None else tables.ANY_FPS,
                "max_zooms": 0 if config.mode == "uniform" else config.max_zooms}
     try:
         given = {name: value for name, value in changes.items() if value is not None}
@@ -134,8 +118,9 @@ def record(e):
     env, question, tool = e.env, e.env.question, e.env.config.max_zooms > 0
     hits = [turn.hit for turn in env.turns if turn.hit is not None]
     calls = sum(any(f"<{tag}>" in turn.text.rpartition("</think>")[2] for tag in env.tools) for turn in env.turns)
-    return {"question": question["id"], "right": env.rewards["accuracy"], "answer": env.answer(),
-            "kind": (question.get("meta") or {}).get("kind") or question.get("source") or "other",
+    right = None if tables.waits_for_judge(question) else env.rewards["accuracy"]
+    return {"question": question["id"], "right": right, "answer": env.answer(),
+            "kind": tables.kind_of(question),
             "untagged": any(turn.untagged for turn in env.turns), "frames": env.frames_shown,
             "zooms": env.num_calls(), "hits": sum(hits), "hits_known": len(hits),
             "invalid": env.num_invalid() if tool else None, "calls_without_tool": None if tool else calls,
@@ -143,62 +128,40 @@ def record(e):
 
 
 # -------------------------------------------------------------------------------------------------- the table
-def figures(name, mode, episodes, num_skipped):
-    """Rows of the table, of all questions and of each kind, from the dicts that `evaluate` wrote."""
-    rows, kinds = [], ["all", *dict.fromkeys(e["kind"] for e in episodes)]
-    for kind in kinds:
-        some = [e for e in episodes if kind in ("all", e["kind"])]
-        right = sum(e["right"] >= 0.5 for e in some)
-        low, high = interval(right, len(some))
-        known = lambda key: [e[key] for e in some if e[key] is not None]
-        total = lambda key: sum(known(key)) if known(key) else None
-        zooms, seen, invalid = total("zooms"), total("hits_known"), total("invalid")
-        rows.append({
-            "policy": name, "mode": mode, "kind": kind, "num_questions": len(some),
-            "skipped": num_skipped if kind == "all" else None, "accuracy": right / len(some),
-            "accuracy_low": low, "accuracy_high": high,
-            "invalid_call_rate": None if invalid is None else invalid / max(1, invalid + zooms),
-            "hit_rate": total("hits") / seen if seen else None, "untagged": total("untagged"),
-            "calls_without_tool": total("calls_without_tool"),
-            "seconds_per_question": sum(e["seconds"] for e in episodes) / len(episodes),
-        } | {f"{key}_per_question": total(key) / len(some) for key in ("frames", "zooms", "tokens")})
-    return rows
-
-
 def no_question(where, bad):
     first = "; ".join(f"{name}: {reason}" for name, reason in bad[:3])
     return UserError(f"{where}: no question could be played ({first})")
 
 
-def summarise(written, plays, questions, bad):
-    """Writes results.json, by_kind.jsonl and skipped.jsonl from the Rows of all processes."""
+def summarise(written, plays, questions, bad, config):
+    """Writes the tables and skipped.jsonl from the Rows of all processes, and from run.json what each policy
+    was played with. Raises UserError if no question could be played."""
     unread, episodes = [row for row in written.read() if "skipped" in row], written.merge()
-    rows, named, out = [], {}, written.out
+    by_kind, by_duration, out, run = [], [], written.out, runs.note(written.out)
+    skipped = list(dict.fromkeys(bad + [(row["question"], row["skipped"]) for row in unread]))
+    if not episodes:
+        raise no_question(config.data, skipped)
     for name, mode in plays:
-        of_play = lambda row: (row["policy"], row["mode"]) == (name, mode)
-        some = list(filter(of_play, episodes))
-        skipped = bad + [(row["question"], row["skipped"]) for row in filter(of_play, unread)]
-        if not some:
-            raise no_question(f"{name}, {mode}", skipped)
-        named |= dict.fromkeys(skipped)
-        new = figures(name, mode, some, len(skipped))
+        some = [e for e in episodes if (e["policy"], e["mode"]) == (name, mode)]
+        kinds, durations = tables.figures(name, mode, some, questions, len(bad))
+        kinds[0]["settings"] = tables.settings(config, run.get(f"environment of {name}, {mode}") or {})
         asked = [questions[e["number"]] for e in some]
-        if mode != "zoom off" and all("uniform_accuracy" in (q.get("meta") or {}) for q in asked):
-            new.append(synthetic.uniform_bound(new[0], asked))
-        rows += new
-    runs.write_json(out / "results.json", [row for row in rows if row["kind"] == "all"])
-    write_jsonl(out / "by_kind.jsonl", rows)
-    write_jsonl(out / "skipped.jsonl", [{"row": where, "reason": reason} for where, reason in named])
+        if asked and mode != "zoom off" and all("uniform_accuracy" in (q.get("meta") or {}) for q in asked):
+            kinds.append(synthetic.uniform_bound(kinds[0], asked))
+        by_kind, by_duration = by_kind + kinds, by_duration + durations
+    runs.write_json(out / "results.json", [row for row in by_kind if row["kind"] == "all"])
+    write_jsonl(out / "by_kind.jsonl", by_kind)
+    write_jsonl(out / "by_duration.jsonl", by_duration)
+    write_jsonl(out / "skipped.jsonl", [{"row": where, "reason": reason} for where, reason in skipped])
 
 
 def report(out, strict):
     """Prints what a finished run has written. Ends with status 3 if `strict` and any row or video was bad."""
     read = lambda name: [json.loads(line) for line in open(out / name, encoding="utf-8")]
-    by_kind, skipped = read("by_kind.jsonl"), read("skipped.jsonl")
-    print(runs.text_table(COLUMNS, by_kind) + "\n")
-    print(*(f"skipped {row['row']}: {row['reason']}\n" for row in skipped), sep="", end="")
-    total = [row for row in by_kind if row["kind"] == "all"]
-    print(f"{runs.text_table(COLUMNS, total)}\nwrote {out / 'results.json'}", flush=True)
+    by_duration = read("by_duration.jsonl") if (out / "by_duration.jsonl").exists() else []
+    skipped = read("skipped.jsonl")
+    print(tables.report(read("by_kind.jsonl"), by_duration, skipped))
+    print(f"wrote {out / 'results.json'}", flush=True)
     if strict and skipped:
         sys.exit(3)
 
@@ -263,7 +226,7 @@ def main():
     _, known, without = use_overview(EnvConfig(), rows, config.overview, config.max_bad)
     missing = [(q["id"], reason) for q in known if (reason := missing_video(q, root))]
     if len(missing) == len(known):
-        raise no_question(config.data, missing)
+        raise no_question(config.data, without + missing)
     known = {id(q) for q in known}
     questions = {n: q for n, q in enumerate(rows) if id(q) in known}  # by their place in the file
     modes = [config.mode, "zoom off"] if config.model is None and config.mode == "zoom" else [config.mode]
@@ -291,12 +254,14 @@ def main():
                   f"on {device}, {policy.dtype}, decode step {engine.decoder.path}", flush=True)
         for mode, share in shares.items():
             env_config = replace(policy.env_config, max_zooms=0) if mode == "zoom off" else policy.env_config
+            if rank == 0:
+                runs.note(config.out, **{f"environment of {name}, {mode}": tables.environment(env_config)})
             evaluate(engine, name, mode, share, root, env_config, written.write, show=rank == 0)
         del policy, engine  # before the next one loads
     written.wait()
     if rank == 0:
         if state != "finished":
-            summarise(written, plays, questions, bad + without)
+            summarise(written, plays, questions, bad + without, resolved)
             runs.finish_run(config.out)
         report(Path(config.out), config.strict)
 

@@ -109,9 +109,16 @@ def begin_run(out, config, may_differ, inputs, names):
     return "new"
 
 
+def note(out, **facts):
+    """Writes facts into run.json, for when the run goes on. Returns all that it holds."""
+    path = Path(out) / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8")) | facts
+    write_json(path, run)
+    return run
+
+
 def finish_run(out):
-    run = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
-    write_json(Path(out) / "run.json", run | {"finished": True})
+    note(out, finished=True)
 
 
 def first_difference(old, now):
@@ -202,18 +209,3 @@ class Rows:
             if path.name != f"{self.name}.jsonl":
                 path.unlink()
         return rows
-
-
-def text_table(columns, rows):
-    """Dicts as an aligned table, the first three columns to the left. columns: {title: what the cell says,
-    with fields of the dict}; "-" where one with a format is None."""
-    def cell(words, row):
-        try:
-            return words.format(**row)
-        except TypeError:
-            return "-"
-
-    lines = [list(columns)] + [[cell(words, row) for words in columns.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    align = lambda i, text: text.ljust(widths[i]) if i < 3 else text.rjust(widths[i])
-    return "\n".join("  ".join(align(i, text) for i, text in enumerate(line)) for line in lines)

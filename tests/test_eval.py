@@ -18,6 +18,7 @@ import eval as evaluation
 from demo import synthetic
 from model import encode
 from rollout import Episode
+from scale import tables
 from scale.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
 
@@ -39,9 +40,9 @@ def run(*flags):
 
 def test_wilson_interval():
     """Against published values: 81 of 263 (Newcombe 1998, table I)."""
-    low, high = evaluation.interval(81, 263)
+    low, high = tables.interval(81, 263)
     assert low == pytest.approx(0.2553, abs=1e-4) and high == pytest.approx(0.3662, abs=1e-4)
-    assert evaluation.interval(0, 20)[0] == 0 and evaluation.interval(20, 20)[1] == pytest.approx(1)
+    assert tables.interval(0, 20)[0] == 0 and tables.interval(20, 20)[1] == pytest.approx(1)
 
 
 class Known:
@@ -78,7 +79,7 @@ def play_known(folder, question, texts, limit=10**6, **env):
     policy, written = make_policy(), []
     config, questions = replace(policy.env_config, **env), {n: dict(question) for n in range(len(texts))}
     evaluation.evaluate(Known(policy, texts, limit), "p", "zoom", questions, folder, config, written.append)
-    return written, evaluation.figures("p", "zoom", written, 3)
+    return written, tables.figures("p", "zoom", written, questions, 3)[0]
 
 
 def test_figures_equal_a_count_by_hand(folder, detail):
@@ -100,24 +101,24 @@ def test_figures_equal_a_count_by_hand(folder, detail):
     bound = synthetic.uniform_bound(row, [question] * 2)
     best = synthetic.uniform_accuracy(question, round(row["frames_per_question"]))
     assert bound["accuracy"] == pytest.approx(best)
-    lines = evaluation.runs.text_table(evaluation.COLUMNS, [*rows, bound]).splitlines()
+    lines = tables.text_table(tables.COLUMNS, [*rows, bound]).splitlines()
     assert len({len(line) for line in lines}) == 1
 
 
 def test_without_a_tool_calls_are_no_invalid_calls_and_a_bare_answer_counts(folder, detail):
     question, wrong = detail
-    written, (row, _) = play_known(folder, question, [
+    written, (row, *_) = play_known(folder, question, [
         [question["answer"]], [f"It is seen.\nThe answer is {question['answer']}."],
         [f"The answer is {wrong}."], [ANSWER.format(question["answer"])], [ZOOM.format(0, 5)],
         ["<video_zoom>?</video_zoom>"]], max_zooms=0)
     assert [e["right"] for e in written] == [1, 1, 0, 1, 0, 0]
     assert row["accuracy"] == 0.5 and row["untagged"] == 3 and row["calls_without_tool"] == 2
     assert row["invalid_call_rate"] is None and row["zooms_per_question"] == 0
-    assert " - " in evaluation.runs.text_table(evaluation.COLUMNS, [row])
+    assert " - " in tables.text_table(tables.COLUMNS, [row])
 
 
 def test_a_zoom_whose_reply_was_dropped_is_none(folder, detail):
-    written, (row, _) = play_known(folder, detail[0], [[ZOOM.format(0, 5)]], limit=1)
+    written, (row, *_) = play_known(folder, detail[0], [[ZOOM.format(0, 5)]], limit=1)
     assert row["zooms_per_question"] == 0 and row["frames_per_question"] == 9
     assert row["invalid_call_rate"] == 0 and written[0]["hits_known"] == 0
 
