@@ -4,7 +4,10 @@ import os
 import re
 from pathlib import Path
 
+from torchvision.io import ImageReadMode, decode_image
+
 from sources.files import relative_to_file
+from video import Frame, VideoError, scale
 
 MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
 SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
@@ -25,6 +28,15 @@ def place_images(question, images):
     if lacking := [number for number in marks if number not in images]:
         raise ValueError("an image of the question is missing", f"<image {lacking[0]}>")
     return MARK.sub("<image>", question), [images[number] for number in marks], []
+
+
+def read_image(path, min_pixels, max_pixels, unit):
+    """An image file as a Frame of the sizes that frames have. Raises VideoError."""
+    try:
+        image = decode_image(str(path), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise VideoError(f"{path}: not an image that is read ({str(error).splitlines()[0][:200]})") from None
+    return Frame(0.0, scale(image, (1.0, 1.0), min_pixels, max_pixels, unit))
 
 
 def save_image(image, annotations, out, name):
