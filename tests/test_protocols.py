@@ -17,10 +17,10 @@ import pytest
 import released_rules as plain
 import torch
 from test_video import decode_all
-from tiny import chatty, random_policy, restless
+from tiny import random_policy, restless
 
 from common import RunConfig, UserError
-from model import encode, frame_features, replay, token_log_probs
+from model import encode, replay
 from rollout import Engine, RolloutConfig, play
 from scale.checkpoints import load_env_config, save_policy
 from sources.protocols import PROTOCOLS, read_protocol, use_protocol

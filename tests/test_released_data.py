@@ -1,0 +1,137 @@
+"""The released data sets as they are: questions of lists and yaml files, messages against the processor's chat template."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_protocols import PROBLEM, folder, official, policy  # noqa: F401: fixtures
+from tiny import random_policy
+from transformers import Qwen2VLImageProcessor
+
+import sft
+from common import UserError
+from data_prep import read_questions, read_trajectories
+from sources.released_data import encode_stored
+from zoom_env import EnvConfig, ZoomEnv
+
+ROW = {"videos": ["tiny.mp4"], "problem": PROBLEM, "solution": "B.", "data_source": "LongVideo-Reason/longvideo",
+       "extra_info": {"answer_type": "multiple_choice", "problem_type": "spatial"}}
+
+
+def write(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+def test_questions_of_a_list(tmp_path):
+    rows = [ROW, ROW | {"solution": "<answer>A</answer>"}, ROW | {"solution": "a dog", "extra_info": None},
+            ROW | {"problem": "<image>What happens?", "solution": "It rains.", "extra_info": {"answer_type": "open_ended"}}]
+    questions, bad = read_questions(write(tmp_path / "rl.json", rows), 0)
+    assert not bad and [q["answer"] for q in questions] == ["B", "A", "B", "It rains."]
+    assert questions[0] == {
+        "id": "rl_0", "video": "tiny.mp4", "question": "Look:\n\nWhat is it?", "options": ["a cat", "a dog"], "answer": "B",
+        "answer_type": "multiple_choice", "source": "LongVideo-Reason/longvideo", "evidence": None,
+        "meta": {"problem_type": "spatial", "problem": PROBLEM, "kind": "spatial"}}
+    assert questions[3]["question"] == "What happens?" and questions[3]["options"] is None
+    assert len({q["id"] for q in questions}) == 4
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"videos": []}, "not one video"), ({"solution": "E"}, ""), ({"solution": "a bird"}, ""), ({"problem": "<image>Which?"}, "no options"),
+    ({"problem": None}, "AttributeError"), ({"videos": None}, "not one video")])
+def test_a_bad_question_is_named(tmp_path, row, reason):
+    questions, bad = read_questions(write(tmp_path / "rl.json", [ROW, ROW | row]), 0.5)
+    assert len(questions) == 1 and len(bad) == 1 and bad[0][0] == "row 1" and bad[0][1] and reason in bad[0][1]
+    with pytest.raises(UserError, match="rl.json: 1 of 2 rows"):
+        read_questions(tmp_path / "rl.json", 0.1)
+
+
+def test_questions_of_a_yaml(tmp_path):
+    for name, number in (("a", 10), ("b", 5)):
+        write(tmp_path / f"{name}.json", [ROW | {"problem": f"{name}{i} {PROBLEM}"} for i in range(number)])
+    def names(strategies):
+        text = "datasets:\n" + "".join(f"  - json_path: {name}.json\n    sampling_strategy: \"{s}\"\n" for name, s in strategies)
+        return [q["meta"]["problem"].split()[0] for q in read_questions(write(tmp_path / "rl.yaml", text), 0)[0]]
+    assert names([("a", "first:3"), ("b", "all")]) == ["a0", "a1", "a2", "b0", "b1", "b2", "b3", "b4"]
+    assert names([("a", "end:2"), ("b", "first:21%")]) == ["a8", "a9", "b0", "b1"]  # a share is rounded up
+    drawn = names([("a", "random:4"), ("b", "end:1")])
+    assert len(set(drawn[:4])) == 4 and drawn[4] == "b4" and drawn == names([("a", "random:4"), ("b", "end:1")]) != names([("a", "first:4"), ("b", "end:1")])
+    for text in ("datasets: 3", "x", "datasets:\n  - json_path: none.json", "datasets:\n  - json_path: a.json\n    sampling_strategy: some:3", "- {"):
+        with pytest.raises(UserError):
+            read_questions(write(tmp_path / "rl.yaml", text), 0)
+
+
+def test_its_own_text_is_what_the_released_protocol_shows(tmp_path, folder, policy):  # noqa: F811
+    """Options inside, frames where <image> stands; ours has question and options apart, and frames behind them."""
+    (question,), _ = read_questions(write(tmp_path / "rl.json", [ROW]), 0)
+    words = lambda env: "".join(i if isinstance(i, str) else "[]" for i in env.reset()[1].content)
+    text = words(ZoomEnv.protocols["released"](question, policy.env_config, folder))
+    assert text == "Look:\n" + "".join(f"<frame{i}_at{2 * i}.00>[]" for i in range(6)) + "\nWhat is it?\nA. a cat\nB. a dog"
+    assert words(ZoomEnv(question, EnvConfig(frame_unit=28), folder)).startswith("Look:\n\nWhat is it?\nA. a cat\nB. a dog\nThe video")
+
+
+# -------------------------------------------------------------------------------------------------------- messages
+ZOOM = '<think>I look.</think><video_zoom>{"segment": [1, 5], "fps": 1}</video_zoom>'
+MESSAGES = [{"role": "system", "content": "Look."}, {"role": "user", "content": "<frame0_time0.00s><image><frame1_time2.00s><image>\nWhich?"},
+            {"role": "assistant", "content": ZOOM}, {"role": "user", "content": "Here:\n<image><image><image>\nGo on."},
+            {"role": "assistant", "content": "<think>I see.</think><answer>B</answer>"}]
+TEMPLATE = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A set of messages, with images of five shapes."""
+    folder = tmp_path_factory.mktemp("sft")
+    rng = np.random.default_rng(0)
+    for n, (height, width) in enumerate([(240, 320), (144, 176), (280, 336), (60, 80), (224, 448)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+    rows = [{"messages": MESSAGES, "images": [f"{n}.png" for n in range(5)]}, {"messages": MESSAGES[1:], "images": [f"{n}.png" for n in range(5)]}]
+    write(folder / "sft.json", rows)
+    return folder
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_ids_are_those_of_the_chat_template(place, number):
+    """Qwen's template (its words for text alone), image tokens expanded by the processor; pixels are the processor's, too."""
+    policy = random_policy()
+    policy.env_config = EnvConfig(frame_unit=28)
+    rows, bad = read_trajectories(place / "sft.json", 0)
+    assert not bad and len(rows) == 2
+    dialogue = encode_stored(policy, rows[number], place)
+    images = [Image.open(place / name) for name in rows[number]["images"]]
+    pixels = Qwen2VLImageProcessor(size={"shortest_edge": 3_136, "longest_edge": 12_845_056})(images=images, return_tensors="pt")
+    tokenizer = policy.tokenizer
+    text = tokenizer.apply_chat_template(rows[number]["messages"], chat_template=TEMPLATE, tokenize=False)
+    for tokens in (pixels["image_grid_thw"].prod(-1) // 4).tolist():
+        text = text.replace("<image>", "<|vision_start|>" + "<|image_pad|>" * tokens + "<|vision_end|>", 1)
+    assert dialogue.ids == tokenizer.encode(text, add_special_tokens=False)
+    mine = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
+    assert torch.equal(mine["image_grid_thw"], pixels["image_grid_thw"]) and torch.equal(mine["pixel_values"], pixels["pixel_values"])
+    said = tokenizer.decode([i for i, trained in zip(dialogue.ids, dialogue.trained) if trained])
+    assert said == ZOOM + "<|im_end|>" + MESSAGES[-1]["content"] + "<|im_end|>"  # each turn with its end
+
+
+@pytest.mark.parametrize("messages, images, reason", [
+    (MESSAGES, ["0.png"], "5 <image>, 1 images"), (MESSAGES[:2], ["0.png"] * 2, "take turns"), (MESSAGES[2:], ["0.png"] * 3, "take turns"),
+    ([], [], "not a list"), ([{"role": "user"}], [], "not a list"), (MESSAGES, "0.png", "not a list of paths"),
+    ([MESSAGES[1], {"role": "assistant", "content": "<image>"}], ["0.png"] * 3, "in an assistant's turn")])
+def test_a_bad_row_of_messages_is_named(place, tmp_path, messages, images, reason):
+    good = {"messages": MESSAGES, "images": [f"{n}.png" for n in range(5)]}
+    rows, bad = read_trajectories(write(tmp_path / "sft.json", [good, {"messages": messages, "images": images}]), 0.5)
+    assert len(rows) == 1 and len(bad) == 1 and reason in bad[0][1]
+
+
+def test_images_that_cannot_be_read_leave_their_row_out(place, tmp_path):
+    for file in place.iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no image")
+    rows, _ = read_trajectories(tmp_path / "sft.json", 0)
+    dialogues, bad = sft.load_dialogues(random_policy(), rows, tmp_path, 32_768)
+    assert not dialogues and [where for where, _ in bad] == ["sft_0", "sft_1"] and all("3.png" in reason for _, reason in bad)
