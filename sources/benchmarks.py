@@ -387,7 +387,7 @@ def look_at_videos(rows, root, frames, check_videos, name_it):
     with ThreadPoolExecutor(8) as pool:
         looked = tqdm(pool.map(look, by_path), total=len(by_path), desc="videos", unit="video",
                       dynamic_ncols=True, disable=not by_path)
-        for path, seen in zip(by_path, looked):
+        for seen, path in zip(looked, by_path):
             for row in by_path[path] if seen else []:
                 if isinstance(seen, str):
                     name_it(row["id"], True, "video cannot be read", seen)
