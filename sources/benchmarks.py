@@ -227,9 +227,9 @@ def finish(given, name):
            "options": options or None, "answer": answer, "answer_type": answer_type, "source": name,
            "evidence": evidence, "meta": meta}
     if row["id"] in (None, ""):
-        stem = PurePosixPath(row["video"]).stem
-        said = "\0".join([stem, question, *options]).encode(errors="replace")
-        row["id"] = f"{stem}_{hashlib.sha256(said).hexdigest()[:10]}"
+        said = "\0".join([row["video"], str(given.get("folder")), question, *options])
+        said = hashlib.sha256(said.encode(errors="replace")).hexdigest()
+        row["id"] = f"{PurePosixPath(row['video']).stem}_{said[:10]}"
     return row | {"id": str(row["id"])}, notes
 
 
@@ -246,7 +246,8 @@ def open_answer(given, meta):
     if answer in (None, "", []) or isinstance(answer, list | dict):
         raise ValueError("no answer", str(answer)[:60])
     text = unwrap(answer)
-    number = re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", text) and float(text.replace(",", ""))
+    number = re.fullmatch(r"[-+]?((\d{1,3}(,\d{3})+|\d+)(\.\d+)?|\.\d+)", text)
+    number = number and float(text.replace(",", ""))
     if "number" in given["open"] and isinstance(number, float):
         return int(number) if number.is_integer() else number, "number"
     if given["open"] == "number":
@@ -281,7 +282,7 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False, 
         row, notes = finish(given, name)
         where = row["id"]
         if where in ids:
-            raise ValueError("duplicate id", "")
+            raise ValueError("duplicate id", where)
         row["question"], pictures, missing = place_images(row["question"], given.get("images") or {})
         notes += missing
         if there := video_index.find(row["video"], given.get("folder")):
@@ -386,7 +387,7 @@ def look_at_videos(rows, root, frames, check_videos, name_it):
     with ThreadPoolExecutor(8) as pool:
         looked = tqdm(pool.map(look, by_path), total=len(by_path), desc="videos", unit="video",
                       dynamic_ncols=True, disable=not by_path)
-        for path, seen in zip(by_path, looked):
+        for seen, path in zip(looked, by_path):
             for row in by_path[path] if seen else []:
                 if isinstance(seen, str):
                     name_it(row["id"], True, "video cannot be read", seen)

@@ -80,7 +80,7 @@ def video_durations(questions, files):
     with ThreadPoolExecutor(8) as pool:
         looked = tqdm(pool.map(look, unknown), total=len(unknown), desc="videos", unit="video",
                       dynamic_ncols=True, disable=not unknown)
-        return known | {name: s for name, s in zip(unknown, looked) if s is not None}
+        return known | {name: s for s, name in zip(looked, unknown) if s is not None}
 
 
 def spread(values):

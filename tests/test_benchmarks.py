@@ -348,6 +348,7 @@ def test_the_exact_text_wins_and_a_data_set_may_say_that_answers_are_letters():
     ("Graph\n(A) rises.\nWhy?\n(A) rain\n(B) sun", "Graph\n(A) rises.\nWhy?", ["rain", "sun"]),
     ("谁？\nA、安\nB、鲍勃", "谁？", ["安", "鲍勃"]),
     ("Who is J. A. Smith?", "Who is J. A. Smith?", []),
+    ("Is vitamin A. like B. here?", "Is vitamin A. like B. here?", []),
     ("Who?\nC. But the question needs more.", "Who?\nC. But the question needs more.", []),
     ("Who?\nA. Ann\nC. Cy", "Who?\nA. Ann\nC. Cy", []),
 ])
@@ -380,6 +381,8 @@ def test_several_right_texts_are_kept_and_a_broken_list_is_named():
     assert open_answer(given | {"answer": "['24/7', '3.43']"}, meta) == ("24/7", "open_ended")
     assert meta == {"also_right": ["3.43"]}
     assert open_answer(given | {"answer": "[0, 5]"}, {}) == ("[0, 5]", "open_ended")
+    for answer, expected in (("-.5", -0.5), ("1,250", 1250), ("-", "-"), ("12,5", "12,5"), ("4 m", "4 m")):
+        assert open_answer(given | {"answer": answer}, {})[0] == expected
     for answer, reason in (("['a', 'b]", "list"), ("", "no answer"), (None, "no answer")):
         with pytest.raises(ValueError, match=reason):
             open_answer(given | {"answer": answer}, {})
@@ -500,6 +503,27 @@ def test_videos_are_found_by_name_and_two_that_fit_are_named(videos):
     assert name("z.mp4", "ego") == "c/1_ego/z.mp4"
     with pytest.raises(ValueError, match="two files"):
         index.find("x.mp4")
+    (index.folder / "a" / "loop").symlink_to(index.folder)
+    (index.folder / "b" / "._y.MKV").write_bytes(b"of a Mac")
+    again = FileIndex(index.folder, VIDEOS)
+    assert sorted(again.by_stem) == ["x", "y", "z"] and len(again.by_stem["x"]) == 2
+
+
+def test_a_video_of_two_tasks_is_taken_from_the_rows_own(videos, tmp_path):
+    folder = videos("1_plotQA/7.mp4", "9_summary/7.mp4")
+    raw = [RAW["mlvu_dev"][1] | {"video": "7.mp4", "question_type": task} for task in ("summary", "ego")]
+    rows, named = run_convert("mlvu_dev", write(tmp_path / "a.json", raw), folder, tmp_path / "o.jsonl")
+    assert [row["video"] for row in rows] == ["videos/9_summary/7.mp4"]
+    assert named == [("a.json row 2", "two files fit its name", False)]
+
+
+def test_evidence_after_the_end_of_the_video_is_none(videos, tmp_path):
+    raw = copy.deepcopy(RAW["lvbench"])
+    raw[0]["qa"][0]["time_reference"], raw[0]["qa"][1]["time_reference"] = "00:06-00:08", "0:05-0:08"
+    path, folder = write(tmp_path / "a.json", raw), videos("kK0.mp4")
+    rows, named = run_convert("lvbench", path, folder, tmp_path / "o.jsonl")
+    assert [row["evidence"] for row in rows] == [None, [[5, 8]]]
+    assert named == [("kK0_9", "a time reference is after the video's end", True)]
 
 
 def test_unreadable_videos_are_named_where_they_are_checked(videos, tmp_path):
@@ -608,9 +632,11 @@ def test_overlap_names_the_same_videos_and_questions(videos, clip, tmp_path, cap
     videos("a.mp4", "copy.mp4", "b.mp4", "c.mp4")
     write_video(tmp_path / "videos" / "b.mp4", (picture(200) for _ in range(5)), FPS)
     write_video(tmp_path / "videos" / "other.mp4", (picture(20) for _ in range(9)), FPS)
+    write_jsonl(tmp_path / "same_words.jsonl", [question("0", "z.mp4", "Who?", options=["v", "w"])])
     write_jsonl(tmp_path / "one.jsonl", [question("1", "videos/a.mp4", "What is red?"),
                                          question("2", "videos/b.mp4", "Who?"),
                                          question("3", "old/gone.mp4", "When?")])
+    assert not any(overlap(tmp_path / "one.jsonl", tmp_path / "same_words.jsonl", question_error).values())
     trajectory = {"question": question("4", "videos/copy.mp4", "what is RED", options=["y", "x"]),
                   "kind": "exemplar", "turns": ["t"], "learn": [True]}
     write_jsonl(tmp_path / "two.jsonl", [trajectory])
