@@ -136,7 +136,7 @@ def test_columns_stand_where_they_say_something():
     questions = {n: question(n) for n in range(2)}
     by_kind, _ = tables.figures("p", "zoom", [episode(n, 1.0, "mine") for n in questions], questions)
     text = tables.report(by_kind, [], [])
-    for absent in ("skips wrong", "for a judge", "no-tool calls", "hit", "duration", "task mean"):
+    for absent in ("skips wrong", "for a judge", "no tool", "hit", "duration", "task mean"):
         assert absent not in text
     assert all(title in text for title in ("right", "95% interval", "untagged", "invalid"))
 
