@@ -16,8 +16,8 @@ by_duration.jsonl (the same by kind of question and length of video). So a run t
 
 Temperature 0, as in the paper: nothing depends on what is played together, else on --seed and each process's
 share. An invalid call is a turn that could not be carried out, among all calls; where no tool is offered,
-calls are counted apart, and answers without <answer>, too, which are graded all the same (untagged). Seconds
-are those of playing, summed over processes.
+calls are counted apart (no tool), and answers without <answer>, too, which are graded all the same
+(untagged). Seconds are those of playing, summed over processes.
 """
 
 import json

@@ -21,7 +21,7 @@ COLUMNS = {
     "skipped": "{skipped:d}", "for a judge": "{waits_for_judge:d}", "right": "{accuracy:.1%}",
     "95% interval": "{accuracy_low:.1%} - {accuracy_high:.1%}", "skips wrong": "{accuracy_skipped_wrong:.1%}",
     "frames": "{frames_per_question:.1f}", "zooms": "{zooms_per_question:.2f}", "hit": "{hit_rate:.1%}",
-    "invalid": "{invalid_call_rate:.1%}", "no-tool calls": "{calls_without_tool:d}",
+    "invalid": "{invalid_call_rate:.1%}", "no tool": "{calls_without_tool:d}",
     "untagged": "{untagged:d}", "tokens": "{tokens_per_question:.0f}", "s": "{seconds_per_question:.3f}"}
 SETTINGS = {
     "policy": "{policy}", "mode": "{mode}", "protocol": "{settings[protocol]}",

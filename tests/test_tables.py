@@ -93,7 +93,7 @@ def test_what_waits_for_a_judge_is_neither_right_nor_wrong():
      {"under 1 min": [0, 3], "1 to 3 min": [1], "60 min and more": [2]}),
     ([{"duration_group": 3600}, {"duration_group": 15, "duration_s": 9}, {}, {"duration_group": 600}],
      {"group 15": [1], "group 600": [3], "group 3600": [0], "unknown": [2]}),
-    ([{"duration_group": "short"}, {"duration_group": "medium"}, {"duration_group": "long"}, {"duration_group": "short"}],
+    ([{"duration_group": group} for group in ("short", "medium", "long", "short")],
      {"short": [0, 3], "medium": [1], "long": [2]}),
     ([{"duration_s": 5}, {"duration_s": 5}, {"duration_s": 5}, {}], {}),
     ([{"duration_s": 5}, {"duration_s": "5"}, {"duration_s": 5}, {"duration_s": True}], {}),
@@ -136,7 +136,7 @@ def test_columns_stand_where_they_say_something():
     questions = {n: question(n) for n in range(2)}
     by_kind, _ = tables.figures("p", "zoom", [episode(n, 1.0, "mine") for n in questions], questions)
     text = tables.report(by_kind, [], [])
-    for absent in ("skips wrong", "for a judge", "no-tool calls", "hit", "duration", "task mean"):
+    for absent in ("skips wrong", "for a judge", "no tool", "hit", "duration", "task mean"):
         assert absent not in text
     assert all(title in text for title in ("right", "95% interval", "untagged", "invalid"))
 
@@ -225,6 +225,14 @@ def test_nine_tenths_are_missing_and_then_all(place, tmp_path, monkeypatch, caps
     assert all(f"none{n}.mp4: no such file" in said for n in range(10) if n != 4)
     kinds = {row["meta"]["kind"] for row in rows}
     assert kinds < {row["kind"] for row in files["by_kind"]}  # those that were only skipped, too
+    # a row that is no question is skipped, too
+    (tmp_path / "bad.jsonl").write_text(data.read_text() + '{"id": "q10"}\n')
+    said, result, files, _ = play(monkeypatch, capsys, tmp_path / "bad", folder / "policy", tmp_path / "bad.jsonl",
+                                  "--max_bad", 0.1)
+    assert result["skipped"] == 10 and result["missing_videos"] == 9 and "skipped line 11: " in said
+    assert result["accuracy_skipped_wrong"] == files["episodes"][0]["right"] / 11
+    assert {row["kind"]: row["skipped"] for row in files["by_kind"]}["bad row"] == 1
+    # none
     write(data, [row | {"video": "none.mp4"} for row in rows])
     *_, error = play(monkeypatch, capsys, tmp_path / "all", folder / "policy", data)
     assert "no question could be played" in error and "none.mp4" in error
