@@ -35,11 +35,10 @@ import argparse
 import json
 from pathlib import Path
 
-from scale.runs import open_folder
 from sources.answers import LETTERS, normalise, option_texts
 from sources.commands import add_commands
 from sources.released_data import SUFFIXES, read_released_messages, read_released_questions
-from common import UserError, fail, read_rows, run_main
+from common import fail, read_rows, run_main
 
 
 # ---------------------------------------------------------------------------------- questions, trajectories
@@ -155,34 +154,12 @@ class Parser(argparse.ArgumentParser):  # errors of the commands are one line, t
 
 
 def main():
-    from demo.synthetic import NUM_TEST, NUM_TRAIN, synthetic
-    from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
-
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sub = commands.add_parser("synthetic", help="videos, questions and trajectories of the demo", **show)
-    sub.add_argument("--out", default="runs/data", help="folder to write")
-    sub.add_argument("--train", type=int, default=NUM_TRAIN, help="number of training questions")
-    sub.add_argument("--test", type=int, default=NUM_TEST, help="number of held-out questions")
-    sub.add_argument("--seed", type=int, default=0, help="seed of videos, questions and the teacher")
-    sub = commands.add_parser("tiny_base", help="pretrain the tiny base model", **show)
-    sub.add_argument("--out", default=TINY_BASE, help="checkpoint folder to write")
-    sub.add_argument("--steps", type=int, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
-    sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
-    sub.add_argument("--init", help="checkpoint folder to begin the last part from")
     add_commands(commands, show, question_error, trajectory_error)
     args = parser.parse_args()
-    for name in ("train", "test", "steps"):
-        if getattr(args, name, 1) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if "run" in args:
-        return args.run(args)
-    open_folder(args.out)
-    if args.command == "synthetic":
-        synthetic(args.out, args.train, args.test, args.seed)
-    else:
-        tiny_base(args.out, args.steps, args.seed, args.init)
+    args.run(args)
 
 
 if __name__ == "__main__":

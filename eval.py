@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
 from tqdm import tqdm
 
 from common import RunConfig, UserError, choose_dtype, parse_flags, run_main, start_processes, write_jsonl
@@ -37,10 +36,10 @@ from demo import synthetic
 from model import load_policy
 from rollout import Engine, RolloutConfig
 from scale import runs, tables
+from scale.ask import ask
 from scale.first_day import check_decoder
 from sources.overview import use_overview
 from sources.protocols import use_protocol
-from video import open_video
 from zoom_env import EnvConfig
 
 
@@ -166,47 +165,11 @@ def report(out, strict):
         sys.exit(3)
 
 
-def ask(config, world, device):
-    """Plays one question about one video and prints the dialogue."""
-    if world > 1 or config.video is None or not (config.question or "").strip():
-        raise UserError("to ask about a video give both --video FILE and --question TEXT, to one process")
-    question = {"id": "question", "video": config.video, "question": config.question,
-                "options": config.options, "answer": "A" if config.options else "unknown",
-                "answer_type": "multiple_choice" if config.options else "open_ended"}
-    if reason := question_error(question):
-        raise UserError(reason)
-    open_video(config.video)  # before the model loads
-    if config.save_frames:
-        runs.open_folder(config.save_frames)
-    use_overview(EnvConfig(), [question], config.overview, config.max_bad)
-    policy = load(checkpoints(config)[0 if config.model else -1], config, device)
-    generator = torch.Generator(policy.device).manual_seed(config.seed)
-    engine = Engine(policy, 1, config, generator)
-    check_decoder(engine.decoder)
-    groups, skipped = engine.play([question])
-    if skipped:
-        raise UserError(skipped[0][1])
-    env = groups[0][0].env
-    print(env.describe())
-    print(f"answer: {env.answer() if env.answer() is not None else 'none (the policy gave no answer)'}")
-    for number, frames in enumerate(env.watched if config.save_frames else []):
-        times = f"{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s"
-        name = Path(config.save_frames, f"{number}_{'zoom' if number else 'overview'}_{times}.png")
-        write_png(strip([f.image for f in frames]), str(name))
-        print(f"wrote {name}")
-
-
 def checkpoints(config):
     names = list(dict.fromkeys(config.model or filter(os.path.exists, ("runs/sft", "runs/rl"))))
     if not names:
         raise UserError("no runs/sft or runs/rl yet: run sft.py and rl.py, or name checkpoints with --model")
     return names
-
-
-def strip(images):
-    """(3, H, W) images side by side, upper edges in line; where a film's size changes, some are higher."""
-    height = max(image.shape[1] for image in images)
-    return torch.cat([torch.nn.functional.pad(i, (0, 0, 0, height - i.shape[1])) for i in images], dim=2)
 
 
 def main():
@@ -217,7 +180,7 @@ def main():
             raise UserError(f"--{flag} must be {' or '.join(known)}, not {getattr(config, flag)}")
     dtype = choose_dtype(config.dtype, device)
     if config.video is not None or config.question is not None:
-        return ask(config, world, device)
+        return ask(config, world, checkpoints, lambda name: load(name, config, device), question_error)
 
     # all that can be wrong, before a model loads
     names = checkpoints(config)
@@ -234,7 +197,8 @@ def main():
     key = lambda e: None if "skipped" in e else (plays.index((e["policy"], e["mode"])), e["number"])
     written = runs.Rows(config.out, "episodes", key, rank)
     inputs = {"question file": config.data, "system prompt": config.system_prompt,
-              "overview": config.overview if (config.overview or "").endswith(".json") else None}
+              "overview": config.overview if (config.overview or "").endswith(".json") else None,
+              "protocol": config.protocol if (config.protocol or "").endswith(".json") else None}
     inputs |= {f"checkpoint {name}": name for name in names}
     resolved = replace(config, dtype=str(dtype).removeprefix("torch."))
     state, done = written.begin(resolved, MAY_DIFFER, inputs, FILES)

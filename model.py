@@ -202,8 +202,7 @@ class ScoreChunks(torch.autograd.Function):
 
 
 def _attention(module, query, key, value, attention_mask=None, attend=None, **kwargs):
-    """What transformers' layers call: `attend` decides who sees whom. Without it, plain SDPA, so that
-    transformers' own forward and generate keep working on our model."""
+    """What transformers' layers call: `attend` decides who sees whom; without it, for `generate`, plain SDPA."""
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attend(module.layer_idx, query, key, value), None
@@ -286,8 +285,7 @@ def encode(policy, messages, dialogue=None, learn=True, rules=None):
     After a user message that ends `messages` the header of the assistant's turn follows, ready to generate.
     An assistant message holds either its text or a Sampled. `learn` says whether what the assistant produced
     is trained. `rules`: another ZoomEnv than the policy's says how turns end."""
-    dialogue = Dialogue() if dialogue is None else dialogue
-    rules = rules or protocol_of(policy.env_config)
+    dialogue, rules = dialogue or Dialogue(), rules or protocol_of(policy.env_config)
     # split_special_tokens: text, whoever wrote it, never turns into a special token
     tokenize = lambda text: policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     for i, message in enumerate(messages):
@@ -301,8 +299,7 @@ def encode(policy, messages, dialogue=None, learn=True, rules=None):
                 cut = said.endswith(stop_strings(rules.tools)) and not rules.trains_appended_end
                 ids = tokenize(said) + ([] if cut else [policy.im_end])
             dialogue.add(ids, trained=learn)
-            end = [] if ids and ids[-1] == policy.im_end else [policy.im_end]
-            dialogue.add(end + (tokenize(rules.after_turn) if rules.after_turn else []))
+            dialogue.add([policy.im_end] * (ids[-1:] != [policy.im_end]) + tokenize(rules.after_turn))
             continue
         # what it is told and shown: text in one piece between frames, as pieces would be other tokens
         dialogue.add([policy.im_start])

@@ -179,8 +179,7 @@ class Video:
                              f"{', '.join(sorted(ALLOWED_FORMATS))}") from None
 
     def frames_at(self, times_s):
-        """The frames on screen at `times_s` (ascending): a list of (time_s shown, (H, W, 3) uint8 array).
-        Damaged ones are left out; raises VideoError if none is left."""
+        """[(time_s shown, (H, W, 3) uint8)] of the frames on screen at `times_s` (ascending) but damaged ones."""
         return self._whole_frames(self._frame_at, times_s)
 
     def nearest_keyframes(self, times_s, within_s):

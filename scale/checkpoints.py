@@ -200,7 +200,7 @@ def find_env_config(name_or_path):
 
 def load_env_config(name_or_path):
     """The environment settings of a checkpoint, else the paper's. Raises UserError."""
-    import sources.protocols  # noqa: F401: settings name one of them
+    from sources.protocols import PROTOCOLS  # which settings name
     if not (path := find_env_config(name_or_path)):
         return EnvConfig()
     settings = json.loads(read_text(path))
@@ -210,6 +210,8 @@ def load_env_config(name_or_path):
             fits = isinstance(value, (int, float) if f.type is float else f.type)
             if not fits or isinstance(value, bool) or value in (float("inf"), -float("inf")):
                 raise ValueError(f"{f.name} must be a finite {f.type.__name__}, not {value!r}"[:200])
+        if settings.get("protocol", "videozoomer") not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}")
         return EnvConfig(**settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"zoom_config.json: {first_line(error)}; correct it or remove it") from None
