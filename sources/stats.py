@@ -12,7 +12,7 @@ from statistics import mean, median
 from tqdm import tqdm
 
 from common import read_rows
-from scale.runs import text_table
+from scale.tables import text_table
 from sources.answers import LETTERS
 from sources.overlap import question_of
 from video import VideoError, open_video
