@@ -2,7 +2,7 @@
 
     python data_prep.py synthetic --out runs/data     videos, questions, trajectories (demo/synthetic.py)
     python data_prep.py tiny_base --out tiny_base     the model that the demo starts from (demo/tiny_base.py)
-    python data_prep.py convert, overlap, stats       public data, what a file holds (sources/commands.py)
+    python data_prep.py convert, overlap, stats, protocol    public data, what a file holds, see sources/
 
 A file has one JSON object a line. A question:
 
@@ -15,7 +15,8 @@ A file has one JSON object a line. A question:
     answer            by answer_type: multiple_choice a letter, number a number, open_ended a text,
                       segment [start_s, end_s], whose score is the intersection over union
     evidence          [[start_s, end_s], ...] to be seen, or null; tells which zooms hit, is never shown
-    meta              anything else; results are grouped by its "kind", or else by source
+    meta              anything else; results are grouped by its "kind", or else by source, and by its
+                      "duration_group" or "duration_s"; with "judge": true no grade counts
     overview_frames   optional: numbers of the frames to show in the overview instead of its own choice
     images            optional: image files, as video, one for each <image> in the question's text
     subtitles         optional: [[start_s, end_s, text], ...] of what is said
@@ -35,7 +36,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sources.answers import LETTERS, normalise, option_texts
+from sources.answers import LETTERS, normalise
 from sources.commands import add_commands
 from sources.released_data import SUFFIXES, read_released_messages, read_released_questions
 from common import fail, read_rows, run_main
@@ -63,8 +64,6 @@ def question_error(question):
     options = [] if options is None else options
     if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
         return "options are not a list of texts"
-    if len({o.strip() for o in option_texts(options)}) < len(options):
-        return "two options are the same"
     if not 2 * (kind == "multiple_choice") <= len(options) <= len(LETTERS):
         return f"multiple_choice needs 2 to {len(LETTERS)} options"
     try:

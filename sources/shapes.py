@@ -87,10 +87,7 @@ def read_options(value):
     lettered = all(MARKED_LINE.fullmatch(option) for option in rest)
     if "" in options or alone and rest and lettered:
         raise ValueError("an option is empty", str(options)[:60])
-    options = [option.strip() for option in option_texts(options)]
-    if len(set(options)) < len(options):
-        raise ValueError("two options are the same", next(o for o in options if options.count(o) > 1)[:60])
-    return options
+    return [option.strip() for option in option_texts(options)]
 
 
 def split_options(text):

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import released_rules as plain
 import torch
+from launcher import launch
+from PIL import Image
 from test_video import decode_all
 from tiny import random_policy, restless
 
@@ -348,3 +350,51 @@ def test_nothing_that_is_said_raises(folder, official, name):
             assert env.done or reply
             env.end()
             assert 0 <= env.rewards["accuracy"] <= 1
+
+
+# -------------------------------------------------------------------------------------------------------- the scripts
+def test_the_scripts_play_by_it(folder, official, tmp_path):
+    """SFT on messages keeps the protocol; RL goes on with it, and asks for recomputed log-probabilities; eval.py repeats it."""
+    policy = random_policy()
+    save_policy(policy, tmp_path / "base")
+    (tmp_path / "base/zoom_config.json").unlink()
+    os.symlink(folder, tmp_path / "clips")
+    protocol, image = write_protocol(official), tmp_path / "0.png"
+    Image.fromarray(np.zeros((56, 84, 3), dtype=np.uint8)).save(image)
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "<think>t</think><answer>B</answer>"}]
+    (tmp_path / "sft.json").write_text(json.dumps([{"messages": messages, "images": ["0.png"]}] * 4))
+    problem = {"videos": ["clips/tiny.mp4"], "problem": PROBLEM, "solution": "B.", "data_source": "x", "extra_info": {"answer_type": "multiple_choice"}}
+    (tmp_path / "rl.json").write_text(json.dumps([problem] * 2))
+    common = ["--protocol", protocol, "--dtype", "float32"]
+    run = launch(1, ROOT / "sft.py", ["--model", tmp_path / "base", "--data", tmp_path / "sft.json", "--out", tmp_path / "sft", "--batch_size", 2, *common])
+    run.wait()
+    kept = load_env_config(tmp_path / "sft")
+    assert kept.protocol == "released" and kept.texts == read_official(official, "train")["texts"]
+    assert json.loads((tmp_path / "sft/metrics.jsonl").read_text().splitlines()[-1])["tokens"] > 20
+    small = ["--steps", 1, "--batch_size", 1, "--mini_batch_size", 1, "--group_size", 2, "--max_turn_tokens", 4, "--max_draws", 1, "--cache_gb", 0.1]
+    flags = ["--model", tmp_path / "sft", "--data", tmp_path / "rl.json", "--out", tmp_path / "rl", "--dtype", "float32", *small]
+    refused = launch(1, ROOT / "rl.py", flags)
+    assert "--old_log_probs recomputed" in refused.wait([2])
+    launch(1, ROOT / "rl.py", [*flags, "--old_log_probs", "recomputed", "--loss_mean", "episode", "--tool_weight", 0]).wait()
+    assert load_env_config(tmp_path / "rl").texts == kept.texts
+    asked = [QUESTION | {"id": str(n), "video": f"clips/{name}.mp4"} for n, name in enumerate(("tiny", "varying"))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    for model, mode, name in (("rl", "zoom", "released"), ("base", "uniform", "direct")):
+        how = ["--mode", mode, "--num_frames", 2] if mode == "uniform" else []
+        run = launch(1, ROOT / "eval.py", ["--model", tmp_path / model, "--data", tmp_path / "q.jsonl", "--out", tmp_path / name, "--dtype", "float32",
+                                           "--max_turn_tokens", 4, *how])
+        run.wait()
+        assert json.loads((tmp_path / name / "results.json").read_text())[0]["settings"]["protocol"] == name
+        assert ("has no zoom_config.json" in run.said()) == (name == "direct")
+
+
+def test_a_name_on_the_hub_has_its_settings_fetched(policy, tmp_path):
+    """Here out of the hub's cache, as nothing can be fetched in a test."""
+    folder = tmp_path / "models--some--policy"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    save_policy(policy, folder / "snapshots" / ("0" * 40))
+    ask = "from scale.checkpoints import find_env_config, load_env_config as load; print(load('some/policy').protocol, find_env_config('some/other'))"
+    run = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, cwd=ROOT,
+                         env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert run.stdout.split() == ["released", "None"], run.stderr
