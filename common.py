@@ -75,7 +75,7 @@ class RunConfig:
     """Settings of every script."""
 
     system_prompt: str | None = None  # file with another system prompt
-    protocol: str | None = None  # what the policy meets: a name or a file (sources/protocols); else as trained
+    protocol: str | None = None  # name or file of what the policy meets (sources/protocols); else as trained
     overview: str | None = None  # uniform, nearest_keyframe, auto, a .json of chosen frames; else as trained
     max_bad: float = 0.01  # share of unusable rows above which the run ends
     seed: int = 0  # of the order of the data, and of sampling

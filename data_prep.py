@@ -36,7 +36,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sources.answers import LETTERS, normalise
+from sources.answers import LETTERS, normalise, option_texts
 from sources.commands import add_commands
 from sources.released_data import SUFFIXES, read_released_messages, read_released_questions
 from common import fail, read_rows, run_main
@@ -77,6 +77,9 @@ def question_error(question):
         return f"unknown answer_type {kind[:60]!r}"
     except (ValueError, AttributeError):
         fits = False
+    texts = [option.strip() for option in option_texts(options)]
+    if fits and kind == "multiple_choice" and texts.count(texts[LETTERS.index(answer.strip().upper())]) > 1:
+        return "two options are the same, and right"
     if not fits:
         return f"answer {str(answer)[:60]!r} cannot be right: its type is {kind}"
     if evidence is not None and not (isinstance(evidence, list) and all(map(is_segment, evidence))):
@@ -139,8 +142,7 @@ def read_questions(path, max_bad):
 
 
 def read_trajectories(path, max_bad):
-    """The trajectory rows of a .jsonl file, or rows of messages of the released data set, and [(line, reason)]
-    of those left out. Raises UserError."""
+    """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises UserError."""
     if Path(path).suffix in SUFFIXES:
         return read_released_messages(path, max_bad)
     return read_rows(path, max_bad, trajectory_error)

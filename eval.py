@@ -116,7 +116,8 @@ def record(e):
     """What the tables need of an episode, and what was said in it."""
     env, question, tool = e.env, e.env.question, e.env.config.max_zooms > 0
     hits = [turn.hit for turn in env.turns if turn.hit is not None]
-    calls = sum(any(f"<{tag}>" in turn.text.rpartition("</think>")[2] for tag in env.tools) for turn in env.turns)
+    acts = [turn.text.rpartition("</think>")[2] for turn in env.turns]
+    calls = sum(any(f"<{tag}>" in text for tag in env.tools) for text in acts)
     right = None if tables.waits_for_judge(question) else env.rewards["accuracy"]
     return {"question": question["id"], "right": right, "answer": env.answer(),
             "kind": tables.kind_of(question),

@@ -202,7 +202,7 @@ class ScoreChunks(torch.autograd.Function):
 
 
 def _attention(module, query, key, value, attention_mask=None, attend=None, **kwargs):
-    """What transformers' layers call: `attend` decides who sees whom; without it, for `generate`, plain SDPA."""
+    """What transformers' layers call: `attend` decides who sees whom; without it (`generate`), plain SDPA."""
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return attend(module.layer_idx, query, key, value), None

@@ -55,7 +55,7 @@ class Episode(Row):
 
     def turn_is_over(self, policy):
         """Whether the turn ends with the token that was sampled last."""
-        token, stops = self.turn_ids[-1], stop_strings(self.env.tools)
+        token, stops = self.turn_ids[-1], stop_strings(protocol_of(policy.env_config).tools)
         if token in policy.end_tokens:
             return True
         tail = self.turn_ids[-max(map(len, stops), default=1):]
@@ -65,15 +65,16 @@ class Episode(Row):
         """The turn becomes part of the dialogue, ids as sampled. Returns its text, without an end token."""
         self.truncated = not self.turn_is_over(policy)
         ids, log_probs, self.turn_ids, self.turn_log_probs = self.turn_ids, self.turn_log_probs, [], []
-        if max(ids) > self.env.largest_id:  # these the protocol drops, and what follows moves up
-            keep = [i <= self.env.largest_id for i in ids]
+        rules = protocol_of(policy.env_config)
+        if max(ids) > rules.largest_id:  # these the protocol drops, and what follows moves up
+            keep = [i <= rules.largest_id for i in ids]
             self.cached = min(self.cached, len(self.dialogue.ids) + keep.index(False))
             ids, log_probs = list(compress(ids, keep)), list(compress(log_probs, keep))
-        if self.env.trains_appended_end and policy.im_end not in ids:
+        if rules.trains_appended_end and policy.im_end not in ids:
             ids, log_probs = [*ids, policy.im_end], [*log_probs, None]  # was not sampled
         encode(policy, [Message("assistant", [Sampled(ids, log_probs)])], self.dialogue)
         said = ids[:-1] if ids and ids[-1] in policy.end_tokens else ids
-        return policy.tokenizer.decode(said, skip_special_tokens=self.env.skips_special)
+        return policy.tokenizer.decode(said, skip_special_tokens=rules.skips_special)
 
     def take_reply(self, policy, reply, max_response_tokens):
         """The environment's message is appended, unless the episode is over, or would be too long with it."""

@@ -179,7 +179,7 @@ class Video:
                              f"{', '.join(sorted(ALLOWED_FORMATS))}") from None
 
     def frames_at(self, times_s):
-        """[(time_s shown, (H, W, 3) uint8)] at `times_s`, ascending; without damaged ones. Raises VideoError."""
+        """[(time_s shown, (H, W, 3) uint8)] at `times_s`, ascending, but damaged ones. Raises VideoError."""
         return self._whole_frames(self._frame_at, times_s)
 
     def nearest_keyframes(self, times_s, within_s):

@@ -298,8 +298,7 @@ ZoomEnv.protocols[ZoomEnv.protocol] = ZoomEnv
 
 
 def protocol_of(config):
-    """The class that plays by an EnvConfig's protocol. Raises ValueError if nothing of that name was
-    imported."""
+    """The class that plays by an EnvConfig's protocol. Raises ValueError if none of that name is there."""
     if config.protocol not in ZoomEnv.protocols:
         raise ValueError(f"protocol must be one of {', '.join(ZoomEnv.protocols)}, not {config.protocol}")
     return ZoomEnv.protocols[config.protocol]

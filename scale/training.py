@@ -45,9 +45,9 @@ NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the
 class TrainConfig(RunConfig):
     """Settings of both scripts that train."""
 
-    beta1: float = 0.9  # of AdamW, as are the next two
-    beta2: float = 0.95
-    weight_decay: float = 0.0
+    beta1: float = 0.9  # of AdamW's first moment
+    beta2: float = 0.95  # of AdamW's second moment
+    weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     max_bad_steps: int = 5  # the run ends after so many optimizer steps in a row whose gradient is not finite
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else

@@ -19,6 +19,7 @@ from demo import synthetic
 from model import encode
 from rollout import Episode
 from scale import tables
+from scale import ask
 from scale.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
 
@@ -326,7 +327,7 @@ def test_ask_about_a_video(folder, tmp_path):
 def test_a_strip_holds_frames_of_any_sizes():
     sizes = [(28, 56), (84, 28), (56, 56)]
     images = [torch.full((3, *size), n + 1, dtype=torch.uint8) for n, size in enumerate(sizes)]
-    strip, left = evaluation.strip(images), 0
+    strip, left = ask.strip(images), 0
     assert strip.shape == (3, 84, 140) and strip.dtype == torch.uint8
     for image, (height, width) in zip(images, sizes):
         assert torch.equal(strip[:, :height, left:left + width], image)
