@@ -4,7 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from torchvision.io import ImageReadMode, decode_image
+import numpy as np
+from PIL import Image, ImageOps
 
 from sources.files import relative_to_file
 from video import Frame, VideoError, scale
@@ -33,9 +34,10 @@ def place_images(question, images):
 def read_image(path, min_pixels, max_pixels, unit):
     """An image file as a Frame of the sizes that frames have. Raises VideoError."""
     try:
-        image = decode_image(str(path), ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except (RuntimeError, OSError, ValueError) as error:
-        raise VideoError(f"{path}: not an image that is read ({str(error).splitlines()[0][:200]})") from None
+        with Image.open(path) as image:
+            image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path}: not an image that is read ({error})") from None
     return Frame(0.0, scale(image, (1.0, 1.0), min_pixels, max_pixels, unit))
 
 

@@ -175,5 +175,5 @@ def stored_frame(path, max_pixels, unit):
     try:
         with Image.open(path) as image:
             return Frame(0.0, resized(image.convert("RGB"), 0, max_pixels, unit, Image.Resampling.BICUBIC))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path}: not an image that is read ({error})") from None

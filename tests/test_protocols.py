@@ -28,7 +28,7 @@ from scale.checkpoints import load_env_config, save_policy
 from sources.protocols import PROTOCOLS, read_protocol, use_protocol
 from sources.protocols.official import read_official
 from sources.protocols.released import Released
-from video import open_video
+from video import VideoError, open_video
 from zoom_env import EnvConfig, Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -398,3 +398,25 @@ def test_a_name_on_the_hub_has_its_settings_fetched(policy, tmp_path):
     run = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, cwd=ROOT,
                          env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert run.stdout.split() == ["released", "None"], run.stderr
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_images_and_subtitles_of_a_question_are_shown(folder, official, name):
+    """Each image where its <image> stands, in the sizes of frames, not counted as frames; subtitles with their seconds."""
+    image = np.random.default_rng(0).integers(0, 255, (280, 560, 3), dtype=np.uint8)
+    Image.fromarray(image).save(folder / "slide.png")
+    Image.fromarray(np.zeros((56, 56, 3), dtype=np.uint8)).save(folder / "dot.jpg")
+    config = RunConfig(protocol=str(write_protocol(official)) if name == "released" else name)
+    config = use_protocol(replace(EnvConfig(), frame_unit=28), config, "none")
+    row = QUESTION | {"video": "tiny.mp4", "question": "Is <image> or <image> in it?", "images": ["slide.png", "dot.jpg"], "meta": {},
+                      "subtitles": [[0.0, 2.5, "Hello."], [2.5, 4.0, "See this?"]]}
+    env = PROTOCOLS[name](row, config, folder)
+    user = env.reset()[1].content
+    text = "".join(i if isinstance(i, str) else "[]" for i in user)
+    assert "[0.0 - 2.5] Hello.\n[2.5 - 4.0] See this?\nIs [] or [] in it?\nA. a cat\nB. a dog" in text and "<image>" not in text
+    shown = [i.image for i in user if not isinstance(i, str)]
+    slide, = [i for i in shown if tuple(i.shape) == (3, 224, 448)] if name != "longvt" else [next(i for i in shown if i.shape[2] > 1.5 * i.shape[1])]
+    assert slide.float().std() > 20 and env.frames_shown == len(env.watched[0]) == len(shown) - 2
+    (folder / "slide.png").write_bytes(b"?")
+    with pytest.raises(VideoError, match="slide.png: not an image"):
+        PROTOCOLS[name](row, config, folder).reset()

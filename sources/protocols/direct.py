@@ -23,7 +23,7 @@ class Direct(ZoomEnv):
 
     def opening(self, frames):
         asks = ASKS[self.question["answer_type"]]
-        return [*self.show(frames), "\n".join(["", *self.question_lines(), asks]).lstrip("\n")]
+        return [*self.show(frames), *self.with_images("\n".join([*self.question_lines(), asks]))]
 
     def tag(self, index, frame):
         return ""

@@ -61,7 +61,7 @@ class LongVT(ZoomEnv):
 
     def opening(self, frames):
         path = f"The path of the video is {self.question['video']}; it lasts {self.duration_s:.2f} seconds."
-        return [*self.show(frames), "\n".join([*self.question_lines(), path])]
+        return [*self.show(frames), *self.with_images("\n".join([*self.question_lines(), path]))]
 
     def reply(self, turn, frames):
         if frames is None:

@@ -158,7 +158,7 @@ class Released(ZoomEnv):
         """The data set's own text, frames where it has <image>; of other questions frames come first."""
         problem = (self.question.get("meta") or {}).get("problem") or "\n".join(["<image>", *self.question_lines()])
         before, _, after = problem.partition("<image>")
-        return [before, *self.show(frames), after]
+        return [before, *self.show(frames), *self.with_images(after)]
 
     def tag(self, index, frame):
         return fill(self.config.texts["frame"], index=index, time=f"{frame.time_s:.2f}")
