@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from test_protocols import PROBLEM, folder, official, policy  # noqa: F401: fixtures
 from tiny import random_policy
-from transformers import Qwen2VLImageProcessor
+from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import sft
 from common import UserError
@@ -81,8 +81,14 @@ MESSAGES = [{"role": "system", "content": "Look."}, {"role": "user", "content": 
 TEMPLATE = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif %}<|im_start|>{{ m['role'] }}
-{{ m['content'] }}<|im_end|>
-{% endfor %}"""
+{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}{% if part['type'] == 'image' %}\
+<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}"""  # Qwen2.5-VL's, as far as images and texts go
+
+
+def parts(content):
+    """A stored content in the processor's form."""
+    return [part for n, text in enumerate(content.split("<image>")) for part in ([{"type": "image"}] * (n > 0) + [{"type": "text", "text": text}])]
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +105,19 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_ids_are_those_of_the_chat_template(place, number):
-    """Qwen's template (its words for text alone), image tokens expanded by the processor; pixels are the processor's, too."""
+    """Qwen2_5_VLProcessor lays the messages out, sizes the images and expands their tokens; pixels are equal, too."""
     policy = random_policy()
     policy.env_config = EnvConfig(frame_unit=28)
     rows, bad = read_trajectories(place / "sft.json", 0)
     assert not bad and len(rows) == 2
     dialogue = encode_stored(policy, rows[number], place)
     images = [Image.open(place / name) for name in rows[number]["images"]]
-    pixels = Qwen2VLImageProcessor(size={"shortest_edge": 3_136, "longest_edge": 12_845_056})(images=images, return_tensors="pt")
     tokenizer = policy.tokenizer
-    text = tokenizer.apply_chat_template(rows[number]["messages"], chat_template=TEMPLATE, tokenize=False)
-    for tokens in (pixels["image_grid_thw"].prod(-1) // 4).tolist():
-        text = text.replace("<image>", "<|vision_start|>" + "<|image_pad|>" * tokens + "<|vision_end|>", 1)
-    assert dialogue.ids == tokenizer.encode(text, add_special_tokens=False)
+    sizes = Qwen2VLImageProcessor(size={"shortest_edge": 3_136, "longest_edge": 12_845_056})
+    processor = Qwen2_5_VLProcessor(sizes, tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
+    messages = [m | {"content": parts(m["content"])} for m in rows[number]["messages"]]
+    pixels = processor(text=[processor.apply_chat_template(messages)], images=images, return_tensors="pt")
+    assert dialogue.ids == pixels["input_ids"][0].tolist()
     mine = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
     assert torch.equal(mine["image_grid_thw"], pixels["image_grid_thw"]) and torch.equal(mine["pixel_values"], pixels["pixel_values"])
     said = tokenizer.decode([i for i, trained in zip(dialogue.ids, dialogue.trained) if trained])
