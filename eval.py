@@ -39,7 +39,7 @@ from scale import runs, tables
 from scale.ask import ask
 from scale.first_day import check_decoder
 from sources.overview import use_overview
-from sources.protocols import use_protocol
+from sources.protocols import check_protocol, use_protocol
 from zoom_env import EnvConfig
 
 
@@ -116,8 +116,7 @@ def record(e):
     """What the tables need of an episode, and what was said in it."""
     env, question, tool = e.env, e.env.question, e.env.config.max_zooms > 0
     hits = [turn.hit for turn in env.turns if turn.hit is not None]
-    acts = [turn.text.rpartition("</think>")[2] for turn in env.turns]
-    calls = sum(any(f"<{tag}>" in text for tag in env.tools) for text in acts)
+    calls = sum(any(f"<{t}>" in turn.text.rpartition("</think>")[2] for t in env.tools) for turn in env.turns)
     right = None if tables.waits_for_judge(question) else env.rewards["accuracy"]
     return {"question": question["id"], "right": right, "answer": env.answer(),
             "kind": tables.kind_of(question),
@@ -185,6 +184,7 @@ def main():
 
     # all that can be wrong, before a model loads
     names = checkpoints(config)
+    check_protocol(config)
     rows, bad = read_questions(config.data, config.max_bad)
     rows, root = rows[:config.max_questions], Path(config.data).parent
     _, known, without = use_overview(EnvConfig(), rows, config.overview, config.max_bad)

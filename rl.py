@@ -48,7 +48,7 @@ from data_prep import read_questions
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
-from scale.gap import Gap, check_flags, check_protocol, find_old_log_probs
+from scale.gap import Gap, check_end_tokens, check_flags, find_old_log_probs
 from scale.metrics import episode_metrics, show_step
 from scale.plan import plan_main
 from scale.sharding import load_weights
@@ -282,7 +282,7 @@ def main():
     weights = load_weights(config.model, config, device, with_reference=config.kl_weight > 0)
     policy = weights.policy
     policy.env_config = use_protocol(policy.env_config, config, config.model)
-    check_protocol(config, policy.env_config)
+    check_end_tokens(config, policy.env_config)
     policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
     if rank == 0:
         print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {weights.describe()}, "

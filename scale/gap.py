@@ -31,7 +31,7 @@ def check_flags(config):
         raise UserError("--max_gap needs --old_log_probs recomputed: else gaps are known after the loss")
 
 
-def check_protocol(config, env_config):
+def check_end_tokens(config, env_config):
     """Raises UserError where the protocol trains an end token that may not have been sampled."""
     if config.old_log_probs == "sampled" and protocol_of(env_config).trains_appended_end:
         raise UserError(f"the protocol {env_config.protocol} trains an appended end token, which has no "

@@ -31,6 +31,7 @@ from scale.metrics import FILES, Metrics, check_installed
 from scale.plan import check_places
 from scale.sharding import SHARDS
 from scale.stopping import Stopping
+from sources.protocols import check_protocol
 
 # Settings that may differ when a run goes on, beside those of runs.py: how often is saved and shown, what
 # bounds memory alone. Of the model the content counts (see `inputs`).
@@ -89,6 +90,7 @@ class TrainingRun:
                 names = ", ".join(name for name in known if name)
                 raise UserError(f"--{flag} must be one of {names}, not {getattr(config, flag)}")
         check_places(config, world)
+        check_protocol(config)
         self.config, choice = plan_run(name, config, inputs.get("model"), world, device)
         resolved = replace(config, dtype=str(choose_dtype(config.dtype, device)).removeprefix("torch."))
         self.name, self.out = name, Path(config.out)

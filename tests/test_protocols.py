@@ -420,3 +420,14 @@ def test_images_and_subtitles_of_a_question_are_shown(folder, official, name):
     (folder / "slide.png").write_bytes(b"?")
     with pytest.raises(VideoError, match="slide.png: not an image"):
         PROTOCOLS[name](row, config, folder).reset()
+
+
+@pytest.mark.parametrize("script", ["sft", "rl", "eval"])
+def test_a_wrong_protocol_is_said_before_anything_loads(tmp_path, script):
+    flags = ["--model", tmp_path, "--data", tmp_path / "none.jsonl", "--protocol", "unheard"]
+    (tmp_path / "none.jsonl").write_text(json.dumps(QUESTION | {"video": "x"}) + "\n")
+    if script == "sft":
+        row = {"question": QUESTION | {"video": "x"}, "turns": ["x"], "learn": [True]}
+        (tmp_path / "none.jsonl").write_text(json.dumps(row) + "\n")
+    said = launch(1, ROOT / f"{script}.py", flags + (["--out", tmp_path / "out"])).wait([2])
+    assert said.strip().splitlines()[-1].endswith("--protocol must be one of videozoomer, released, direct, longvt or a .json file, not unheard")

@@ -54,6 +54,12 @@ def use_protocol(env_config, config, model, tool=True):
         raise UserError(f"--protocol {protocol}: {error} give the file that data_prep.py protocol writes") from None
 
 
+def check_protocol(config):
+    """Raises UserError for a --protocol that cannot be used, before a model loads."""
+    if config.protocol is not None:
+        use_protocol(EnvConfig(), config, "")
+
+
 def read_protocol(path):
     """The settings in a protocol's file: {"protocol", "system_prompt", "texts"}. Raises UserError."""
     try:
@@ -70,4 +76,4 @@ def read_protocol(path):
     return file
 
 
-__all__ = ["PROTOCOLS", "TEXTS", "use_protocol", "read_protocol"]
+__all__ = ["PROTOCOLS", "TEXTS", "check_protocol", "use_protocol", "read_protocol"]
