@@ -271,7 +271,7 @@ class Dialogue:
 
 @dataclass
 class Sampled:
-    """An assistant turn as it was sampled: token ids and their log-probabilities."""
+    """An assistant turn as it was sampled: ids and log-probabilities, None of an end token that was appended."""
 
     ids: list
     log_probs: list

@@ -48,13 +48,13 @@ from data_prep import read_questions
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.first_day import check_decoder
-from scale.gap import Gap, check_end_tokens, check_flags, find_old_log_probs
+from scale.gap import Gap, check_flags, find_old_log_probs
 from scale.metrics import episode_metrics, show_step
 from scale.plan import plan_main
 from scale.sharding import load_weights
 from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
 from sources.overview import use_overview
-from sources.protocols import use_protocol
+from sources.protocols import check_end_tokens, use_protocol
 from zoom_env import RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this

@@ -193,7 +193,7 @@ class Video:
             times_s = {n: (n + 0.5) / self.fps for n in numbers}
         else:
             all_s = dict(enumerate(self.all_times()))
-            times_s = {n: all_s.get(int(n), math.inf) for n in numbers}
+            times_s = {n: all_s.get(n // 1, math.inf) for n in numbers}  # nan is no key
         if beyond := [n for n, time_s in times_s.items() if not 0 <= time_s <= self.duration_s + 1]:
             raise VideoError(f"{self.path}: no frame {beyond[0]:.0f} in {self.duration_s:.2f} s")
         return tuple(sorted(round(t, 6) for t in times_s.values()))

@@ -114,7 +114,7 @@ class ZoomEnv:
     protocol = "videozoomer"
     protocols = {}  # {name: class}, of all that were imported
     tools = {}  # {tag: Tool}: TOOLS below
-    settings, needs = {}, ()  # of EnvConfig, when it is chosen by name; texts that have to be given
+    settings, needs = {}, ()  # of EnvConfig where --protocol takes it; names of texts that have to be given
     after_turn = "\n"  # text between an assistant turn's end token and what follows
     trains_appended_end = False  # whether an end token is trained that was not sampled, but appended
     largest_id = math.inf  # sampled token ids above are dropped
@@ -158,7 +158,7 @@ class ZoomEnv:
         if turn.kind == "answer" or last:
             self.end()
             return []
-        return [Message("user", self.reply(turn, None if turn.error else frames))]
+        return [Message("user", self.reply(turn, frames if turn.kind == "call" else None))]
 
     def end(self):
         """Ends the episode and grades it, once: from `step`, or where an episode is cut off. A reply that the

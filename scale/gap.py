@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from common import UserError, sum_over_processes
 from model import split_by_tokens, token_log_probs
-from zoom_env import protocol_of
 
 
 def check_flags(config):
@@ -29,13 +28,6 @@ def check_flags(config):
         raise UserError(f"--old_log_probs must be sampled or recomputed, not {config.old_log_probs}")
     if config.max_gap is not None and config.old_log_probs == "sampled":
         raise UserError("--max_gap needs --old_log_probs recomputed: else gaps are known after the loss")
-
-
-def check_end_tokens(config, env_config):
-    """Raises UserError where the protocol trains an end token that may not have been sampled."""
-    if config.old_log_probs == "sampled" and protocol_of(env_config).trains_appended_end:
-        raise UserError(f"the protocol {env_config.protocol} trains an appended end token, which has no "
-                        "log-probability of sampling: add --old_log_probs recomputed")
 
 
 class Gap:
@@ -53,7 +45,7 @@ class Gap:
         now, sampled = log_probs.detach().cpu().double(), [p for d in dialogues for p in d.sampled_log_probs]
         known = torch.tensor([p is not None for p in sampled])  # one that was appended has no gap
         sampled = torch.tensor([0.0 if p is None else p for p in sampled], dtype=torch.float64)
-        gaps = torch.where(known, (now - sampled).abs(), 0.0)
+        gaps = torch.where(known, (now - sampled).abs(), now * 0)  # nan stays nan
         turns = torch.tensor([turn for d in dialogues for turn in turns_of(d)], dtype=torch.long)
         turns = turns.clamp(max=len(self.sums) - 1)
         self.sums.index_add_(0, turns, gaps)
@@ -113,7 +105,8 @@ def find_old_log_probs(weights, groups, config, gap):
         log_probs, _ = token_log_probs(weights.policy, batch, config.temperature)
         gaps = gap.add(log_probs, dialogues)
         for d, said, differs in zip(dialogues, log_probs.split(lengths), gaps.split(lengths)):
-            old[id(d)], mean_gap[id(d)] = said.tolist(), differs.mean().item()
+            known = sum(p is not None for p in d.sampled_log_probs)
+            old[id(d)], mean_gap[id(d)] = said.tolist(), differs.sum().item() / max(1, known)
     # without the episodes that sampling and training see too differently, or as nan
     if config.max_gap is not None:
         kept = [[e for e in g if mean_gap[id(e.dialogue)] <= config.max_gap] for g in groups]

@@ -32,7 +32,7 @@ def plan_run(name, config, model, world, device):
         return config, None
     host = config.host_gb * 1e9 if config.host_gb else host_here()
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    given = *read_settings(model), world, there, host
+    given = *read_settings(model, config), world, there, host
     box = [choose(name, replace(config, dtype=dtype), *given)]
     if dist.is_initialized():
         dist.broadcast_object_list(box, 0, device=device)

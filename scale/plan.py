@@ -24,6 +24,7 @@ from rollout import RolloutConfig
 from scale import estimates as of
 from scale.checkpoints import EXPORT_BYTES, config_fault, load_env_config, loading, object_fault
 from scale.devices import gpu_here, host_here
+from sources.protocols import use_protocol
 
 GPUS_A_MACHINE = 8
 ON_HOST = "reference", "features"  # what --on_host may name
@@ -419,9 +420,9 @@ def as_flags(changes):
 
 
 # ------------------------------------------------------------------------------------------------ the command
-def read_settings(name_or_path):
+def read_settings(name_or_path, config=None):
     """A model's configuration and settings of the environment, of a folder with config.json or a name on the
-    hub. Raises PolicyError."""
+    hub, with the --protocol of `config`. Raises PolicyError and UserError."""
     path = Path(name_or_path)
     with loading(name_or_path):
         if path.exists() or str(name_or_path).startswith((".", "/", "~", "runs/")):
@@ -433,7 +434,10 @@ def read_settings(name_or_path):
         model_config = AutoConfig.from_pretrained(name_or_path)
         if fault := config_fault(model_config.to_dict()):
             raise UserError(fault)
-        return model_config, load_env_config(name_or_path)
+        env_config = load_env_config(name_or_path)
+    if config and config.protocol:
+        env_config = use_protocol(env_config, config, name_or_path)
+    return model_config, env_config
 
 
 def plan_main(name, config, model=None):
@@ -442,7 +446,7 @@ def plan_main(name, config, model=None):
     check_places(config, config.gpus)
     there = config.gpu_gb * 1e9 if config.gpu_gb else gpu_here()
     host = config.host_gb * 1e9 if config.host_gb else host_here()
-    given = name, config, *read_settings(config.model or model), config.gpus, there, host
+    given = name, config, *read_settings(config.model or model, config), config.gpus, there, host
     plan = make_plan(*given)
     print(f"a run chooses, where flags leave it open: {choose(*given)[1]}\n{plan.text()}")
     if not plan.fits:

@@ -90,7 +90,7 @@ class TrainingRun:
                 names = ", ".join(name for name in known if name)
                 raise UserError(f"--{flag} must be one of {names}, not {getattr(config, flag)}")
         check_places(config, world)
-        check_protocol(config)
+        check_protocol(config, inputs.get("model"))
         self.config, choice = plan_run(name, config, inputs.get("model"), world, device)
         resolved = replace(config, dtype=str(choose_dtype(config.dtype, device)).removeprefix("torch."))
         self.name, self.out = name, Path(config.out)

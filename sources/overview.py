@@ -16,6 +16,8 @@ def use_overview(env_config, questions, overview, max_bad):
     when more than the share `max_bad` has none."""
     if overview is None:
         return env_config, questions, []
+    if not all("video" in question for question in questions):
+        raise UserError("--overview chooses frames of videos; these rows hold image files")
     if not overview.endswith(".json"):
         try:
             env_config = replace(env_config, overview=overview)

@@ -7,13 +7,14 @@
            next image file. Encoded as stored, since no video is named
 
 Facts: the public repository zsgvivo/VideoZoomer, verl/utils/dataset/multimodal_dataset.py and
-scripts/sft.yaml. Paths are relative to the file, or as given. A row of questions keeps its `problem` in meta,
+scripts/sft.yaml. Paths are relative to the file that is named (the yaml, too), or as given. A row of questions keeps its `problem` in meta,
 for the released protocol; ours shows question and options apart.
 """
 
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -86,7 +87,7 @@ def sampled(path):
     for file, strategy in parts:
         rows = read_list(file if file.exists() else path.parent / file)
         kind, _, number = strategy.partition(":")
-        if kind not in ("all", "first", "end", "random") or number and not number.removesuffix("%").isdigit():
+        if kind not in ("all", "first", "end", "random") or number and not re.fullmatch("[0-9]+%?", number):
             raise UserError(f"{path}: sampling_strategy {strategy} is not all, first:N, end:N or random:N")
         number = number and (math.ceil(int(number[:-1]) * len(rows) / 100) if "%" in number else int(number))
         if number != "" and kind == "random":
@@ -104,7 +105,7 @@ def question_of(row, number, path):
         raise ValueError("not one video")
     if not Path(videos[0]).is_absolute() and not (path.parent / videos[0]).exists() and Path(videos[0]).exists():
         videos = [str(Path(videos[0]).absolute())]  # as given
-    text, options = split_options(problem.replace("<image>", "").strip())
+    text, options = split_problem(problem.replace("<image>", "").strip())
     kind = extra.get("answer_type") or ("multiple_choice" if options else "open_ended")
     solution = row["solution"]
     if kind == "multiple_choice":
@@ -121,9 +122,21 @@ def question_of(row, number, path):
             "meta": meta | {"problem": problem} | ({"kind": str(kind_name)} if kind_name else {})}
 
 
+def split_problem(text):
+    """(question, options) of a problem, whose options may have lines behind them: these go to the question."""
+    lines, after = text.split("\n"), []
+    while True:
+        try:
+            question, options = split_options("\n".join(lines))
+            return "\n".join([question, *after]).strip(), options
+        except ValueError:  # text behind the options
+            after.insert(0, lines.pop())
+
+
 # -------------------------------------------------------------------------------------------------------- SFT
 class AsStored(ZoomEnv):
-    """How rows of messages are encoded: Qwen's chat template, each end token of the assistant trained."""
+    """How rows of messages are encoded: Qwen's chat template, each end token of the assistant trained (the line
+    break after it, which LLaMA-Factory trains, too, is not)."""
 
     trains_appended_end = True
 

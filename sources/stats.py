@@ -97,7 +97,7 @@ def seconds_of(questions, durations):
 def token_lengths(model, rows, root, is_trajectory):
     """The spread of tokens, {"name", "n", ...}: of a trajectory's dialogue, or of a question's prompt."""
     from model import encode, load_policy, replay  # which few need here
-    from zoom_env import ZoomEnv
+    from zoom_env import protocol_of
 
     policy, lengths = load_policy(model), []
     for row in tqdm(rows, desc="tokens", unit="row", dynamic_ncols=True):
@@ -105,7 +105,8 @@ def token_lengths(model, rows, root, is_trajectory):
             if is_trajectory(row):
                 lengths.append(len(replay(policy, row, root)[0].ids))
             else:
-                lengths.append(len(encode(policy, ZoomEnv(row, policy.env_config, root).reset()).ids))
+                env = protocol_of(policy.env_config)(row, policy.env_config, root)
+                lengths.append(len(encode(policy, env.reset()).ids))
         except (VideoError, ValueError):  # without its video, or not as the environment would have it
             continue
     what = "dialogue" if rows and is_trajectory(rows[0]) else "prompt"

@@ -431,3 +431,34 @@ def test_a_wrong_protocol_is_said_before_anything_loads(tmp_path, script):
         (tmp_path / "none.jsonl").write_text(json.dumps(row) + "\n")
     said = launch(1, ROOT / f"{script}.py", flags + (["--out", tmp_path / "out"])).wait([2])
     assert said.strip().splitlines()[-1].endswith("--protocol must be one of videozoomer, released, direct, longvt or a .json file, not unheard")
+
+
+def test_another_protocol_comes_with_its_own_numbers(policy, tmp_path):
+    """From one to the next and back: nothing of the one before stays; the same one keeps what the checkpoint had."""
+    take = lambda config, name: use_protocol(config, RunConfig(protocol=name), "none")
+    for name in ("longvt", "direct"):
+        assert take(take(EnvConfig(), name), "videozoomer") == EnvConfig()
+    assert take(take(EnvConfig(), "direct"), "longvt") == take(EnvConfig(), "longvt")
+    trained = replace(EnvConfig(), overview_max_frames=9)
+    assert take(trained, "videozoomer") == trained and take(policy.env_config, "released") == policy.env_config
+
+
+@pytest.mark.parametrize("numbers", [[-5, 10], [0, 500], [float("nan")], [float("inf"), 3]])
+def test_chosen_frames_that_are_not_there_are_the_videos_fault(folder, policy, numbers):
+    for name in ("tiny.mp4", "varying.mp4"):
+        for env in (Released, ZoomEnv):
+            config = policy.env_config if env is Released else EnvConfig(frame_unit=28)
+            with pytest.raises(VideoError, match="no frame"):
+                env(QUESTION | {"video": name, "overview_frames": numbers}, config, folder).reset()
+
+
+def test_the_answer_of_the_released_protocol_is_the_last_one_said(folder, policy):
+    zoom = '<video_zoom>{"segment": [1, 5], "fps": 1}</video_zoom>'
+    config = replace(policy.env_config, max_zooms=1)
+    for turns, answer in ((["<answer>A</answer>" + zoom, "<answer>B</answer>" + zoom], "B"), ([zoom, "B it is"], zoom + " B it is"),
+                          ([zoom, zoom], zoom + " " + zoom), (["<answer>B</answer>" + zoom, "hm"], "B")):
+        env = Released(QUESTION | {"video": "tiny.mp4"}, config, folder)
+        env.reset()
+        for text in turns:
+            env.step(text)
+        assert env.done and env.answer() == answer

@@ -37,6 +37,10 @@ def test_questions_of_a_list(tmp_path):
         "meta": {"problem_type": "spatial", "problem": PROBLEM, "kind": "spatial"}}
     assert questions[3]["question"] == "What happens?" and questions[3]["options"] is None
     assert len({q["id"] for q in questions}) == 4
+    told = PROBLEM + "\nAnswer with the letter.\n\nThink first."
+    (question,), _ = read_questions(write(tmp_path / "told.json", [ROW | {"problem": told}]), 0)
+    assert question["question"] == "Look:\n\nWhat is it?\nAnswer with the letter.\n\nThink first." and question["options"] == ["a cat", "a dog"]
+    assert question["meta"]["problem"] == told
 
 
 @pytest.mark.parametrize("row, reason", [
@@ -59,7 +63,8 @@ def test_questions_of_a_yaml(tmp_path):
     assert names([("a", "end:2"), ("b", "first:21%")]) == ["a8", "a9", "b0", "b1"]  # a share is rounded up
     drawn = names([("a", "random:4"), ("b", "end:1")])
     assert len(set(drawn[:4])) == 4 and drawn[4] == "b4" and drawn == names([("a", "random:4"), ("b", "end:1")]) != names([("a", "first:4"), ("b", "end:1")])
-    for text in ("datasets: 3", "x", "datasets:\n  - json_path: none.json", "datasets:\n  - json_path: a.json\n    sampling_strategy: some:3", "- {"):
+    for text in ("datasets: 3", "x", "datasets:\n  - json_path: none.json", "datasets:\n  - json_path: a.json\n    sampling_strategy: some:3",
+                 "datasets:\n  - json_path: a.json\n    sampling_strategy: first:²", "- {"):
         with pytest.raises(UserError):
             read_questions(write(tmp_path / "rl.yaml", text), 0)
 

@@ -11,14 +11,15 @@ name and the texts of the one that it was trained with (zoom_config.json); `--pr
 """
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
+from pathlib import Path
 
 from common import UserError, read_text, warn
-from scale.checkpoints import find_env_config
+from scale.checkpoints import find_env_config, load_env_config
 from sources.protocols.direct import Direct
 from sources.protocols.longvt import LongVT
 from sources.protocols.released import TEXTS, Released
-from zoom_env import EnvConfig, ZoomEnv
+from zoom_env import EnvConfig, ZoomEnv, protocol_of
 
 PROTOCOLS = {env.protocol: env for env in (ZoomEnv, Released, Direct, LongVT)}
 
@@ -36,16 +37,17 @@ def use_protocol(env_config, config, model, tool=True):
     protocol = config.protocol
     if protocol is None and find_env_config(model) is None:
         protocol = ZoomEnv.protocol if tool else Direct.protocol
-        warn(f"{model} has no zoom_config.json: it is played by the protocol {protocol}, which it may never have "
-             "seen; --protocol takes another")
-    if protocol is None:
+        warn(f"{model} has no zoom_config.json, so it is played by the protocol {protocol}; --protocol takes another")
+    if protocol in (None, env_config.protocol):
         return env_config
     changes = read_protocol(protocol) if protocol.endswith(".json") else {"protocol": protocol}
     env = PROTOCOLS.get(changes["protocol"])
     if env is None:
         raise UserError(f"--protocol must be one of {', '.join(PROTOCOLS)} or a .json file, not {protocol}")
-    plain = {f.name: f.default for f in fields(EnvConfig)}
-    changes = {"system_prompt": plain["system_prompt"], "texts": {}} | env.settings | changes
+    plain, others = EnvConfig(), {name for each in PROTOCOLS.values() for name in each.settings}
+    if env.protocol == env_config.protocol:
+        others = ()  # its numbers stay
+    changes = {name: getattr(plain, name) for name in ("system_prompt", "texts", *others)} | env.settings | changes
     if config.system_prompt:
         changes["system_prompt"] = env_config.system_prompt
     try:
@@ -54,10 +56,20 @@ def use_protocol(env_config, config, model, tool=True):
         raise UserError(f"--protocol {protocol}: {error} give the file that data_prep.py protocol writes") from None
 
 
-def check_protocol(config):
-    """Raises UserError for a --protocol that cannot be used, before a model loads."""
+def check_protocol(config, model=None):
+    """Raises UserError, before a model loads, for a --protocol that cannot be used, or that a run of RL on the
+    checkpoint folder `model` cannot train by."""
+    env_config = load_env_config(model) if model and Path(model).is_dir() else EnvConfig()
     if config.protocol is not None:
-        use_protocol(EnvConfig(), config, "")
+        env_config = use_protocol(env_config, config, model)
+    check_end_tokens(config, env_config)
+
+
+def check_end_tokens(config, env_config):
+    """Raises UserError where RL would train an end token that may not have been sampled."""
+    if getattr(config, "old_log_probs", None) == "sampled" and protocol_of(env_config).trains_appended_end:
+        raise UserError(f"the protocol {env_config.protocol} trains an appended end token, which has no "
+                        "log-probability of sampling: add --old_log_probs recomputed")
 
 
 def read_protocol(path):
@@ -76,4 +88,4 @@ def read_protocol(path):
     return file
 
 
-__all__ = ["PROTOCOLS", "TEXTS", "check_protocol", "use_protocol", "read_protocol"]
+__all__ = ["PROTOCOLS", "TEXTS", "check_end_tokens", "check_protocol", "use_protocol", "read_protocol"]

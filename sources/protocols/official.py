@@ -87,7 +87,7 @@ class Function:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise UserError(f"cannot read {path}: {error}") from None
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-        self.nodes = [n for f in ast.walk(tree) if isinstance(f, kinds) and f.name == name for n in in_order(f)]
+        self.nodes = [n for f in ast.walk(tree) if isinstance(f, kinds) and f.name == name for n in in_source_order(f)]
         if not self.nodes:
             raise UserError(f"{path} has no function {name}")
 
@@ -126,11 +126,11 @@ class Function:
         return "".join(f"{{{names[p.expression]}}}" if isinstance(p, Hole) else p for p in said)
 
 
-def in_order(node):
+def in_source_order(node):
     """A node and all in it, in the order of the source."""
     yield node
     for child in ast.iter_child_nodes(node):
-        yield from in_order(child)
+        yield from in_source_order(child)
 
 
 def pieces(node):

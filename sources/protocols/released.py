@@ -19,7 +19,8 @@ reads them out of a clone of it (TEXTS below). What it does otherwise than we:
                sampled is appended and trained; ids above 151,664 are dropped
     format     see `is_well_formed`
 
-One thing is not as there: an unreadable video is skipped and named, where the released code shows a blank frame.
+Not as there: an unreadable video is skipped and named, where the released code shows a blank frame; answers
+are graded as everywhere here, more kindly to "(b)" or an option's text. --overview's ways do not apply.
 """
 
 import json
@@ -144,11 +145,11 @@ class Released(ZoomEnv):
         video, c = open_video(self.path), self.config
         total = len(video.all_times())
         chosen = self.question.get("overview_frames")
-        numbers = sorted(map(int, chosen)) if chosen else overview_numbers(
-            total, video.fps, c.overview_fps, c.overview_max_frames)
-        if not numbers or not 0 <= numbers[-1] < total:
-            raise VideoError(f"{self.path}: no frame {numbers[-1] if numbers else 0} of {total}")
-        return self.frames_of(numbers)
+        if not chosen:
+            return self.frames_of(overview_numbers(total, video.fps, c.overview_fps, c.overview_max_frames))
+        if beyond := [n for n in chosen if not 0 <= n < total]:
+            raise VideoError(f"{self.path}: no frame {beyond[0]:.0f} of {total}")
+        return self.frames_of(sorted(map(int, chosen)))
 
     def frames_of(self, numbers):
         c = self.config
@@ -190,7 +191,7 @@ class Released(ZoomEnv):
                 raise ValueError(fill(texts["bad_input"], error=reason, input=objects[0])) from None
         except (ValueError, RecursionError) as reason:
             error = fill(texts["bad_call"], error=reason)
-        if error:
+        if error is not None:
             raise ValueError(error)
         try:
             count, limit = int(fps * (end_s - start_s)), self.config.zoom_max_frames
@@ -203,7 +204,7 @@ class Released(ZoomEnv):
         return {"segment": (start_s, end_s), "fps": fps, "numbers": numbers}
 
     def unreadable(self, error):
-        return fill(self.config.texts["not_shown"], error=error)
+        return fill(self.config.texts["not_shown"], error=str(error).replace(self.path, self.question["video"]))
 
     def reply(self, turn, frames):
         texts, no_more = self.config.texts, len(self.turns) == self.config.max_zooms
@@ -211,6 +212,11 @@ class Released(ZoomEnv):
         if frames is None:
             return [turn.error + texts["after_error"] + last]
         return [texts["before_frames"], *self.show(frames), texts["after_frames"] + last]
+
+    def answer(self):
+        """What stands in the last <answer> of all turns, or all that was said where there is none."""
+        said = " ".join(turn.text for turn in self.turns)
+        return said.rpartition("<answer>")[2].partition("</answer>")[0].strip() if self.turns else None
 
     def is_well_formed(self):
         """All turns but the last one are calls that start with a thought, stand alone in the turn, are JSON and
@@ -229,10 +235,10 @@ class Released(ZoomEnv):
             return False
         alone = (text.count("<video_zoom>"), text.count("</video_zoom>")) == (1, 1)
         return (count <= self.config.zoom_max_frames and alone and "<answer>" not in text
-                and "</answer>" not in text and in_order(text, "</think>", "<video_zoom>", "</video_zoom>"))
+                and "</answer>" not in text and stand_in_order(text, "</think>", "<video_zoom>", "</video_zoom>"))
 
 
-def in_order(text, *parts):
+def stand_in_order(text, *parts):
     """Whether a text begins with <think> and has the parts behind each other after it."""
     at = len("<think>") if text.startswith("<think>") else -1
     for part in parts:
@@ -244,4 +250,4 @@ def is_good_answer(text):
     whole = text.removesuffix("\n")
     alone = (text.count("<answer>"), text.count("</answer>")) == (1, 1)
     return (alone and "<video_zoom>" not in text and whole.endswith("</answer>")
-            and in_order(whole, "</think>", "<answer>", "</answer>"))
+            and stand_in_order(whole, "</think>", "<answer>", "</answer>"))
