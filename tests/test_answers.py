@@ -625,7 +625,7 @@ BAD_ROWS = [
         ["x"]], "AB", {}, 0, "",
         {"A": "x", "B": "y"}, ["red", "red"], ["red", " red "], ["A. red", "B. red "], ["red", CUT], ["red",
         NAN], True,
-        ["x"] * 3, [str(n) for n in range(27)], ["a", "b", "a"])),
+        ["x"] * 3, [str(n) for n in range(27)], ["a", "b", "b"])),
     OPEN | {"options": ["x", ""]}, OPEN | {"options": "x"}, OPEN | {"options": {}},
     OPEN | {"options": [str(n) for n in range(27)]},
     # numbers and segments
