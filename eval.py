@@ -184,7 +184,7 @@ def main():
 
     # all that can be wrong, before a model loads
     names = checkpoints(config)
-    check_protocol(config)
+    [check_protocol(config, name) for name in names]
     rows, bad = read_questions(config.data, config.max_bad)
     rows, root = rows[:config.max_questions], Path(config.data).parent
     _, known, without = use_overview(EnvConfig(), rows, config.overview, config.max_bad)

@@ -395,7 +395,7 @@ def between(text, tag):
 class Tool:
     """A way to look closer, called by <tag>...</tag>, where the tag is its name in TOOLS."""
 
-    parse: Callable  # (text inside the tags, duration_s, config) -> dict; raises ValueError(for the policy)
+    parse: Callable | None  # of `parse_turn`: (text inside the tags, duration_s, config) -> dict; raises ValueError(for the policy)
     run: Callable  # (env, that dict) -> tuple of Frame; raises VideoError
     looks_at: Callable  # that dict -> (start_s, end_s), to tell whether it saw the question's evidence
 

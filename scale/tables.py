@@ -160,8 +160,7 @@ def environment(env):
     """What of an EnvConfig a number depends on; the system prompt as its hash."""
     names = ("overview", "overview_fps", "overview_max_frames", "max_zooms", "zoom_max_frames", "min_pixels",
              "max_pixels", "frame_unit")
-    found = {name: getattr(env, name) for name in names}
-    return {"protocol": getattr(env, "protocol", "videozoomer")} | found | {
+    return {name: getattr(env, name) for name in ("protocol", *names)} | {
         "overview_fps": None if env.overview_fps >= ANY_FPS else env.overview_fps,
         "system_prompt_sha256": hashlib.sha256(env.system_prompt.encode()).hexdigest()}
 

@@ -7,8 +7,8 @@
            next image file. Encoded as stored, since no video is named
 
 Facts: the public repository zsgvivo/VideoZoomer, verl/utils/dataset/multimodal_dataset.py and
-scripts/sft.yaml. Paths are relative to the file that is named (the yaml, too), or as given. A row of questions keeps its `problem` in meta,
-for the released protocol; ours shows question and options apart.
+scripts/sft.yaml. Paths are relative to the file that is named (the yaml, too), or as given. A row of questions
+keeps its `problem` in meta, for the released protocol; ours shows question and options apart.
 """
 
 import json
@@ -176,7 +176,7 @@ def encode_stored(policy, row, root):
     messages, dialogue = row["messages"], None
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-    for number, message in enumerate(messages):
+    for message in messages:
         first, *parts = message["content"].split("<image>")
         content = [first, *(item for part in parts for item in (next(images), part))]
         dialogue = encode(policy, [Message(message["role"], content)], dialogue, rules=AsStored)

@@ -12,7 +12,7 @@ from statistics import mean, median
 from tqdm import tqdm
 
 from common import read_rows
-from scale.tables import text_table
+from scale.tables import kind_of, text_table
 from sources.answers import LETTERS
 from sources.overlap import question_of
 from video import VideoError, open_video
@@ -33,7 +33,6 @@ def stats(path, model=None, *, question_error, trajectory_error):
     files = {q["video"]: root / q["video"] for q in questions}
     missing = [name for name, file in files.items() if not os.path.isfile(file)]
     durations = video_durations(questions, files)
-    kind_of = lambda q: (q.get("meta") or {}).get("kind") or q.get("source") or "other"
     kinds = defaultdict(list)
     for question in questions:
         kinds[kind_of(question)].append(question)

@@ -25,7 +25,7 @@ from common import RunConfig, UserError
 from model import encode, replay
 from rollout import Engine, RolloutConfig, play
 from scale.checkpoints import load_env_config, save_policy
-from sources.protocols import PROTOCOLS, read_protocol, use_protocol
+from sources.protocols import PROTOCOLS, check_protocol, read_protocol, use_protocol
 from sources.protocols.official import read_official
 from sources.protocols.released import Released
 from video import VideoError, open_video
@@ -462,3 +462,12 @@ def test_the_answer_of_the_released_protocol_is_the_last_one_said(folder, policy
         for text in turns:
             env.step(text)
         assert env.done and env.answer() == answer
+
+
+def test_settings_that_cannot_be_read_are_one_line(policy, tmp_path):
+    save_policy(policy, tmp_path / "model")
+    check_protocol(RunConfig(protocol="released"), tmp_path / "model")  # its texts are the checkpoint's own
+    (tmp_path / "model/zoom_config.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        check_protocol(RunConfig(), tmp_path / "model")
+    assert "model" in str(error.value) and len(str(error.value).splitlines()) == 1

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import UserError, read_text, warn
-from scale.checkpoints import find_env_config, load_env_config
+from scale.checkpoints import find_env_config, load_env_config, loading
 from sources.protocols.direct import Direct
 from sources.protocols.longvt import LongVT
-from sources.protocols.released import TEXTS, Released
+from sources.protocols.released import Released
 from zoom_env import EnvConfig, ZoomEnv, protocol_of
 
 PROTOCOLS = {env.protocol: env for env in (ZoomEnv, Released, Direct, LongVT)}
@@ -40,10 +40,8 @@ def use_protocol(env_config, config, model, tool=True):
         warn(f"{model} has no zoom_config.json, so it is played by the protocol {protocol}; --protocol takes another")
     if protocol in (None, env_config.protocol):
         return env_config
-    changes = read_protocol(protocol) if protocol.endswith(".json") else {"protocol": protocol}
-    env = PROTOCOLS.get(changes["protocol"])
-    if env is None:
-        raise UserError(f"--protocol must be one of {', '.join(PROTOCOLS)} or a .json file, not {protocol}")
+    changes = read_protocol(protocol)
+    env = PROTOCOLS[changes["protocol"]]
     plain, others = EnvConfig(), {name for each in PROTOCOLS.values() for name in each.settings}
     if env.protocol == env_config.protocol:
         others = ()  # its numbers stay
@@ -59,10 +57,12 @@ def use_protocol(env_config, config, model, tool=True):
 def check_protocol(config, model=None):
     """Raises UserError, before a model loads, for a --protocol that cannot be used, or that a run of RL on the
     checkpoint folder `model` cannot train by."""
-    env_config = load_env_config(model) if model and Path(model).is_dir() else EnvConfig()
     if config.protocol is not None:
-        env_config = use_protocol(env_config, config, model)
-    check_end_tokens(config, env_config)
+        read_protocol(config.protocol)
+    if model and Path(model).is_dir():  # else it has to be fetched first
+        with loading(model):
+            env_config = load_env_config(model)
+        check_end_tokens(config, use_protocol(env_config, config, model) if config.protocol else env_config)
 
 
 def check_end_tokens(config, env_config):
@@ -72,8 +72,18 @@ def check_end_tokens(config, env_config):
                         "log-probability of sampling: add --old_log_probs recomputed")
 
 
-def read_protocol(path):
-    """The settings in a protocol's file: {"protocol", "system_prompt", "texts"}. Raises UserError."""
+def read_protocol(protocol):
+    """What a name or a file of --protocol says: {"protocol"}, of a file also "system_prompt" and "texts".
+    Raises UserError."""
+    path, said = protocol, {"protocol": protocol}
+    if str(path).endswith(".json"):
+        said = read_file(path)
+    if said["protocol"] not in PROTOCOLS:
+        raise UserError(f"--protocol must be one of {', '.join(PROTOCOLS)} or a .json file, not {protocol}")
+    return said
+
+
+def read_file(path):
     try:
         file = json.loads(read_text(path))
         known = {"protocol": str, "system_prompt": str, "texts": dict}
@@ -86,6 +96,3 @@ def read_protocol(path):
         raise UserError(f"--protocol {path} must be an object with protocol, system_prompt and texts")
     file.pop("source", None)
     return file
-
-
-__all__ = ["PROTOCOLS", "TEXTS", "check_end_tokens", "check_protocol", "use_protocol", "read_protocol"]
