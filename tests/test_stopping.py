@@ -64,9 +64,9 @@ class Child:
 WAITING = {
     "in a future": """
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        say("inside")
         try:
+            future = pool.submit(work)
+            say("inside")
             future.result()
         except BaseException:
             pool.shutdown(wait=False)
@@ -75,8 +75,8 @@ WAITING = {
     "computing": """
     thread = threading.Thread(target=work)
     thread.start()
-    say("inside")
     try:
+        say("inside")
         while True: sum(range(1000))
     finally:
         over.set()""",
