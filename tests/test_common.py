@@ -173,7 +173,7 @@ SCRIPT = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from common import gather, start_processes, sum_over_processes
+from common import gather, run_main, start_processes, sum_over_processes
 from scale.masters import sync_gradients
 
 rank, world, device = start_processes("cpu")
@@ -190,7 +190,7 @@ gathered = gather([f"{{rank}}{{i}}" for i in range(2 * rank + 1)])
 gradients = [p.grad.tolist() for p in (w, b, only_second)]
 with open(f"{{rank}}.json", "w") as file:
     json.dump({{"world": world, "total": total, "gathered": gathered, "gradients": gradients}}, file)
-torch.distributed.destroy_process_group()
+run_main(lambda: None)  # ends the process group
 """
 
 

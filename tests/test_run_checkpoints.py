@@ -54,6 +54,7 @@ def fork(processes, function, *args):
                 os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1",
                                "MASTER_PORT": f"{port}"}
                 function(*args)
+                dist.barrier()  # who leaves early is missed by the others
                 dist.destroy_process_group()
                 os._exit(0)
             finally:

@@ -127,7 +127,8 @@ def test_two_machines(place, alone, tmp_path):
     """Two torchrun agents that meet at an address, as the README has it; shards within each, replicas across."""
     script = tmp_path / "run.py"
     script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                      "import test_sharding; test_sharding.three_updates(*sys.argv[1:])\n")
+                      "import common, test_sharding\n"
+                      "common.run_main(lambda: test_sharding.three_updates(*sys.argv[1:]))\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
