@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_checkpoints import kill_saves
 
 import scale.checkpoints
-from common import UserError, start_processes
+from common import UserError, run_main, start_processes
 from scale.checkpoints import SavedRun, Shard, run_folders, save_run
 from scale.masters import rows_of
 
@@ -53,10 +52,7 @@ def fork(processes, function, *args):
             try:
                 os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1",
                                "MASTER_PORT": f"{port}"}
-                function(*args)
-                dist.barrier()  # who leaves early is missed by the others
-                dist.destroy_process_group()
-                os._exit(0)
+                run_main(lambda: function(*args))
             finally:
                 traceback.print_exc()
                 os._exit(1)
