@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import types
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -20,10 +21,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+TIMEOUT = timedelta(hours=2)  # that a process waits for another one, whose rollout may take longer
+
 
 # ----------------------------------------------------------------------------------------------------- errors
 class UserError(Exception):
     """Wrong input: shown as one line, exit status 2."""
+
+
+def first_line(error):
+    """An exception's kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def fail(message):
@@ -44,12 +53,14 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def run_main(main):
-    """Runs a script's main; wrong input ends it with one line and exit status 2. Of several processes those
-    that miss one that has ended say nothing: torchrun ends them while they wait. The first's bug is shown."""
+def run_main(main, explain=None):
+    """Runs a script's main. Wrong input ends it with one line and exit status 2, and so does an exception of
+    which `explain` makes a line (else it returns None). Of several processes those that miss one that has
+    ended say nothing: torchrun ends them while they wait. The first's bug is shown."""
     try:
         main()
-        dist.is_initialized() and dist.barrier()  # who leaves early is missed by the others
+        if dist.is_initialized():
+            dist.barrier()  # who leaves early is missed by the others
     except UserError as error:
         fail(str(error))
     except OSError as error:  # a full disk, a folder that was taken away: reading has its own errors
@@ -59,14 +70,17 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        from scale.memory import explain, ran_out  # which import this file
-        if ran_out(error):
-            fail(explain(error))
+        line = explain(error) if explain else None
+        if line:
+            fail(line)
         if dist.is_initialized() and dist.get_world_size() > 1:
             time.sleep(5 if dist.get_rank() == 0 else 10)
         raise
     if dist.is_initialized():  # not by the interpreter's own end, which libraries' threads may abort
-        dist.destroy_process_group(), sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -74,23 +88,24 @@ def run_main(main):
 class RunConfig:
     """Settings of every script."""
 
+    protocol: str | None = None  # name or file of what the policy meets (protocols/); else as trained
     system_prompt: str | None = None  # file with another system prompt
-    protocol: str | None = None  # name or file of what the policy meets (sources/protocols); else as trained
     overview: str | None = None  # uniform, nearest_keyframe, auto, a .json of chosen frames; else as trained
+    num_frames: int | None = None  # frames of the overview; else as trained
+    max_zooms: int | None = None  # zooms in an episode, 0: no tool; else as trained
     max_bad: float = 0.01  # share of unusable rows above which the run ends
     seed: int = 0  # of the order of the data, and of sampling
     device: str | None = None  # cpu, cuda; by default cuda where there is one
-    timeout_min: float = 120.0  # minutes that a process waits for another one, whose rollout may be longer
     dtype: str | None = None  # of the compute weights: float32 or bfloat16; by default bfloat16 on cuda
 
 
-def parse_flags(config_class, description, demo, at_least_one, argv=None):
+def parse_flags(config_class, description, at_least_one, preset=None, argv=None):
     """Settings from the command line.
 
     Args:
         config_class: a dataclass; its fields, inherited ones last, are flags, with their comments as help.
-        demo: values that replace the defaults (the paper's) where --model is not given, for the tiny model.
         at_least_one: fields that must not be below 1. No number may be negative or nan.
+        preset: given the settings that were typed, a dict, returns those that replace the defaults of others.
     Ends with one line and status 2 on a wrong flag."""
     # a flag for each field; only those that are given come back (SUPPRESS)
     plain = argparse.RawDescriptionHelpFormatter
@@ -98,8 +113,8 @@ def parse_flags(config_class, description, demo, at_least_one, argv=None):
     parser.error = lambda message: fail(f"{message} (see --help)")
     comments = field_comments(config_class)
     for f in sorted(fields(config_class), key=lambda f: f.name not in config_class.__annotations__):
-        default = f"default {f.default}" + (f"; without --model {demo[f.name]}" if f.name in demo else "")
-        settings = dict(default=argparse.SUPPRESS, help=f"{comments[f.name]} ({default})".replace("%", "%%"))
+        settings = dict(default=argparse.SUPPRESS)
+        settings["help"] = f"{comments[f.name]} (default {f.default})".replace("%", "%%")
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # int | None: int
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -109,7 +124,7 @@ def parse_flags(config_class, description, demo, at_least_one, argv=None):
             settings |= {"type": kind, "metavar": kind.__name__.removesuffix("_or_auto")}
         parser.add_argument(f"--{f.name}", **settings)
     given = vars(parser.parse_args(argv))
-    config = config_class(**(demo if given.get("model") is None else {}) | given)
+    config = config_class(**(preset(given) if preset else {}) | given)
     for f in fields(config_class):
         value, least = getattr(config, f.name), int(f.name in at_least_one)
         if isinstance(value, int | float) and not value >= least:  # nan, too
@@ -134,12 +149,12 @@ def field_comments(config_class):
 
 
 # -------------------------------------------------------------------------------------------------- processes
-def start_processes(device=None, timeout_min=120.0):
+def start_processes(device=None):
     """Joins torchrun's process group where there is one. Returns (rank, world size, torch.device). A process
-    that waits for another one longer than `timeout_min` ends.
+    that waits for another one longer than TIMEOUT ends.
 
     Everything distributed here is: each process computes the gradient of its own share of a sum whose
-    denominator is counted over all processes, and scale/masters.py adds the shares up. Raises UserError for a
+    denominator is counted over all processes, and training/weights.py adds the shares up. Raises UserError for a
     device that is not there, and where only some of torchrun's variables are."""
     needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     given = [name for name in needed if os.environ.get(name)]
@@ -157,7 +172,7 @@ def start_processes(device=None, timeout_min=120.0):
     if "RANK" in given and not dist.is_initialized():
         try:
             own = {"device_id": device} if backend == "nccl" else {}  # else it guesses by the rank
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_min), **own)
+            dist.init_process_group(backend, timeout=TIMEOUT, **own)
         except (RuntimeError, ValueError, OSError) as error:  # no such address, a port in use
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).strip().splitlines()[0]
@@ -165,20 +180,37 @@ def start_processes(device=None, timeout_min=120.0):
     return rank, world, device
 
 
+class Waited:
+    """Seconds that this process waited in `sum_over_processes` for others."""
+
+    seconds = 0.0
+
+    def take_s(self):
+        """Those since the last call."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
+
+
+WAITED = Waited()
+
+
 def sum_over_processes(values, device):
     """A dict of numbers, each summed over all processes; all of them must have the same keys."""
-    total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    sums = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(total)
-    return dict(zip(values, total.tolist()))
+        began = time.monotonic()
+        dist.all_reduce(sums)
+        sums = sums.cpu()  # waits for it
+        WAITED.seconds += time.monotonic() - began
+    return dict(zip(values, sums.tolist()))
 
 
-def gather(items):
-    """The lists of all processes, joined."""
+def gather(items, group=None):
+    """The lists of all processes, joined. group: a process group of all of them, by default the first one."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, items)
+    dist.all_gather_object(lists, items, group=group)
     return [item for part in lists for item in part]
 
 
@@ -213,6 +245,13 @@ def choose_dtype(name, device):
 def has_graphs(device):
     """Whether many an operation takes less time than its launch, and steps can be captured as graphs."""
     return device.type == "cuda"
+
+
+def on_own_stream(device):
+    """A context in which copies do not wait for what other threads gave the device."""
+    if device.type == "cuda":
+        return torch.cuda.stream(torch.cuda.Stream(device))
+    return nullcontext()
 
 
 def capture_graph(step, generator, pool):
@@ -282,4 +321,26 @@ def write_jsonl(path, rows):
     """One JSON row a line, renamed into place when it is whole."""
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def open_folder(path):
+    """Makes a folder and tries to write into it. Returns its Path. Raises UserError."""
+    path = Path(path)
+    trial = path / f".trial{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            trial.write_bytes(bytes(4096))
+        finally:
+            trial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write into {path}: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
+def write_json(path, value):
+    """Renamed into place when it is whole."""
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(temporary, path)

@@ -10,7 +10,7 @@ The demo adds each policy's accuracy with zooming off, and for synthetic data th
 sampler could reach with as many frames as the policy looked at (see demo/synthetic.py).
 
 Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines
-(scale/tables.py): results.json (a row for each policy and mode, with the settings), by_kind.jsonl and
+(training/tables.py): results.json (a row for each policy and mode, with the settings), by_kind.jsonl and
 by_duration.jsonl (the same by kind of question and length of video). So a run that was stopped goes on, see
 --resume. A video that is missing or cannot be read ends nothing: it is counted, and named in skipped.jsonl.
 
@@ -28,19 +28,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torchvision.io import write_png
 from tqdm import tqdm
 
-from common import RunConfig, UserError, choose_dtype, parse_flags, run_main, start_processes, write_jsonl
-from data_prep import question_error, read_questions
+from common import (
+    RunConfig,
+    UserError,
+    choose_dtype,
+    open_folder,
+    parse_flags,
+    run_main,
+    start_processes,
+    write_json,
+    write_jsonl,
+)
 from demo import synthetic
-from model import load_policy
 from rollout import Engine, RolloutConfig
-from scale import runs, tables
-from scale.ask import ask
-from scale.first_day import check_decoder
-from sources.overview import use_overview
-from sources.protocols import check_protocol, use_protocol
-from zoom_env import EnvConfig
+from scale.pick import cache_gb
+from sources.read import read_questions
+from sources.rows import question_error
+from training import run_folder as runs, tables
+from training.checkpoints import load_policy
+from training.decoder_check import check_decoder
+from training.environment import run_environment, with_chosen_frames
+from training.memory import out_of_memory
+from video import open_video
 
 
 @dataclass(frozen=True)
@@ -51,36 +63,32 @@ class Config(RolloutConfig, RunConfig):
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     strict: bool = False  # end with status 3, after the table, if any row or video was bad
     mode: str = "zoom"  # zoom: full episodes; uniform: --num_frames uniform frames and no tool
-    num_frames: int | None = None  # frames of the overview; without it, as the checkpoint was trained
-    max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
     temperature: float = 0.0  # 0 takes the most likely token
     max_questions: int | None = None  # use only the first questions of the file
-    max_rows: int = 16  # episodes at one time, at most
+    max_turn_tokens: int | None = None  # an assistant turn is cut off here; else as trained
+    max_rows: int = 100  # episodes at one time, at most
     video: str | None = None  # ask about this video file instead
     question: str | None = None  # ... this question
     options: list[str] | None = None  # ... with these options
     save_frames: str | None = None  # ... and write what was seen as PNG strips into this folder
 
 
-DEMO = dict(max_rows=100, max_turn_tokens=160)
 MAY_DIFFER = ("strict", "video", "question", "options", "save_frames")  # when a run goes on
 FILES = r"results\.json|(episodes(\.rank\d+)?|by_kind|by_duration|skipped)\.jsonl"  # that it writes
 
 
 def load(name, config, device):
-    policy = load_policy(name, device, choose_dtype(config.dtype, device), config.system_prompt)
-    tool = config.mode == "zoom" and config.max_zooms != 0
-    policy.env_config = use_protocol(policy.env_config, config, name, tool)
-    by_file, frames = (config.overview or "").endswith(".json"), config.num_frames
-    changes = {"overview": None if by_file else config.overview, "overview_max_frames": frames,
-               "overview_fps": None if frames is None else tables.ANY_FPS,
-               "max_zooms": 0 if config.mode == "uniform" else config.max_zooms}
-    try:
-        given = {name: value for name, value in changes.items() if value is not None}
-        policy.env_config = replace(policy.env_config, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return policy
+    """The policy of a checkpoint, with the environment that the flags say. Raises UserError."""
+    dtype = choose_dtype(config.dtype, device)
+    return load_policy(name, device, dtype, run_environment(name, config))
+
+
+def make_engine(policy, config, rank):
+    """What plays a policy's episodes, one a question."""
+    config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=policy.env_config.max_turn_tokens)
+    engine = Engine(policy, 1, config, torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank))
+    check_decoder(engine.decoder)
+    return engine
 
 
 # ---------------------------------------------------------------------------------------------------- playing
@@ -104,7 +112,7 @@ def evaluate(engine, name, mode, questions, root, env_config, write, show=True):
             nonlocal last
             began, last = last, time.monotonic()
             write(play | {"number": there[id(e.env.question)], "seconds": last - began} | record(e))
-            e.dialogue.features, e.dialogue.frames, e.env.watched = [], [], []  # memory is for those played
+            e.forget_frames()
             bar.update()
 
         _, unread = engine.play([q for q in questions.values() if id(q) in there], root, env_config, ended)
@@ -148,7 +156,7 @@ def summarise(written, plays, questions, bad, config):
         if asked and mode != "zoom off" and all("uniform_accuracy" in (q.get("meta") or {}) for q in asked):
             kinds.append(synthetic.uniform_bound(kinds[0], asked))
         by_kind, by_duration = by_kind + kinds, by_duration + durations
-    runs.write_json(out / "results.json", [row for row in by_kind if row["kind"] == "all"])
+    write_json(out / "results.json", [row for row in by_kind if row["kind"] == "all"])
     write_jsonl(out / "by_kind.jsonl", by_kind)
     write_jsonl(out / "by_duration.jsonl", by_duration)
     write_jsonl(out / "skipped.jsonl", [{"row": where, "reason": reason} for where, reason in skipped])
@@ -172,27 +180,67 @@ def checkpoints(config):
     return names
 
 
+# ------------------------------------------------------------------------- one question about one video
+def ask(config, world, device):
+    """Plays one question about one video and prints the dialogue.
+
+    config: with video, question, options, save_frames. world: number of processes. Raises UserError."""
+    if world > 1 or config.video is None or not (config.question or "").strip():
+        raise UserError("to ask about a video give both --video FILE and --question TEXT, to one process")
+    question = {"id": "question", "video": config.video, "question": config.question,
+                "options": config.options, "answer": "A" if config.options else "unknown",
+                "answer_type": "multiple_choice" if config.options else "open_ended"}
+    if reason := question_error(question):
+        raise UserError(reason)
+    open_video(config.video)  # before the model loads
+    if config.save_frames:
+        open_folder(config.save_frames)
+    chosen, _ = with_chosen_frames([question], config)
+    policy = load(checkpoints(config)[0 if config.model else -1], config, device)
+    engine = make_engine(policy, config, 0)
+    groups, skipped = engine.play([*chosen.values()])
+    if skipped:
+        raise UserError(skipped[0][1])
+    env = groups[0][0].env
+    print(env.describe())
+    print(f"answer: {env.answer() if env.answer() is not None else 'none (the policy gave no answer)'}")
+    seen = [(number, frames) for number, frames in enumerate(env.watched) if frames]
+    for number, frames in seen if config.save_frames else []:
+        times = f"{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s"
+        name = Path(config.save_frames, f"{number}_{'zoom' if number else 'overview'}_{times}.png")
+        write_png(strip([f.image for f in frames]), str(name))
+        print(f"wrote {name}")
+
+
+def strip(images):
+    """(3, H, W) images side by side, upper edges in line; where a film's size changes, some are higher."""
+    height = max(image.shape[1] for image in images)
+    return torch.cat([torch.nn.functional.pad(i, (0, 0, 0, height - i.shape[1])) for i in images], dim=2)
+
+
+# ------------------------------------------------------------------------------------------- the script
 def main():
-    config = parse_flags(Config, __doc__, DEMO, ("max_questions", "max_turn_tokens", "max_rows"))
-    rank, world, device = start_processes(config.device, config.timeout_min)
+    config = parse_flags(Config, __doc__, ("max_questions", "max_turn_tokens", "max_rows"))
+    rank, world, device = start_processes(config.device)
     for flag, known in (("mode", ("zoom", "uniform")), ("resume", ("auto", "never"))):
         if getattr(config, flag) not in known:
             raise UserError(f"--{flag} must be {' or '.join(known)}, not {getattr(config, flag)}")
     dtype = choose_dtype(config.dtype, device)
+    if config.mode == "uniform":
+        config = replace(config, max_zooms=0)
     if config.video is not None or config.question is not None:
-        return ask(config, world, checkpoints, lambda name: load(name, config, device), question_error)
+        return ask(config, world, device)
 
     # all that can be wrong, before a model loads
     names = checkpoints(config)
-    [check_protocol(config, name) for name in names]
+    for name in names:
+        run_environment(name, config)
     rows, bad = read_questions(config.data, config.max_bad)
-    rows, root = rows[:config.max_questions], Path(config.data).parent
-    _, known, without = use_overview(EnvConfig(), rows, config.overview, config.max_bad)
-    missing = [(q["id"], reason) for q in known if (reason := missing_video(q, root))]
-    if len(missing) == len(known):
+    questions, without = with_chosen_frames(rows[:config.max_questions], config)  # by their place in the file
+    root = Path(config.data).parent
+    missing = [(q["id"], reason) for q in questions.values() if (reason := missing_video(q, root))]
+    if len(missing) == len(questions):
         raise no_question(config.data, without + missing)
-    known = {id(q) for q in known}
-    questions = {n: q for n, q in enumerate(rows) if id(q) in known}  # by their place in the file
     modes = [config.mode, "zoom off"] if config.model is None and config.mode == "zoom" else [config.mode]
     plays = [(name, mode) for name in names for mode in modes]
     key = lambda e: None if "skipped" in e else (plays.index((e["policy"], e["mode"])), e["number"])
@@ -211,9 +259,7 @@ def main():
         if not any(shares.values()):
             continue
         policy = load(name, config, device)
-        generator = torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank)
-        engine = Engine(policy, 1, config, generator)
-        check_decoder(engine.decoder)
+        engine = make_engine(policy, config, rank)
         if rank == 0:
             print(f"{name}: {len(questions)} questions, {len(missing)} without a video, {world} process(es) "
                   f"on {device}, {policy.dtype}, decode step {engine.decoder.path}", flush=True)
@@ -232,4 +278,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory)

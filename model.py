@@ -15,7 +15,7 @@ The decoder layers are transformers' own; what is ours is everything around them
 
 Precision: all compute weights and the residual stream are in one dtype, `--dtype`, for sampling, scoring,
 reference and evaluation alike. Float32 are norms, softmax and attention scores inside, everything from the
-logits on, and the weights that the optimizer changes (scale/masters.py), from which the compute weights are
+logits on, and the weights that the optimizer changes (training/weights.py), from which the compute weights are
 cast after each step. No autocast.
 """
 
@@ -32,9 +32,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from common import UserError, read_text
+from common import UserError
+from protocols import protocol_of
 from video import Frame
-from zoom_env import Message, protocol_of, stop_strings, until_call
+from zoom_env import Message, stop_strings, until_call
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -211,23 +212,6 @@ def _attention(module, query, key, value, attention_mask=None, attend=None, **kw
 AttentionInterface.register("zoom", _attention)
 
 
-def load_policy(name_or_path, device="cpu", dtype=torch.float32, system_prompt_file=None, read=None):
-    """Loads a Qwen2.5-VL checkpoint by its name on the Hugging Face hub or its folder.
-
-    Environment settings come from the folder's zoom_config.json, else from the paper; the text of
-    `system_prompt_file` replaces its system prompt. `read` makes the parts otherwise (scale/sharding.py).
-    Raises PolicyError, whatever is wrong with it."""
-    from scale.checkpoints import loading, parts_fault, read_checkpoint
-
-    with loading(name_or_path):
-        policy = Policy(*(read or read_checkpoint)(name_or_path, dtype, device))
-        if fault := parts_fault(policy):
-            raise PolicyError(fault)
-    if system_prompt_file:
-        policy.env_config = replace(policy.env_config, system_prompt=read_text(system_prompt_file).strip())
-    return policy
-
-
 # --------------------------------------------------------------------------------- dialogue to ids and pixels
 @dataclass
 class Dialogue:
@@ -244,6 +228,8 @@ class Dialogue:
     prompt_length: int = 0  # tokens before the first assistant turn: shared by the rollouts of a question
     sampled_log_probs: list = field(default_factory=list)  # of the sampled tokens, in order
     advantage: float = 0.0  # of all its sampled tokens, set by rl.py
+    old_log_probs: list = field(default_factory=list)  # of the sampled tokens under the policy that played
+    mismatch: float = 0.0  # its mean train-inference mismatch, where log-probabilities are recomputed
 
     def fork(self):
         """A copy that grows on its own."""

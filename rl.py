@@ -13,9 +13,8 @@ pi_old is the policy that played the episodes, pi_ref the SFT model, H the entro
 tokens of a mini-batch over all processes: not the prompt, tool text and frames. A group whose rewards are all
 equal teaches nothing and is dropped; new questions are drawn until the batch is full.
 
-Metrics `gap`, `gap_max`, `gap_turn_1`, ..: |log pi - log pi as sampled| before a step's first update, by turn
-(scale/gap.py). --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling.
---max_gap: an episode of a larger mean gap is left out of the loss and of N, not of its group's mean.
+Metrics `mismatch`, `mismatch_max`: |log pi - log pi as sampled| before a step's first update, see
+training/mismatch.py. --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling.
 --loss_mean episode: the mean over an episode's tokens comes first, then the one over episodes.
 
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
@@ -35,35 +34,32 @@ no weight decay; a turn has at most 1,024 tokens.
 import math
 import random
 import time
-from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import UserError, check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes
-from data_prep import read_questions
+from common import UserError, check_bad, gather, run_main, start_processes, sum_over_processes
 from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
-from scale.first_day import check_decoder
-from scale.gap import Gap, check_flags, find_old_log_probs
-from scale.metrics import episode_metrics, show_step
-from scale.plan import plan_main
-from scale.sharding import load_weights
-from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
-from sources.overview import use_overview
-from sources.protocols import check_end_tokens, use_protocol
+from scale.pick import cache_gb, check_flags, load_weights, show_plan
+from sources.read import read_questions
+from training.decoder_check import check_decoder
+from training.environment import run_environment, with_chosen_frames
+from training.memory import out_of_memory
+from training.metrics import UpdateMetrics, episode_metrics, show_step
+from training.mismatch import Mismatch, check_old_log_probs, set_old_log_probs
+from training.run import TrainConfig, TrainingRun, make_optimizer, parse_training_flags
 from zoom_env import RewardWeights
 
 MAX_KL = 10.0  # k3 of a token counts up to this
-PER_TOKEN = "loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy"  # metrics of an update
 
 
 @dataclass(frozen=True)
 class Config(RolloutConfig, RewardWeights, TrainConfig):
-    model: str | None = None  # checkpoint to start from, and the reference; without it, runs/sft
+    model: str = "runs/sft"  # checkpoint to start from, and the reference
     data: str = "runs/data/train.jsonl"  # questions
     out: str = "runs/rl"  # folder for the checkpoint and the metrics
     steps: int = 70  # batches
@@ -79,52 +75,52 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     entropy_weight: float = 0.001  # of the entropy bonus
     loss_mean: str = "token"  # over all sampled tokens, or over those of each episode, then over episodes
     old_log_probs: str = "sampled"  # log pi_old: as sampled, or recomputed by a pass before the first update
-    max_gap: float | None = None  # with recomputed: an episode of a larger mean gap a token is left out
-    on_host: list[str] = ()  # of reference and features, what is kept in host memory between uses
-    max_zooms: int | None = None  # zooms in an episode; without it, as the checkpoint was trained
-    show_every: int = 10  # steps between printed episodes
+    max_mismatch: float | None = None  # with recomputed: an episode of a larger mean mismatch is left out
+    max_turn_tokens: int | None = None  # an assistant turn is cut off here; else as trained
 
 
-DEMO = dict(model="runs/sft", steps=24, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=1e-4,
-            max_turn_tokens=160, max_response_tokens=1500, max_rows=128, max_tokens_per_pass=4096,
-            gradient_checkpointing=False, show_every=5)
+PRESETS = {
+    "paper": {},
+    "demo": dict(steps=24, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=1e-4,
+                 max_response_tokens=1500, max_rows=128, max_tokens_per_pass=4096, gradient_checkpointing=False)}
 
 
-# --------------------------------------------------------------------------------- rollouts, advantages, loss
-def play_batch(engine, questions, config, root, rank, world, device, bar,
-               play=None, total=sum_over_processes):
+# ------------------------------------------------------------------------------------------------- rollouts
+def play_batch(engine, questions, config, root, rank, world, device, bar):
     """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups of all processes
     have a spread of rewards, at most max_draws batches of them. Returns (this process's groups with a spread,
     all its episodes, [(id, reason)] of unreadable videos, number of questions drawn over all processes)."""
-    kept, episodes, skipped, play = [], [], [], play or engine.play
-    missing, drawn = config.batch_size, 0
-    while missing > 0 and drawn < config.max_draws * config.batch_size:
-        draw = [next(questions) for _ in range(min(missing, config.max_draws * config.batch_size - drawn))]
-        drawn += len(draw)  # the same on all processes
+    kept, episodes, unreadable = [], [], []
+    missing, drawn, most = config.batch_size, 0, config.max_draws * config.batch_size
 
-        def ended(e):
-            e.dialogue.frames, e.env.watched = [], e.env.when_watched()  # features are there: images can go
-            bar.update()
+    def on_end(episode):
+        episode.forget_images()
+        bar.update()
 
-        # each process plays its share, and keeps the groups with a spread
-        groups, bad = play(draw[rank::world], root, on_end=ended)
-        skipped += bad
+    while missing > 0 and drawn < most:
+        draw = [next(questions) for _ in range(min(missing, most - drawn))]  # the same on all processes
+        drawn += len(draw)
+        # each process plays its share
+        groups, bad = engine.play(draw[rank::world], root, on_end=on_end)
+        unreadable += bad
         for group in groups:
             episodes += group
             if group and set_advantages(group):
                 kept.append(group)
-            else:
-                for e in group:
-                    e.dialogue.features = []  # no longer needed
-        missing = config.batch_size - round(total({"kept": len(kept)}, device)["kept"])
-    return kept, episodes, skipped, drawn
+            else:  # the rewards are all equal: the paper's dynamic sampling drops the group
+                for episode in group:
+                    episode.forget_frames()
+        missing = config.batch_size - round(sum_over_processes({"kept": len(kept)}, device)["kept"])
+    return kept, episodes, unreadable, drawn
 
 
+# ------------------------------------------------------------------------------------------ advantages, loss
 def set_advantages(group):
     """Gives each episode of a group its advantage. Returns whether any is not 0."""
-    advantages = group_advantages(torch.tensor([[e.env.rewards["reward"] for e in group]]))[0].tolist()
-    for e, advantage in zip(group, advantages):
-        e.dialogue.advantage = advantage
+    rewards = torch.tensor([[episode.env.rewards["reward"] for episode in group]])
+    advantages = group_advantages(rewards)[0].tolist()
+    for episode, advantage in zip(group, advantages):
+        episode.dialogue.advantage = advantage
     return any(advantages)
 
 
@@ -144,66 +140,66 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     stats = {"clipped_low": ((ratio < 1 - config.clip_low) & (advantages < 0)).sum(),
-             "clipped_high": ((ratio > 1 + config.clip_high) & (advantages > 0)).sum(),
-             "kl": torch.zeros(()), "kl_clamped": torch.zeros(()), "entropy": torch.zeros(())}
-    # the KL to the reference, and the entropy bonus
+             "clipped_high": ((ratio > 1 + config.clip_high) & (advantages > 0)).sum()}
+    # the KL to the reference
     if ref_log_probs is not None:
         d = (ref_log_probs - log_probs).clamp(max=20)  # beyond, exp and its gradient could be infinite
         kl = (d.exp() - d - 1).clamp(max=MAX_KL)
-        loss, stats["kl"], stats["kl_clamped"] = loss + config.kl_weight * kl, kl.sum(), (kl == MAX_KL).sum()
+        loss = loss + config.kl_weight * kl
+        stats |= {"kl": kl.sum(), "kl_clamped": (kl == MAX_KL).sum()}
+    # the entropy bonus
     if entropies is not None:
-        loss, stats["entropy"] = loss - config.entropy_weight * entropies, entropies.sum()
-    return loss, {k: v.item() for k, v in stats.items()}
+        loss = loss - config.entropy_weight * entropies
+        stats["entropy"] = entropies.sum()
+    return loss, {name: value.item() for name, value in stats.items()}
 
 
-def update(weights, groups, optimizer, config, rank, device, total=sum_over_processes):
+# ----------------------------------------------------------------------------------------------- the update
+def update(weights, groups, optimizer, config, rank, device):
     """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals
     its groups to the mini-batches in turn, starting at its rank, so that all of them are of about the same
     size. Returns metrics over all processes."""
+    policy, reference = weights.policy, weights.reference
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
-    metrics, updates, policy, reference = Counter(), 0, weights.policy, weights.reference
-    gap = Gap(policy.env_config.max_zooms + 1)
-    groups, old_log_probs = find_old_log_probs(weights, groups, config, gap)
+    metrics, mismatch = UpdateMetrics(device), Mismatch()
+    groups = set_old_log_probs(weights, groups, config, mismatch)
     for m in range(num_batches):
         mini = groups[(m + rank) % num_batches::num_batches]
-        lengths = [sum(e.dialogue.trained) for g in mini for e in g]
-        tokens, episodes = total({"t": sum(lengths), "e": len(lengths)}, device).values()
+        # the loss's denominator: the sampled tokens of the mini-batch, over all processes
+        lengths = [sum(e.dialogue.trained) for group in mini for e in group]
+        counts = sum_over_processes({"tokens": sum(lengths), "episodes": len(lengths)}, device)
+        tokens, episodes = counts["tokens"], counts["episodes"]
         if not tokens:
             continue
-        sums = Counter(dict.fromkeys(PER_TOKEN, 0.0))
-        batches = split_by_tokens([[e.dialogue for e in g] for g in mini], config.max_tokens_per_pass)
+        batches = split_by_tokens([[e.dialogue for e in group] for group in mini], config.max_tokens_per_pass)
         for batch in weights.passes(batches):
             # log pi_old and the advantages
             dialogues = [d for group in batch for d in group]
-            old = torch.tensor([p for d in dialogues for p in old_log_probs[id(d)]], device=device)
+            old = torch.tensor([p for d in dialogues for p in d.old_log_probs], device=device)
             advantages = torch.tensor([d.advantage for d in dialogues], device=device)
-            episode = torch.tensor([i for i, d in enumerate(dialogues) for _ in old_log_probs[id(d)]])
+            episode = torch.tensor([i for i, d in enumerate(dialogues) for _ in d.old_log_probs],
+                                   dtype=torch.long)
             # what policy and reference say now
-            temperature, with_entropy, ref = config.temperature, config.entropy_weight != 0, None
-            log_probs, entropies = token_log_probs(policy, batch, temperature, with_entropy)
+            log_probs, entropies = token_log_probs(policy, batch, config.temperature,
+                                                   entropy=config.entropy_weight != 0)
+            ref_log_probs = None
             if reference is not None:
                 with torch.no_grad():
-                    ref, _ = token_log_probs(reference, batch, temperature)
+                    ref_log_probs, _ = token_log_probs(reference, batch, config.temperature)
             # this pass's part of the loss, whose gradient is added to that of the passes before
-            loss, stats = grpo_loss(log_probs, old, advantages, episode, config, ref, entropies)
+            loss, stats = grpo_loss(log_probs, old, advantages, episode, config, ref_log_probs, entropies)
             if config.loss_mean == "episode":
                 loss = loss * tokens / episodes / torch.bincount(episode)[episode].to(device)
             loss = loss.sum() / tokens
             loss.backward()
-            stats["loss"] = loss.item() * tokens
-            if updates == 0 and config.old_log_probs == "sampled":  # the policy has not moved yet
-                gap.add(log_probs, dialogues)
-            sums.update(stats)
+            metrics.add_pass(stats | {"loss": loss.item() * tokens})
+            if metrics.updates == 0 and config.old_log_probs == "sampled":  # the policy has not moved yet
+                mismatch.add(log_probs, dialogues)
         # one optimizer step on the gradients of all processes
-        ids = [g[0].env.question["id"] for g in mini if g]
-        norm = weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
-        metrics["grad_norm" if math.isfinite(norm) else "bad_steps"] += norm if math.isfinite(norm) else 1
-        updates += 1
-        metrics.update(sum_over_processes(sums, device) | {"tokens": tokens})
-    bad_steps = metrics["bad_steps"]
-    return {k: metrics[k] / max(1, metrics["tokens"]) for k in PER_TOKEN} | {
-        "updates": updates, "bad_steps": bad_steps, "trained_tokens": metrics["tokens"],
-        "grad_norm": metrics["grad_norm"] / max(1, updates - bad_steps)} | gap.metrics(device)
+        ids = [group[0].env.question["id"] for group in mini if group]
+        norm = weights.step(optimizer, config.max_grad_norm, ids)
+        metrics.end_update(tokens, norm)
+    return metrics.means() | mismatch.metrics(device)
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -215,15 +211,11 @@ def endless(rows, seed):
 
 
 def train(weights, rows, config, run, rank, world, device, val):
-    policy, rewards = weights.policy, {f.name: getattr(config, f.name) for f in fields(RewardWeights)}
-    max_zooms = policy.env_config.max_zooms if config.max_zooms is None else config.max_zooms
-    policy.env_config = replace(policy.env_config, max_zooms=max_zooms, **rewards)
-    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=True)
+    policy, optimizer = weights.policy, make_optimizer(weights, config)
     generator = torch.Generator(device).manual_seed(config.seed * 1000 + rank)
     progress = run.start(weights, optimizer, config.steps, {"step": 0, "drawn": 0, "skipped": []},
                          generator, val)
-    engine = Engine(weights.player, config.group_size, run.config, generator)  # the cache's size is found
+    engine = Engine(weights.player, config.group_size, config, generator)
     with weights.gathered():
         check_decoder(engine.decoder)
     weights.gather_metrics()  # that of the check does not count
@@ -233,57 +225,62 @@ def train(weights, rows, config, run, rank, world, device, val):
     questions = islice(endless(rows, config.seed), total_drawn, None)
     for step in range(progress["step"] + 1, config.steps + 1):
         began = time.time()
-        lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
+        lr = config.lr * min(1.0, step / max(1, config.lr_warmup_steps))
+        optimizer.param_groups[0]["lr"] = lr
         # rollouts
         policy.eval()
         with tqdm(desc=f"step {step} rollout", unit="episode", dynamic_ncols=True, disable=rank > 0,
                   leave=False) as bar, weights.gathered():
-            kept, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar,
-                                                    run.interruptible(engine.play, ([], [])), run.total)
+            kept, episodes, bad, drawn = play_batch(engine, questions, config, root, rank, world, device, bar)
             engine.release()  # its memory is the update's now
-        played, total_drawn = time.time(), total_drawn + drawn
+        played = time.time()
+        total_drawn += drawn
         skipped = skipped + gather(bad)
         check_bad(skipped, max(len(rows), total_drawn), config.max_bad, config.data)
         # the update
         policy.train()
         metrics = {"step": step} | episode_metrics(episodes, len(kept), config.group_size, device)
         if metrics["groups"]:
-            metrics |= update(weights, kept, optimizer, config, rank, device, run.total)
+            metrics |= update(weights, kept, optimizer, config, rank, device)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
                     "seconds": time.time() - began, "lr": lr, "skipped": len(skipped)}
-        show_step(metrics, episodes, config, run.metrics.print)
+        show_step(metrics, episodes, config, policy.env_config, run.metrics.print)
         run.end_step(metrics, {"step": step, "drawn": total_drawn, "skipped": skipped})
     return skipped
 
 
 def main():
-    config = parse_flags(Config, __doc__, DEMO, (
+    config = parse_training_flags(Config, __doc__, PRESETS, (
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
-        "max_rows", "show_every", *AT_LEAST_ONE))
+        "max_rows"))
     if config.plan:
-        return plan_main("rl", config)
-    rank, world, device = start_processes(config.device, config.timeout_min)
+        show_plan("rl", config, config.model)
+    rank, world, device = start_processes(config.device)
+    # all that can be wrong, before a model loads
+    check_flags(config, world)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
     if config.loss_mean not in ("token", "episode"):
         raise UserError(f"--loss_mean must be token or episode, not {config.loss_mean}")
     if not config.temperature > 0:
         raise UserError("--temperature must be above 0: at 0 all episodes of a question are the same")
-    check_flags(config)
-    if config.model == DEMO["model"] and not Path(config.model).exists():
-        raise UserError("no runs/sft yet: run python sft.py first, or name a checkpoint with --model")
+    env_config = run_environment(config.model, config)
+    check_old_log_probs(config, env_config)
     rows, bad = read_questions(config.data, config.max_bad)
-    val = config.val and (read_questions(config.val, config.max_bad)[0], Path(config.val).parent, config)
+    chosen, without = with_chosen_frames(rows, config)
+    rows = list(chosen.values())
+    val_rows = read_questions(config.val, config.max_bad)[0] if config.val else None
     run = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     if run.finished:
         return
-    config = run.config  # with what was left to the memory plan
+    # the policy and the reference
     torch.manual_seed(config.seed)
-    weights = load_weights(config.model, config, device, with_reference=config.kl_weight > 0)
-    policy = weights.policy
-    policy.env_config = use_protocol(policy.env_config, config, config.model)
-    check_end_tokens(config, policy.env_config)
-    policy.env_config, rows, without = use_overview(policy.env_config, rows, config.overview, config.max_bad)
+    weights = load_weights(config.model, config, env_config, device, with_reference=config.kl_weight > 0)
+    size_gb = run.once("cache_gb", lambda: cache_gb(weights.player, config, weights))
+    config = replace(config, cache_gb=size_gb, max_turn_tokens=env_config.max_turn_tokens)
+    val = None
+    if config.val:
+        val = val_rows, Path(config.val).parent, config
     if rank == 0:
         print(f"rl: {len(rows)} questions from {config.data}, model {config.model}, {weights.describe()}, "
               f"{world} process(es) on {device}; a step is {config.batch_size} questions x "
@@ -292,4 +289,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory)

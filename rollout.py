@@ -27,8 +27,9 @@ import torch
 from common import float_or_auto, has_graphs
 from generation import ROW_UNIT, Decoder, KVCache, Row, prefill, sample
 from model import Sampled, attend_pieces, encode, fill_features, pack
+from protocols import protocol_of
 from video import VideoError
-from zoom_env import Message, ZoomEnv, protocol_of, stop_strings
+from zoom_env import Message, ZoomEnv, stop_strings
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class RolloutConfig:
     max_rows: int = 64  # episodes that a process plays at one time, at most
     cache_gb: float_or_auto = 16.0  # keys and values, 1e9 bytes, or auto: what is free; few make few rows
     compile: bool | None = None  # compile the decode step; by default on cuda, as a CUDA graph there
-    look_every: int | None = None  # tokens between looks for ends of turns; by default 8 if compiled, else 1
 
 
 # ------------------------------------------------------------------------------------------------ the episode
@@ -52,6 +52,14 @@ class Episode(Row):
     env: ZoomEnv | None = None
     truncated: bool = False  # a turn or the episode was cut off at a limit
     reply: Future | None = None  # the environment's next message, while its frames are decoded
+
+    def forget_images(self):
+        """Its frames' features are computed; their images are not needed any more."""
+        self.dialogue.frames, self.env.watched = [], self.env.when_watched()
+
+    def forget_frames(self):
+        """Neither are the features: nothing is trained on it."""
+        self.dialogue.features, self.dialogue.frames, self.env.watched = [], [], self.env.when_watched()
 
     def turn_is_over(self, policy):
         """Whether the turn ends with the token that was sampled last."""
@@ -132,13 +140,9 @@ class Engine:
     def __init__(self, policy, group_size, config, generator=None):
         self.policy, self.group_size, self.config = policy, group_size, config
         compiled = has_graphs(policy.device) if config.compile is None else config.compile
-        size_gb = config.cache_gb
-        if size_gb == "auto":
-            from scale.memory import auto_cache_gb  # which imports this file's parts
-            size_gb = auto_cache_gb(policy, config)
-        self.cache = KVCache(policy, group_size, size_gb * 1e9, ROW_UNIT if compiled else 1)
+        self.cache = KVCache(policy, group_size, config.cache_gb * 1e9, ROW_UNIT if compiled else 1)
         self.decoder = Decoder(policy, self.cache, config.temperature, generator, compiled)
-        self.steps = config.look_every or (8 if compiled else 1)
+        self.steps = 8 if compiled else 1  # tokens between looks for ends of turns
 
     @torch.no_grad()
     def play(self, questions, root=".", env_config=None, on_end=None):

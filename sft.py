@@ -27,26 +27,26 @@ from pathlib import Path
 
 import torch
 
-from common import check_bad, gather, parse_flags, run_main, start_processes, sum_over_processes
-from data_prep import read_questions, read_trajectories
+from common import UserError, check_bad, gather, run_main, start_processes, sum_over_processes
 from demo.synthetic import ensure_demo
 from demo.tiny_base import TINY_BASE
 from model import fill_features, replay, split_by_tokens, token_log_probs
 from rollout import RolloutConfig
-from scale.ahead import batches_ahead, in_threads
-from scale.plan import plan_main
-from scale.sharding import load_weights
-from scale.training import AT_LEAST_ONE, TrainConfig, TrainingRun
-from sources.overview import use_overview
-from sources.protocols import use_protocol
+from scale.pick import check_flags, load_weights, show_plan
+from sources.read import read_questions, read_trajectories
 from sources.released_data import encode_stored
+from training.environment import run_environment, with_chosen_frames
+from training.memory import out_of_memory
+from training.prefetch import in_threads, prefetch
+from training.run import TrainConfig, TrainingRun, make_optimizer, parse_training_flags
 from video import VideoError
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    model: str | None = None  # checkpoint folder or hub name; without it, the tiny base
+    model: str = TINY_BASE  # checkpoint folder or hub name
     data: str = "runs/data/sft.jsonl"  # trajectories; made, if missing, in the demo
+    kinds: list[str] | None = None  # only trajectories of these kinds (exemplar, reflection); else all
     out: str = "runs/sft"  # folder for the checkpoint and the metrics
     epochs: int = 1  # passes over the trajectories
     batch_size: int = 64  # trajectories an optimizer step, over all processes
@@ -56,7 +56,8 @@ class Config(TrainConfig):
     save_every: int = 50  # steps between checkpoints
 
 
-DEMO = dict(lr=1e-3, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)
+PRESETS = {"paper": {},
+           "demo": dict(lr=1e-3, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)}
 
 
 def learning_rate(step, steps, config):
@@ -65,6 +66,18 @@ def learning_rate(step, steps, config):
     if step < warmup:
         return config.lr * (step + 1) / warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ------------------------------------------------------------------------------------------------------ data
+def of_kinds(rows, kinds):
+    """The trajectories of these kinds. Raises UserError where there are none of one."""
+    if kinds is None:
+        return rows
+    for kind in kinds:
+        there = {str(row.get("kind")) for row in rows}
+        if kind not in there:
+            raise UserError(f"--kinds {kind}: there is no such trajectory; kinds are {', '.join(sorted(there))}")
+    return [row for row in rows if row.get("kind") in kinds]
 
 
 def load_dialogues(policy, rows, root, max_length):
@@ -82,25 +95,6 @@ def load_dialogues(policy, rows, root, max_length):
     return [d for d in loaded if not isinstance(d, tuple)], [d for d in loaded if isinstance(d, tuple)]
 
 
-def train_step(weights, dialogues, ids, optimizer, config, device, total=sum_over_processes):
-    """One optimizer step on this process's share of a batch, of questions `ids`. Returns metrics over all."""
-    # tokens over all processes: the loss's denominator
-    num_trained = sum(sum(d.trained) for d in dialogues)
-    counts = total({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
-    policy = weights.policy
-    fill_features(policy, dialogues)
-    # loss and gradient, pass after pass
-    loss_sum = 0.0
-    for batch in weights.passes(split_by_tokens([[d] for d in dialogues], config.max_tokens_per_pass)):
-        log_probs, _ = token_log_probs(policy, batch)
-        loss = -log_probs.sum() / max(1, counts["tokens"])
-        loss.backward()
-        loss_sum += loss.item()
-    norm = counts["tokens"] and weights.step(optimizer, config.max_grad_norm, config.max_bad_steps, ids)
-    step = {"grad_norm": norm, "bad_steps": 0} if math.isfinite(norm) else {"grad_norm": 0.0, "bad_steps": 1}
-    return sum_over_processes({"loss": loss_sum}, device) | counts | step
-
-
 def batches(num_rows, config, rank, world):
     """(epoch, numbers of this process's rows) of each batch of a run."""
     for epoch in range(config.epochs):
@@ -110,21 +104,45 @@ def batches(num_rows, config, rank, world):
             yield epoch, order[start:start + config.batch_size][rank::world]
 
 
+# -------------------------------------------------------------------------------------------------- training
+def train_step(weights, dialogues, ids, optimizer, config, device):
+    """One optimizer step on this process's share of a batch, of questions `ids`. Returns metrics over all."""
+    # the loss's denominator: the trained tokens of the batch, over all processes
+    num_trained = sum(sum(d.trained) for d in dialogues)
+    counts = sum_over_processes({"tokens": num_trained, "length": sum(len(d.ids) for d in dialogues)}, device)
+    fill_features(weights.policy, dialogues)
+    # loss and gradient, pass after pass
+    loss_sum = 0.0
+    for batch in weights.passes(split_by_tokens([[d] for d in dialogues], config.max_tokens_per_pass)):
+        log_probs, _ = token_log_probs(weights.policy, batch)
+        loss = -log_probs.sum() / max(1, counts["tokens"])
+        loss.backward()
+        loss_sum += loss.item()
+    metrics = sum_over_processes({"loss": loss_sum}, device) | counts | {"grad_norm": 0.0, "bad_steps": 0}
+    if counts["tokens"]:
+        norm = weights.step(optimizer, config.max_grad_norm, ids)
+        metrics |= {"grad_norm": norm} if math.isfinite(norm) else {"bad_steps": 1}
+    return metrics
+
+
 def train(weights, rows, config, run, rank, world, device, val):
-    optimizer = torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=True)
+    optimizer = make_optimizer(weights, config)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     progress = run.start(weights, optimizer, steps, {"step": 0, "skipped": []}, val=val)
     skipped, began = progress["skipped"], time.time()
-    # this process's share of a batch, replayed while the batch before is trained
-    load = lambda batch: load_dialogues(weights.policy, [rows[i] for i in batch[1]], Path(config.data).parent,
-                                        config.max_length)
+
+    def load(batch):
+        """This process's share of a batch, replayed while the batch before is trained."""
+        _, mine = batch
+        return load_dialogues(weights.policy, [rows[i] for i in mine], Path(config.data).parent, config.max_length)
+
     left = islice(batches(len(rows), config, rank, world), progress["step"], None)
-    ahead = enumerate(batches_ahead(load, left), progress["step"] + 1)
-    for step, ((epoch, mine), (dialogues, bad), waited_s) in ahead:
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, config)
+    loaded_batches = enumerate(prefetch(load, left), progress["step"] + 1)
+    for step, ((epoch, mine), (dialogues, bad), waited_s) in loaded_batches:
+        lr = learning_rate(step - 1, steps, config)
+        optimizer.param_groups[0]["lr"] = lr
         ids = [rows[i]["question"]["id"] for i in mine]
-        metrics = train_step(weights, dialogues, ids, optimizer, config, device, run.total)
+        metrics = train_step(weights, dialogues, ids, optimizer, config, device)
         skipped = skipped + gather(bad)
         check_bad(skipped, len(rows) * config.epochs, config.max_bad, config.data)
         metrics = {"step": step, "epoch": epoch, **metrics, "lr": lr, "skipped": len(skipped),
@@ -139,35 +157,36 @@ def train(weights, rows, config, run, rank, world, device, val):
 
 
 def main():
-    config = parse_flags(Config, __doc__, DEMO, ("epochs", "batch_size", "max_length", *AT_LEAST_ONE))
+    config = parse_training_flags(Config, __doc__, PRESETS, ("epochs", "batch_size", "max_length"))
     if config.plan:
-        return plan_main("sft", config, TINY_BASE)
-    rank, world, device = start_processes(config.device, config.timeout_min)
-    if config.model is None and config.data == Config.data and rank == 0:
+        show_plan("sft", config, config.model)
+    rank, world, device = start_processes(config.device)
+    # all that can be wrong, before a model loads
+    check_flags(config, world)
+    env_config = run_environment(config.model, config)
+    if config.preset == "demo" and config.data == Config.data and rank == 0:
         ensure_demo(Path(config.data).parent, config.seed)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    model, (rows, bad) = config.model or TINY_BASE, read_trajectories(config.data, config.max_bad)
-    val = config.val and (read_questions(config.val, config.max_bad)[0], Path(config.val).parent,
-                          RolloutConfig())
-    run = TrainingRun("sft", config, {"model": model, "trajectories": config.data}, rank, world, device)
+    gather([])  # the others wait until the data is there
+    rows, bad = read_trajectories(config.data, config.max_bad)
+    rows = of_kinds(rows, config.kinds)
+    chosen, without = with_chosen_frames([row["question"] for row in rows], config)
+    rows = [rows[number] | {"question": question} for number, question in chosen.items()]
+    val = None
+    if config.val:
+        val_config = RolloutConfig(max_turn_tokens=env_config.max_turn_tokens)
+        val = read_questions(config.val, config.max_bad)[0], Path(config.val).parent, val_config
+    run = TrainingRun("sft", config, {"model": config.model, "trajectories": config.data}, rank, world, device)
     if run.finished:
         return
-    config = run.config  # with what was left to the memory plan
+    # the policy
     torch.manual_seed(config.seed)
-    weights = load_weights(model, config, device)
-    policy = weights.policy
-    policy.env_config = use_protocol(policy.env_config, config, model)
-    policy.env_config, known, without = use_overview(
-        policy.env_config, [row["question"] for row in rows], config.overview, config.max_bad)
-    known = {id(question) for question in known}
-    rows, bad = [row for row in rows if id(row["question"]) in known], bad + without
-    policy.train()
+    weights = load_weights(config.model, config, env_config, device)
+    weights.policy.train()
     if rank == 0:
-        print(f"sft: {len(rows)} trajectories from {config.data}, model {model}, {weights.describe()}, "
+        print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model}, {weights.describe()}, "
               f"{world} process(es) on {device}")
-    run.finish(bad + train(weights, rows, config, run, rank, world, device, val))
+    run.finish(bad + without + train(weights, rows, config, run, rank, world, device, val))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory)

@@ -33,6 +33,7 @@ import av
 import numpy as np
 import torch
 from av.sidedata.sidedata import SideDataContainer
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
 from common import UserError
@@ -116,6 +117,16 @@ def read_frames(path, times_s, min_pixels, max_pixels, unit, keyframes_within_s=
                      for time_s, image in dict(shown).items())
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
+
+
+def read_image(path, min_pixels, max_pixels, unit):
+    """An image file as a Frame of the sizes that frames have. Raises VideoError."""
+    try:
+        with Image.open(path) as image:
+            image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path}: not an image that is read ({error})") from None
+    return Frame(0.0, scale(image, (1.0, 1.0), min_pixels, max_pixels, unit))
 
 
 def scale(image, pixel_shape, min_pixels, max_pixels, unit):

@@ -16,7 +16,7 @@ calls among them, it has to.
 
 Anything that maps messages to text can play: our model, a served one, a script (demo/synthetic.py has one).
 Another tool is a parser, a function that runs it and a row of TOOLS, and words in the system prompt. What
-other agents meet (other words, frames, rules) is a subclass that has a name, see sources/protocols.
+other agents meet (other words, frames, rules) is a subclass that has a name, see protocols.
 Nothing that the policy says can raise: it comes back to it as an error text.
 
 Where the paper is silent: frames stand in the middle of equal slices of the interval that they sample (so a
@@ -31,9 +31,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from sources.answers import LETTERS, grade, option_texts, read_untagged
-from sources.images import read_image
-from video import VideoError, open_video, read_frames
+from grading import LETTERS, grade, option_texts, read_untagged
+from video import VideoError, open_video, read_frames, read_image
 
 # Trained checkpoints know these words, and those of the errors below: another text needs new training.
 SYSTEM_PROMPT = """You answer a question about a video. You first see a few frames of the whole video, each \
@@ -76,16 +75,16 @@ class EnvConfig(RewardWeights):
     max_zooms: int = 4  # rounds before the last one, which has to answer; a failed call uses one up, too
     min_pixels: int = 25_088  # a frame is scaled up to at least 32 tokens of 28x28 pixels
     max_pixels: int = 100_352  # ... and down to at most 128
+    max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
     frame_unit: int = 28  # sides of frames are multiples of it; the policy sets it (patch x merge)
     system_prompt: str = SYSTEM_PROMPT  # ZOOM_MAX_FRAMES in it is replaced by the number
     protocol: str = "videozoomer"  # whose rules: a subclass of ZoomEnv
     texts: dict = field(default_factory=dict)  # its sentences, where they are not in our code
+    preset: str = "paper"  # whose settings a run on this checkpoint takes where no flag says: paper, demo
 
     def __post_init__(self):
-        if missing := [name for name in protocol_of(self).needs if not isinstance(self.texts.get(name), str)]:
-            raise ValueError(f"the protocol {self.protocol} lacks its texts {', '.join(missing[:2])}, ..")
         for name in ("overview_fps", "overview_max_frames", "zoom_max_frames", "min_pixels", "max_pixels",
-                     "frame_unit"):
+                     "frame_unit", "max_turn_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.overview not in ("auto", "uniform", "nearest_keyframe"):
@@ -112,17 +111,12 @@ class ZoomEnv:
     Another protocol has another `protocol` and overrides what it does otherwise."""
 
     protocol = "videozoomer"
-    protocols = {}  # {name: class}, of all that were imported
     tools = {}  # {tag: Tool}: TOOLS below
     settings, needs = {}, ()  # of EnvConfig where --protocol takes it; names of texts that have to be given
     after_turn = "\n"  # text between an assistant turn's end token and what follows
     trains_appended_end = False  # whether an end token is trained that was not sampled, but appended
     largest_id = math.inf  # sampled token ids above are dropped
     skips_special = False  # whether the text of a turn is without special tokens that were sampled
-
-    def __init_subclass__(cls):
-        if "protocol" in vars(cls):
-            cls.protocols[cls.protocol] = cls
 
     def __init__(self, question, config, root="."):
         self.question, self.config, self.root = question, config, root
@@ -294,16 +288,6 @@ class ZoomEnv:
         return any(segment[0] < end and start < segment[1] for start, end in evidence) if evidence else None
 
 
-ZoomEnv.protocols[ZoomEnv.protocol] = ZoomEnv
-
-
-def protocol_of(config):
-    """The class that plays by an EnvConfig's protocol. Raises ValueError if none of that name is there."""
-    if config.protocol not in ZoomEnv.protocols:
-        raise ValueError(f"protocol must be one of {', '.join(ZoomEnv.protocols)}, not {config.protocol}")
-    return ZoomEnv.protocols[config.protocol]
-
-
 def overview_times(duration_s, config):
     """Seconds at which the overview looks: uniform, `overview_fps`, at most `overview_max_frames`."""
     num_frames = min(config.overview_max_frames, max(1, math.ceil(duration_s * config.overview_fps)))
@@ -462,6 +446,6 @@ def until_call(text, tools=TOOLS):
 def reward_parts(env):
     """{part: from 0 to 1} for each of REWARD_PARTS, of an episode that is over."""
     accuracy = grade(env.answer(), env.question)
-    # right from 0.5 on: a time segment may be partly right (sources/answers.py)
+    # right from 0.5 on: a time segment may be partly right (grading.py)
     used_tool = accuracy >= 0.5 and env.num_calls() > 0
     return {"accuracy": accuracy, "format": float(env.is_well_formed()), "tool": float(used_tool)}

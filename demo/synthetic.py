@@ -71,7 +71,7 @@ TINY_PROMPT = """Answer the question about the video. In each turn first write <
 then <video_zoom>{"segment": [start_sec, end_sec], "fps": n}</video_zoom> to look closer, at most \
 ZOOM_MAX_FRAMES frames, or <answer>letter</answer> to end."""
 TINY_ENV = EnvConfig(overview_fps=1.0, overview_max_frames=NUM_SLOTS, min_pixels=SIDE * SIDE,
-                     max_pixels=SIDE * SIDE, system_prompt=TINY_PROMPT)
+                     max_pixels=SIDE * SIDE, system_prompt=TINY_PROMPT, max_turn_tokens=160, preset="demo")
 
 
 # ----------------------------------------------------------------------------------------------------- videos

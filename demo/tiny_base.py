@@ -36,12 +36,31 @@ import torch
 from tqdm import tqdm
 
 from common import start_processes, sum_over_processes
-from demo.synthetic import (COLOURS, NUM_SLOTS, SHAPES, SIDE, TINY_ENV, TINY_PROMPT, VIDEO_FPS, ask_colour,
-                            ask_count, ask_order, ask_scene, ask_shape, choose, draw, neighbours,
-                            order_visits, place, survey, transcript, write_video)
-from model import Policy, encode, frame_features, load_policy, token_log_probs
-from scale.checkpoints import save_policy
-from scale.masters import MasterWeights
+from demo.synthetic import (
+    COLOURS,
+    NUM_SLOTS,
+    SHAPES,
+    SIDE,
+    TINY_ENV,
+    TINY_PROMPT,
+    VIDEO_FPS,
+    ask_colour,
+    ask_count,
+    ask_order,
+    ask_scene,
+    ask_shape,
+    choose,
+    draw,
+    neighbours,
+    order_visits,
+    place,
+    survey,
+    transcript,
+    write_video,
+)
+from model import Policy, encode, frame_features, token_log_probs
+from training.checkpoints import load_policy, save_policy
+from training.weights import MasterWeights
 from video import Frame, Video
 from zoom_env import LAST_TURN, MAY_ZOOM, Message
 

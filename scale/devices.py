@@ -67,7 +67,7 @@ def pin_memory(tensor, device):
         cudart = torch.cuda.cudart()
         if int(status := cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
             raise UserError(f"{tensor.nbytes / 1e9:.2f} GB of host memory could not be pinned "
-                            f"({cudart.cudaGetErrorString(status)}); free some, take fewer things --on_host, "
+                            f"({cudart.cudaGetErrorString(status)}); free some, --offload less, "
                             "or train adapters (--lora_rank)")
         weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
     return tensor

@@ -1,7 +1,7 @@
 """What a model's configuration alone says: sizes of its parts, what passes need, how long a step takes.
 
 The counts follow transformers' Qwen2.5-VL layers and the passes of model.py and generation.py;
-tests/bench_plan.py holds those of an update against PyTorch's memory trackers. Memory is in bytes of one GPU.
+bench/bench_plan.py holds those of an update against PyTorch's memory trackers. Memory is in bytes of one GPU.
 Times are arithmetic: operations and bytes over an assumed share of what a card's data sheet says."""
 
 from dataclasses import dataclass

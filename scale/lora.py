@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from common import UserError
+from common import UserError, write_json
 from model import Policy
-from scale.checkpoints import save_policy
-from scale.masters import MasterWeights
-from scale.runs import write_json
+from training.checkpoints import save_policy
+from training.weights import MasterWeights
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -1,7 +1,7 @@
 """One GPU trains all parameters: masters and AdamW's moments stand in host memory, and the CPU steps.
 
-    sft.py --offload                     12 bytes a parameter on the host; on the device 2, and 4 in an update
-    rl.py --offload --on_host reference  the reference's 2 on the host, too
+    sft.py --offload optimizer           12 bytes a parameter on the host; on the device 2, and 4 in an update
+    rl.py --offload optimizer reference  the reference's 2 on the host, too
 
 The compute weights stay on the device. Their gradients are added up there in float32, in buffers that there
 are from an update's first pass to its step, so never beside the cache of rollouts. The step takes group by
@@ -18,9 +18,12 @@ from itertools import groupby
 
 import torch
 
+from common import UserError
 from model import Policy
 from scale.devices import Copies, pin_memory
-from scale.masters import MasterWeights
+from scale.sharding import WeightFiles
+from training.checkpoints import find_checkpoint
+from training.weights import MasterWeights
 
 
 class OffloadedWeights(MasterWeights):
@@ -167,3 +170,18 @@ def stream_layers(layers, weights, places, copies):
 
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, number=number: before(number))
+
+
+def weight_files(name):
+    """A checkpoint's WeightFiles, or None where its weights are no safetensors files."""
+    try:
+        return WeightFiles(find_checkpoint(name))
+    except UserError:
+        return None
+
+
+def offload_weights(policy, name, config, with_reference):
+    """OffloadedWeights of a policy that was loaded from the checkpoint `name`."""
+    on_host = "reference" in config.offload
+    reference = reference_of(policy, on_host) if with_reference else None
+    return OffloadedWeights(policy, reference, weight_files(name))

@@ -22,12 +22,11 @@ from transformers import AutoConfig
 from common import UserError, read_text
 from rollout import RolloutConfig
 from scale import estimates as of
-from scale.checkpoints import EXPORT_BYTES, config_fault, load_env_config, loading, object_fault
 from scale.devices import gpu_here, host_here
-from sources.protocols import use_protocol
+from training.checkpoints import EXPORT_BYTES, config_fault, loading, object_fault
+from training.environment import run_environment
 
 GPUS_A_MACHINE = 8
-ON_HOST = "reference", "features"  # what --on_host may name
 RESERVE, RESERVE_SMALL = 3e9, 2e9  # CUDA's context, libraries' workspaces, gaps between tensors; up to 24 GB
 RESERVE_NCCL = 2e9  # ... and buffers of NCCL, of more than one process
 PROCESS = 4e9  # host memory of a process with PyTorch, CUDA's libraries and what videos are decoded in
@@ -273,22 +272,6 @@ def notes_of(run, cache):
 
 
 # ------------------------------------------------------------------------------------------------- the choice
-def check_places(config, processes):
-    """Raises UserError for settings of which each says otherwise where the weights are."""
-    shared, on_host = config.shard not in (None, "none"), getattr(config, "on_host", ())
-    if config.lora_rank and shared:
-        raise UserError("--lora_rank goes without --shard: each process has the whole base")
-    if config.offload and (processes > 1 or shared):
-        raise UserError("--offload is for one process that has all weights; "
-                        "of several each holds a part with --shard all")
-    if config.offload and config.lora_rank:
-        raise UserError("--offload goes without --lora_rank: adapters have small masters")
-    if unknown := set(on_host) - {*ON_HOST}:
-        raise UserError(f"--on_host must be some of {' '.join(ON_HOST)}, not {' '.join(sorted(unknown))}")
-    if "reference" in on_host and not config.offload:
-        raise UserError("--on_host reference goes with --offload")
-
-
 def options_of(name, config, processes):
     """Settings for what the flags leave open, what costs least first. With several processes each has all
     weights, or they are in shards, of a machine (where there are several) or of all; with one, masters and
@@ -420,7 +403,7 @@ def as_flags(changes):
 
 
 # ------------------------------------------------------------------------------------------------ the command
-def read_settings(name_or_path, config=None):
+def read_settings(name_or_path, config):
     """A model's configuration and settings of the environment, of a folder with config.json or a name on the
     hub, with the --protocol of `config`. Raises PolicyError and UserError."""
     path = Path(name_or_path)
@@ -434,16 +417,12 @@ def read_settings(name_or_path, config=None):
         model_config = AutoConfig.from_pretrained(name_or_path)
         if fault := config_fault(model_config.to_dict()):
             raise UserError(fault)
-        env_config = load_env_config(name_or_path)
-    if config and config.protocol:
-        env_config = use_protocol(env_config, config, name_or_path)
-    return model_config, env_config
+    return model_config, run_environment(name_or_path, config)
 
 
 def plan_main(name, config, model=None):
     """Prints what a run would choose, and the plan of the flags as they are given, and exits, with status 0 if
     that fits, else 1. `model`: without --model. Raises UserError."""
-    check_places(config, config.gpus)
     there = config.gpu_gb * 1e9 if config.gpu_gb else gpu_here()
     host = config.host_gb * 1e9 if config.host_gb else host_here()
     given = name, config, *read_settings(config.model or model, config), config.gpus, there, host

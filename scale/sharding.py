@@ -11,7 +11,8 @@ What has to be minded:
 - One root. All of the policy's pass from ids to log-probabilities is `Policy.forward`, which FSDP wraps. The
   embedding, the last norm and the head stay in the root's group: they are gathered once a pass, however many
   chunks the head takes, and a tied embedding and head stay one tensor.
-- A pass is a collective, so all processes must make as many: `passes` adds some of weight zero.
+- A pass is a collective, so all processes must make as many: `passes` adds batches without a trained token,
+  whose loss and gradients are 0.
 - The loss is divided by the tokens of all processes already: gradients are summed, never averaged.
 - The vision tower is frozen and small: each process has all of it, and features need no collective.
 - Rollouts make no collective: `gathered` fills a plain copy of the language model in the compute dtype, which
@@ -31,14 +32,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from common import UserError, choose_device, choose_dtype, read_text
-from model import Dialogue, load_policy, token_log_probs
-from scale.checkpoints import INDEX, find_checkpoint, loading, read_parts
-from scale.lora import LoRAWeights
-from scale.masters import MasterWeights, rows_of
-from scale.offload import OffloadedWeights, reference_of
+from common import UserError, choose_device, read_text
+from model import Dialogue
+from training.checkpoints import INDEX, find_checkpoint, load_policy, loading, read_parts
+from training.weights import MasterWeights, rows_of
 
-SHARDS = "none", "all", "node"  # what --shard may be
 # Names in published checkpoints, and what transformers' class calls them today.
 OLD_NAMES = (("visual.", "model.visual."), ("model.layers.", "model.language_model.layers."),
              ("model.embed_tokens.", "model.language_model.embed_tokens."),
@@ -67,14 +65,6 @@ class WeightFiles:
         """Rows `start` to `stop` of a tensor, in the file's dtype."""
         opened, name = self.place[name]
         return opened.get_slice(name)[start:stop]
-
-
-def weight_files(name):
-    """A checkpoint's WeightFiles, or None where its weights are no safetensors files."""
-    try:
-        return WeightFiles(find_checkpoint(name))
-    except UserError:
-        return None
 
 
 def today(name):
@@ -193,10 +183,8 @@ class ShardedWeights(MasterWeights):
         self.masters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.parameters, self.mesh = list(self.masters.values()), mesh
         self.whole = [p for name, p in player.named_parameters() if name in self.masters]
-        shortest = Dialogue()
-        shortest.add([policy.im_end])
-        shortest.add([policy.im_end], trained=True)
-        self.shortest = [[shortest]]  # two tokens, for a pass of weight zero
+        self.untrained = Dialogue()  # for passes that only take part: a token that nobody trains
+        self.untrained.add([policy.im_end])
 
     def describe(self):
         return f"{super().describe()}, in {shard_of(self.mesh)[1]} shards"
@@ -226,19 +214,12 @@ class ShardedWeights(MasterWeights):
             for whole in self.whole:
                 whole.untyped_storage().resize_(0)
 
-    def passes(self, batches, backward=True):
+    def passes(self, batches):
         most = torch.tensor(len(batches), device=self.policy.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         yield from batches
-        # the same collectives in the same order as in rl.update: policy, reference, backward
         for _ in range(int(most) - len(batches)):
-            with torch.set_grad_enabled(backward):
-                log_probs, _ = token_log_probs(self.policy, self.shortest)
-            if backward and self.reference is not None:
-                with torch.no_grad():
-                    token_log_probs(self.reference, self.shortest)
-            if backward:
-                (0.0 * log_probs.sum()).backward()
+            yield [[self.untrained]]
 
     def rows_to_save(self, tensor):
         rows, first = self.rows_to_load(tensor)
@@ -248,9 +229,9 @@ class ShardedWeights(MasterWeights):
         return tensor.detach().to_local(), rows_of(len(tensor), *shard_of(self.mesh))[0]
 
 
-def load_sharded(name, device, dtype, mesh, trained, config):
+def load_sharded(name, device, dtype, env_config, mesh, trained, config):
     """A policy in shards: trained, its masters in float32, or frozen in the compute dtype."""
-    policy = load_policy(name, device, dtype, config.system_prompt, read_empty)
+    policy = load_policy(name, device, dtype, env_config, read_empty)
     with loading(name):
         if trained:
             policy.language_model.float()
@@ -264,9 +245,9 @@ def load_sharded(name, device, dtype, mesh, trained, config):
     return policy
 
 
-def make_player(name, device, dtype, config, visual):
+def make_player(name, device, dtype, env_config, visual):
     """A plain policy without memory for its language model, and with the vision tower of another one."""
-    player = load_policy(name, device, dtype, config.system_prompt, read_empty)
+    player = load_policy(name, device, dtype, env_config, read_empty)
     player.hf.model.visual = visual
     for p in [*player.language_model.parameters(), *player.head.parameters()]:
         if p.is_meta:
@@ -277,28 +258,11 @@ def make_player(name, device, dtype, config, visual):
     return player
 
 
-def load_weights(name, config, device, with_reference=False):
-    """Loads a checkpoint for training: MasterWeights, or what the settings say, with the policy, and the
-    reference if it is asked for. Raises UserError."""
-    dtype, world = choose_dtype(config.dtype, device), int(os.environ.get("WORLD_SIZE", 1))
-    if config.lora_rank:
-        policy = load_policy(name, device, dtype, config.system_prompt)
-        if config.gradient_checkpointing:
-            policy.checkpoint_layers()
-        return LoRAWeights(policy, name, config, with_reference)
-    shard = config.shard or ("none" if world == 1 or dtype == torch.float32 else "all")
-    if shard == "none":
-        policy = load_policy(name, device, dtype, config.system_prompt).freeze_vision()
-        if config.gradient_checkpointing:
-            policy.checkpoint_layers()
-        if config.offload:
-            on_host = with_reference and "reference" in getattr(config, "on_host", ())
-            reference = reference_of(policy, on_host) if with_reference else None
-            return OffloadedWeights(policy, reference, weight_files(name))
-        return MasterWeights(policy, policy.frozen_copy() if with_reference else None)
+def load_shards(name, config, env_config, device, dtype, shard, with_reference):
+    """ShardedWeights of a checkpoint; shard: all or node. Raises UserError."""
     mesh = make_mesh(shard, device)
-    policy = load_sharded(name, device, dtype, mesh, True, config)
-    reference = load_sharded(name, device, dtype, mesh, False, config) if with_reference else None
+    policy = load_sharded(name, device, dtype, env_config, mesh, True, config)
+    reference = load_sharded(name, device, dtype, env_config, mesh, False, config) if with_reference else None
     if reference:
         reference.hf.model.visual = policy.visual  # frozen in both
-    return ShardedWeights(policy, make_player(name, device, dtype, config, policy.visual), reference, mesh)
+    return ShardedWeights(policy, make_player(name, device, dtype, env_config, policy.visual), reference, mesh)

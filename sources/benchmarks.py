@@ -30,12 +30,23 @@ from typing import Callable
 
 from tqdm import tqdm
 
-from common import UserError, write_jsonl
-from scale.runs import open_folder
+from common import UserError, open_folder, write_jsonl
 from sources.files import SUBTITLES, VIDEOS, FileIndex, read_annotations, relative_to_file
 from sources.images import place_images, save_image
-from sources.shapes import (check_segment, first_of, letter_at, read_answer, read_list, read_options,
-                            read_segments, seconds, split_options, unwrap, without_options)
+from sources.rows import question_error
+from sources.shapes import (
+    check_segment,
+    first_of,
+    letter_at,
+    read_answer,
+    read_list,
+    read_options,
+    read_segments,
+    seconds,
+    split_options,
+    unwrap,
+    without_options,
+)
 from sources.subtitles import read_subtitles
 from video import VideoError, open_video
 
@@ -259,13 +270,12 @@ def open_answer(given, meta):
 FAULTS = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError  # of a raw row
 
 
-def convert(name, annotations, videos, out, subtitles=None, check_videos=False, *, question_error):
+def convert(name, annotations, videos, out, subtitles=None, check_videos=False):
     """Writes the question file `out`, and beside it what was left out or lacks something; prints counts.
 
     Args:
         name: of FORMATS. annotations: files, or folders with files. videos, subtitles: folders.
         check_videos: open each video, and add its duration to meta where it has none.
-        question_error: says why a row cannot be used, see data_prep.py.
     Returns: (rows, [{"row", "reason", "details", "kept"}]). Raises UserError, also where no row comes out."""
     out, form = Path(out), FORMATS[name]
     if out.suffix != ".jsonl" or out.is_dir():

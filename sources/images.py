@@ -4,11 +4,7 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from sources.files import relative_to_file
-from video import Frame, VideoError, scale
 
 MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
 SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
@@ -29,16 +25,6 @@ def place_images(question, images):
     if lacking := [number for number in marks if number not in images]:
         raise ValueError("an image of the question is missing", f"<image {lacking[0]}>")
     return MARK.sub("<image>", question), [images[number] for number in marks], []
-
-
-def read_image(path, min_pixels, max_pixels, unit):
-    """An image file as a Frame of the sizes that frames have. Raises VideoError."""
-    try:
-        with Image.open(path) as image:
-            image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: not an image that is read ({error})") from None
-    return Frame(0.0, scale(image, (1.0, 1.0), min_pixels, max_pixels, unit))
 
 
 def save_image(image, annotations, out, name):

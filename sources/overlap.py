@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from common import read_rows
-from scale.runs import hash_file
-from sources.answers import normalise
+from grading import normalise
+from sources.rows import question_error
+from training.run_folder import hash_file
 
 
 def question_of(row):
@@ -19,7 +20,7 @@ def question_of(row):
     return row["question"] if isinstance(row.get("question"), dict) else row
 
 
-def read_any(path, question_error):
+def read_any(path):
     """(questions, rows) of a file of questions or of trajectories; rows that cannot be used are left out and
     counted, as they may hold a video all the same. Raises UserError."""
     rows, bad = read_rows(path, 1.0, lambda row: question_error(question_of(row)))
@@ -28,9 +29,9 @@ def read_any(path, question_error):
     return [question_of(row) for row in rows], rows
 
 
-def overlap(first, second, question_error):
+def overlap(first, second):
     """{what is the same: [(of the first file, of the second)]}, and prints counts with the first ones."""
-    sides = [(Path(path).parent, read_any(path, question_error)[0]) for path in (first, second)]
+    sides = [(Path(path).parent, read_any(path)[0]) for path in (first, second)]
     found = {
         "the same video by content": same_content(*[{root / q["video"] for q in questions}
                                                     for root, questions in sides]),

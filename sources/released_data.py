@@ -21,7 +21,8 @@ from PIL import Image
 
 from common import UserError, check_bad, read_text
 from model import encode
-from sources.protocols.released import resized
+from protocols.released import resized
+from sources.rows import question_error
 from sources.shapes import read_answer, split_options
 from video import Frame, VideoError
 from zoom_env import Message, ZoomEnv
@@ -62,7 +63,7 @@ def convert(path, rows, max_bad, read, check):
 
 
 # --------------------------------------------------------------------------------------------------------- RL
-def read_released_questions(path, max_bad, question_error):
+def read_released_questions(path, max_bad):
     """Question rows of an RL set, their videos relative to the file's folder, and [(row, reason)] of those left
     out. Raises UserError."""
     path = Path(path)

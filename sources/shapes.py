@@ -13,7 +13,7 @@ import json
 import math
 import re
 
-from sources.answers import LETTERS, normalise, option_texts
+from grading import LETTERS, normalise, option_texts
 
 MARK = r"[(\[（【]?([A-Z])[.)\]:、．）：】]"  # of an option: (A), A), A., A：
 MARKED_LINE = re.compile(rf"\s*{MARK}(?![A-Z]\.)\s*(.*)")

@@ -12,15 +12,19 @@ from statistics import mean, median
 from tqdm import tqdm
 
 from common import read_rows
-from scale.tables import kind_of, text_table
-from sources.answers import LETTERS
+from grading import LETTERS
+from model import encode, replay
+from protocols import make_env
 from sources.overlap import question_of
+from sources.rows import question_error, trajectory_error
+from training.checkpoints import load_policy
+from training.tables import kind_of, text_table
 from video import VideoError, open_video
 
 SPREAD = {name: "{" + name + ":.1f}" for name in ("least", "median", "mean", "most")}
 
 
-def stats(path, model=None, *, question_error, trajectory_error):
+def stats(path, model=None):
     """Prints the tables and returns them as {name: a dict, or a list of dicts}. Raises UserError.
 
     model: a checkpoint, for token lengths: of the whole dialogue of a trajectory, of the prompt of a
@@ -95,16 +99,13 @@ def seconds_of(questions, durations):
 
 def token_lengths(model, rows, root, is_trajectory):
     """The spread of tokens, {"name", "n", ...}: of a trajectory's dialogue, or of a question's prompt."""
-    from model import encode, load_policy, replay  # which few need here
-    from zoom_env import protocol_of
-
     policy, lengths = load_policy(model), []
     for row in tqdm(rows, desc="tokens", unit="row", dynamic_ncols=True):
         try:
             if is_trajectory(row):
                 lengths.append(len(replay(policy, row, root)[0].ids))
             else:
-                env = protocol_of(policy.env_config)(row, policy.env_config, root)
+                env = make_env(row, policy.env_config, root)
                 lengths.append(len(encode(policy, env.reset()).ids))
         except (VideoError, ValueError):  # without its video, or not as the environment would have it
             continue

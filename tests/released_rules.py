@@ -1,4 +1,4 @@
-"""The released code's rules as plain code of our own: what sources/protocols/released.py must equal. Written from the public
+"""The released code's rules as plain code of our own: what protocols/released.py must equal. Written from the public
 repository zsgvivo/VideoZoomer, and held once against its own functions (README). Sentences are given as `texts`."""
 
 import json

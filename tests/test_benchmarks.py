@@ -16,14 +16,14 @@ import pytest
 import data_prep
 import eval as evaluation
 from common import UserError, write_jsonl
-from data_prep import question_error, trajectory_error
+from sources.rows import question_error, trajectory_error
 from demo.synthetic import write_video
-from sources.answers import grade
+from grading import grade
 from sources.benchmarks import FORMATS, convert, open_answer
 from sources.files import VIDEOS, FileIndex, read_annotations
 from sources.images import place_images
 from sources.overlap import overlap
-from sources.overview import use_overview
+from training.environment import use_overview
 from sources.shapes import read_answer, read_options, read_segments, split_options
 from sources.stats import stats
 from sources.subtitles import read_subtitles

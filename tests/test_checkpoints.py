@@ -17,10 +17,11 @@ from tiny import random_policy
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from common import UserError
-from model import Policy, PolicyError, Sampled, encode, load_policy
+from model import Policy, PolicyError, Sampled, encode
+from training.checkpoints import load_policy
 from rollout import Episode
-from scale import checkpoints
-from scale.checkpoints import INDEX, save_policy
+from training import checkpoints
+from training.checkpoints import INDEX, save_policy
 from zoom_env import Message
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ SAVE_FOREVER = """
 import os, sys, torch
 sys.path[:0] = sys.argv[1:3]
 from test_checkpoints import fill, small_policy
-from scale.checkpoints import save_policy
+from training.checkpoints import save_policy
 for folder in sys.argv[3:]:
     if child := os.fork():
         os.waitpid(child, 0)
@@ -230,7 +231,7 @@ def test_only_stopping_the_program_escapes(folder, monkeypatch):
                         (KeyboardInterrupt(), KeyboardInterrupt)):
         def fail(*args, error=error, **kwargs):
             raise error
-        monkeypatch.setattr("scale.checkpoints.AutoTokenizer.from_pretrained", fail)
+        monkeypatch.setattr("training.checkpoints.AutoTokenizer.from_pretrained", fail)
         with pytest.raises(seen):
             load_policy(folder)
 
@@ -355,8 +356,8 @@ def test_every_step_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, b
 
         with monkeypatch.context() as patch:
             patch.setattr("os.replace", step(os.replace))
-            patch.setattr("scale.checkpoints.Path.unlink", step(Path.unlink))
-            patch.setattr("scale.checkpoints.shutil.rmtree", lambda *args, **kwargs: None)
+            patch.setattr("training.checkpoints.Path.unlink", step(Path.unlink))
+            patch.setattr("training.checkpoints.shutil.rmtree", lambda *args, **kwargs: None)
             try:
                 save_policy(new, folder)
                 done = True

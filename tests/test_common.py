@@ -16,7 +16,7 @@ import rl
 import sft
 from common import (RunConfig, UserError, choose_device, choose_dtype, field_comments, gather, parse_flags,
                     read_rows, run_main, sum_over_processes, write_jsonl)
-from scale.masters import sync_gradients
+from training.weights import sync_gradients
 
 ROOT = Path(common.__file__).parent
 
@@ -174,7 +174,7 @@ import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from common import gather, run_main, start_processes, sum_over_processes
-from scale.masters import sync_gradients
+from training.weights import sync_gradients
 
 rank, world, device = start_processes("cpu")
 w, b = (torch.nn.Parameter(torch.tensor(x)) for x in ([[1.0, 2.0], [3.0, 4.0]], [0.5]))

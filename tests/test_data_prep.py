@@ -10,8 +10,9 @@ import pytest
 
 import data_prep
 from common import UserError
-from data_prep import question_error, read_questions, read_trajectories, trajectory_error
-from sources.overview import use_overview
+from sources.read import read_questions, read_trajectories
+from sources.rows import question_error, trajectory_error
+from training.environment import use_overview
 from zoom_env import EnvConfig
 
 ROOT = Path(data_prep.__file__).parent

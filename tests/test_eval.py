@@ -18,9 +18,9 @@ import eval as evaluation
 from demo import synthetic
 from model import encode
 from rollout import Episode
-from scale import tables
-from scale import ask
-from scale.checkpoints import save_policy
+from training import tables
+from training import ask
+from training.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ import eval as evaluation
 import rl
 import sft
 from demo import synthetic
-from scale.checkpoints import save_policy
+from training.checkpoints import save_policy
 
 SCRIPTS = {"sft": sft, "rl": rl, "eval": evaluation}
 WRONG_WORDS = {"device": ["gpu", "cuda:x", "meta"], "dtype": ["float16", "x"], "mode": ["x"], "resume": ["x", "always"],

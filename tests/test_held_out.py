@@ -15,7 +15,7 @@ import rollout as rollouts
 from common import start_processes
 from generation import KVCache
 from rollout import RolloutConfig, play, rollout
-from scale.held_out import held_out
+from training.held_out import held_out
 from zoom_env import ZoomEnv
 
 CPU, CONFIG = torch.device("cpu"), RolloutConfig(temperature=1.0, max_turn_tokens=24)

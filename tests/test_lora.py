@@ -7,7 +7,8 @@ from tiny import make_place
 
 import rl
 from common import UserError
-from model import load_policy, token_log_probs
+from model import token_log_probs
+from training.checkpoints import load_policy
 from scale.lora import LoRALinear, add_adapters, without_adapters
 from scale.sharding import load_weights
 

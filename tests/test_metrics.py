@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common import UserError
-from scale.metrics import Metrics
+from training.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

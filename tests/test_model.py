@@ -6,11 +6,12 @@ import torch
 from tiny import plain_log_probs, random_policy
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from model import (Dialogue, PolicyError, encode, fill_features, frame_features, load_policy, replay,
-                   split_by_tokens, token_log_probs)
+from model import (Dialogue, PolicyError, encode, fill_features, frame_features, replay, split_by_tokens,
+                   token_log_probs)
+from training.checkpoints import load_policy
 from rollout import RolloutConfig, rollout
-from scale.checkpoints import save_policy
-from scale.masters import MasterWeights
+from training.checkpoints import save_policy
+from training.weights import MasterWeights
 from video import Frame
 from zoom_env import Message, ZoomEnv
 

@@ -14,13 +14,15 @@ from tiny import random_policy, tied_and_untied
 
 import rl
 from common import UserError
-from model import load_policy, token_log_probs
+from model import token_log_probs
+from training.checkpoints import load_policy
 from scale import offload
-from scale.checkpoints import run_folders, save_policy
-from scale.masters import MasterWeights
+from training.checkpoints import save_policy
+from training.run_checkpoints import run_folders
+from training.weights import MasterWeights
 from scale.offload import OffloadedWeights, reference_of
 from scale.sharding import WeightFiles, load_weights
-from scale.training import TrainingRun
+from training.run import TrainingRun
 
 CPU = torch.device("cpu")
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

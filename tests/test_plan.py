@@ -50,7 +50,7 @@ def test_the_public_models_have_the_sizes_of_their_cards():
     (rl, SEVEN, {"shard": "none", "lora_rank": 64, "lora_targets": ["q_proj", "down_proj"]}, 1, 4096)],
     ids=lambda value: getattr(value, "__name__", getattr(value, "name", str(value))))
 def test_an_update_holds_what_the_plan_says(stage, model, flags, gpus, tokens):
-    """Three layers of the true widths; tests/bench_plan.py has all of them."""
+    """Three layers of the true widths; bench/bench_plan.py has all of them."""
     found = compare(model.name, stage.Config(**flags), gpus, tokens, layers=3)
     passing = [found.pop(what) for what in ("gathered", "activations") if what in found]
     for what, (planned, seen) in found.items():

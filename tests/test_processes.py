@@ -17,9 +17,9 @@ import eval as evaluation
 import rl
 import sft
 from demo import synthetic
-from scale.checkpoints import save_policy
-from scale.masters import sync_gradients
-from scale.runs import move_aside
+from training.checkpoints import save_policy
+from training.weights import sync_gradients
+from training.run_folder import move_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}

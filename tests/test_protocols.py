@@ -24,10 +24,10 @@ from tiny import random_policy, restless
 from common import RunConfig, UserError
 from model import encode, replay
 from rollout import Engine, RolloutConfig, play
-from scale.checkpoints import load_env_config, save_policy
-from sources.protocols import PROTOCOLS, check_protocol, read_protocol, use_protocol
-from sources.protocols.official import read_official
-from sources.protocols.released import Released
+from training.checkpoints import load_env_config, save_policy
+from protocols import PROTOCOLS, check_protocol, read_protocol, use_protocol
+from sources.official import read_official
+from protocols.released import Released
 from video import VideoError, open_video
 from zoom_env import EnvConfig, Message, ZoomEnv
 
@@ -394,7 +394,7 @@ def test_a_name_on_the_hub_has_its_settings_fetched(policy, tmp_path):
     (folder / "refs").mkdir(parents=True)
     (folder / "refs/main").write_text("0" * 40)
     save_policy(policy, folder / "snapshots" / ("0" * 40))
-    ask = "from scale.checkpoints import find_env_config, load_env_config as load; print(load('some/policy').protocol, find_env_config('some/other'))"
+    ask = "from training.checkpoints import find_env_config, load_env_config as load; print(load('some/policy').protocol, find_env_config('some/other'))"
     run = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, cwd=ROOT,
                          env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert run.stdout.split() == ["released", "None"], run.stderr

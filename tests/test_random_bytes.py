@@ -10,11 +10,12 @@ import pytest
 from tiny import random_policy
 
 from common import UserError
-from data_prep import read_questions, read_trajectories
+from sources.read import read_questions, read_trajectories
 from demo import synthetic
-from model import load_policy, replay
-from scale.checkpoints import save_policy
-from sources.overview import use_overview
+from model import replay
+from training.checkpoints import load_policy
+from training.checkpoints import save_policy
+from training.environment import use_overview
 from video import VideoError, open_video
 from zoom_env import EnvConfig
 

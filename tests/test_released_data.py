@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVide
 
 import sft
 from common import UserError
-from data_prep import read_questions, read_trajectories
+from sources.read import read_questions, read_trajectories
 from sources.released_data import encode_stored
 from zoom_env import EnvConfig, ZoomEnv
 

@@ -18,12 +18,13 @@ from tiny import random_policy as make_policy
 import rl
 from common import UserError, start_processes
 from demo import synthetic
-from model import Dialogue, Sampled, encode, fill_features, load_policy, token_log_probs
+from model import Dialogue, Sampled, encode, fill_features, token_log_probs
+from training.checkpoints import load_policy
 from rollout import Episode
-from scale.checkpoints import save_policy
-from scale.gap import Gap
-from scale.masters import MasterWeights
-from scale.metrics import show_step
+from training.checkpoints import save_policy
+from training.mismatch import Gap
+from training.weights import MasterWeights
+from training.metrics import show_step
 from zoom_env import Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ import generation
 from generation import KVCache, decode_hidden, sample
 from model import Policy, token_log_probs
 from rollout import Engine, RolloutConfig, play, rollout
-from scale.first_day import check_decoder
+from training.decoder_check import check_decoder
 from video import Video
 from zoom_env import ZoomEnv
 

@@ -15,10 +15,10 @@ from tiny import random_policy as make_policy
 import sft
 from common import field_comments, start_processes
 from demo import synthetic
-from model import load_policy
-from scale.checkpoints import save_policy
-from scale.masters import MasterWeights
-from scale.training import TrainingRun
+from training.checkpoints import load_policy
+from training.checkpoints import save_policy
+from training.weights import MasterWeights
+from training.run import TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent
 

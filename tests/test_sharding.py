@@ -25,9 +25,10 @@ import model as model_module
 import rl
 from common import start_processes
 from demo.synthetic import synthetic
-from model import load_policy, token_log_probs
-from scale.checkpoints import save_policy
-from scale.masters import rows_of
+from model import token_log_probs
+from training.checkpoints import load_policy
+from training.checkpoints import save_policy
+from training.weights import rows_of
 from scale.sharding import load_sharded, load_weights, make_mesh
 
 ROOT = Path(__file__).resolve().parent.parent

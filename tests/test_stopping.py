@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scale.stopping import Stopping
+from training.stopping import Stopping
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = signal.getsignal(signal.SIGTERM)  # before any test
@@ -18,7 +18,7 @@ BEGIN = f"""
 import os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 from concurrent.futures import ThreadPoolExecutor
-from scale.stopping import Stopping
+from training.stopping import Stopping
 say = lambda *words: print(*words, flush=True)
 """
 JOIN = BEGIN + """

@@ -7,11 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_prep import question_error
+from sources.rows import question_error
 from common import UserError
 from demo import synthetic
 from demo.tiny_base import TINY_BASE
-from model import load_policy, replay
+from model import replay
+from training.checkpoints import load_policy
 from video import Video
 from zoom_env import ZoomEnv
 

@@ -11,8 +11,8 @@ from tiny import random_policy
 
 import eval as evaluation
 from demo.synthetic import synthetic
-from scale import tables
-from scale.checkpoints import save_policy
+from training import environment, tables
+from training.checkpoints import save_policy
 from zoom_env import EnvConfig
 
 TINY = Path(__file__).resolve().parent.parent / "demo" / "tiny_base"
@@ -142,7 +142,7 @@ def test_columns_stand_where_they_say_something():
 
 
 def test_a_protocol_is_named_and_a_prompt_known_by_its_hash():
-    plain, other = EnvConfig(), EnvConfig(system_prompt="Look.", overview_fps=tables.ANY_FPS)
+    plain, other = EnvConfig(), EnvConfig(system_prompt="Look.", overview_fps=environment.ANY_FPS)
     assert tables.environment(plain)["protocol"] == "videozoomer" and tables.environment(plain)["overview_fps"] == 0.5
     assert tables.environment(other)["overview_fps"] is None  # a number of frames, whatever the length
     assert tables.environment(plain)["system_prompt_sha256"] != tables.environment(other)["system_prompt_sha256"]

@@ -9,7 +9,7 @@ import torch
 from demo.synthetic import COLOURS, GREY, PALETTE, SHAPES, TINY_ENV
 from demo.tiny_base import (CURRICULUM, QWEN_SPECIAL, TINY_BASE, Lessons, lesson_log_probs, make_frame_bank,
                             make_tiny_model, make_tokenizer, pretrain)
-from model import load_policy
+from training.checkpoints import load_policy
 from video import Frame
 
 SKILLS = ("repeat", "letter", "caption", "scenes", "where", "whole", "clip", "visit")

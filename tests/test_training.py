@@ -18,10 +18,11 @@ from tiny import random_policy
 import rl
 from common import start_processes
 from demo.synthetic import synthetic
-from model import load_policy
-from scale.checkpoints import run_folders, save_policy
+from training.checkpoints import load_policy
+from training.checkpoints import save_policy
+from training.run_checkpoints import run_folders
 from scale.sharding import load_weights
-from scale.training import TrainingRun
+from training.run import TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = {"seconds", "seconds_rollout", "seconds_update", "seconds_data", "seconds_save", "seconds_idle", "seconds_gather"}
@@ -228,7 +229,7 @@ def test_nothing_is_unpickled_when_a_run_goes_on(place, tmp_path, monkeypatch):
     script.write_text(
         "import pickle, runpy, sys, torch\n"
         f"sys.path[:0] = [{str(ROOT)!r}]; sys.argv[0] = {str(ROOT / 'sft.py')!r}\n"
-        "import sft, scale.checkpoints as c\n"
+        "import sft, training.checkpoints as c\n"
         "read = c.SavedRun.read_into\n"
         "def guarded(*args):\n"
         "    def no(*a, **k): raise AssertionError('unpickled')\n"

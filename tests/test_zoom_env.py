@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zoom_env
-from data_prep import question_error
+from sources.rows import question_error
 from tiny import random_policy
 from model import replay
 from test_video import BAD_FILES, FILES, decode_all, on_screen, write_video

@@ -5,7 +5,7 @@ import torch
 
 from demo.synthetic import TINY_PROMPT, synthetic
 from demo.tiny_base import make_tiny_model, make_tokenizer
-from scale.checkpoints import save_policy
+from training.checkpoints import save_policy
 from zoom_env import ZoomEnv
 
 

@@ -1,0 +1,22 @@
+"""Reads a file of questions or of trajectories, in our format or as the paper's data sets were released."""
+
+from pathlib import Path
+
+from common import read_rows
+from sources.released_data import SUFFIXES, read_released_messages, read_released_questions
+from sources.rows import question_error, trajectory_error
+
+
+def read_questions(path, max_bad):
+    """The question rows of a .jsonl file, or of a released data set (sources/released_data.py), and [(line,
+    reason)] of those left out. Raises UserError."""
+    if Path(path).suffix in SUFFIXES:
+        return read_released_questions(path, max_bad)
+    return read_rows(path, max_bad, question_error)
+
+
+def read_trajectories(path, max_bad):
+    """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises UserError."""
+    if Path(path).suffix in SUFFIXES:
+        return read_released_messages(path, max_bad)
+    return read_rows(path, max_bad, trajectory_error)

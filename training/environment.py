@@ -1,0 +1,172 @@
+"""Which environment a run plays: what its checkpoint was trained with, changed by the run's flags.
+
+A checkpoint's zoom_config.json holds its EnvConfig: the protocol with its words, frames, pixels, zooms. One
+function, `run_environment`, decides for sft.py, rl.py and eval.py alike what a run plays; one without that
+file is taken for the paper's.
+
+    flag                           what it changes
+    --protocol                     the rules and words; frames and pixels stay where the protocol names none
+    --system_prompt                the system prompt
+    --overview, --num_frames       how the first look chooses its frames, and how many it takes
+    --max_zooms                    how many zooms an episode has; 0: no tool
+    --max_turn_tokens              tokens after which an assistant turn is cut off
+    --accuracy_weight, ... (RL)    the weights of the reward's parts
+"""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from common import UserError, check_bad, first_line, read_text, warn
+from protocols import PROTOCOLS, check_protocol, protocol_of
+from zoom_env import EnvConfig, RewardWeights
+
+ANY_FPS = 1e6  # overview_fps with which an overview always has overview_max_frames
+
+
+# ------------------------------------------------------------------------------------ of a checkpoint
+def find_env_config(name_or_path):
+    """The path of a checkpoint's zoom_config.json, fetched where it is a name on the hub, or None. Raises
+    UserError where there is no such folder."""
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.is_dir():
+        return path / "zoom_config.json" if (path / "zoom_config.json").is_file() else None
+    if path.exists() or name.startswith((".", "/", "~", "runs/")) or "/" not in name:
+        raise UserError(f"cannot load {name}: there is no checkpoint folder of that name")
+    found = cached_file(str(name_or_path), "zoom_config.json", _raise_exceptions_for_missing_entries=False,
+                        _raise_exceptions_for_connection_errors=False)
+    return found and Path(found)
+
+
+def load_env_config(name_or_path):
+    """The environment settings of a checkpoint, else the paper's. Raises UserError."""
+    path = find_env_config(name_or_path)
+    if not path:
+        return EnvConfig()
+    try:
+        settings = json.loads(read_text(path))
+        for f in fields(EnvConfig):
+            value = settings.get(f.name, getattr(EnvConfig(), f.name))
+            fits = isinstance(value, (int, float) if f.type is float else f.type)
+            if not fits or isinstance(value, bool) or value in (float("inf"), -float("inf")):
+                raise ValueError(f"{f.name} must be a finite {f.type.__name__}, not {value!r}"[:200])
+        env_config = EnvConfig(**settings)
+        check_protocol(env_config)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: {first_line(error)}; correct it or remove it") from None
+    return env_config
+
+
+# ------------------------------------------------------------------------------------------ of a run
+def run_environment(model, config):
+    """The EnvConfig that a run plays.
+
+    Args:
+        model: the checkpoint's folder or name.
+        config: the run's settings, a RunConfig; in RL with the weights of RewardWeights.
+    Raises UserError."""
+    env_config = load_env_config(model)
+    protocol = config.protocol
+    if protocol is None and find_env_config(model) is None:
+        protocol = "direct" if config.max_zooms == 0 else "videozoomer"
+        warn(f"{model} has no zoom_config.json, so it is played by the protocol {protocol}; "
+             "--protocol takes another")
+    if protocol is not None:
+        env_config = with_protocol(env_config, protocol)
+    changes = {field.name: getattr(config, field.name) for field in fields(RewardWeights)
+               if hasattr(config, field.name)}
+    if config.system_prompt is not None:
+        changes["system_prompt"] = read_text(config.system_prompt).strip()
+    if config.overview is not None and not chosen_by_file(config):
+        changes["overview"] = config.overview
+    if config.num_frames is not None:
+        changes |= {"overview_max_frames": config.num_frames, "overview_fps": ANY_FPS}
+    if config.max_zooms is not None:
+        changes["max_zooms"] = config.max_zooms
+    if getattr(config, "max_turn_tokens", None) is not None:
+        changes["max_turn_tokens"] = config.max_turn_tokens
+    try:
+        return replace(env_config, **changes)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def with_protocol(env_config, protocol):
+    """An EnvConfig under another protocol, a name or a .json file. Frames and pixels stay where the protocol
+    names none. Raises UserError."""
+    changes = read_protocol(protocol)
+    if changes["protocol"] != env_config.protocol:
+        # what the protocol before named is the paper's again
+        before = ("system_prompt", "texts", *protocol_of(env_config).settings)
+        plain = {name: getattr(EnvConfig(), name) for name in before}
+        changes = plain | PROTOCOLS[changes["protocol"]].settings | changes
+    try:
+        env_config = replace(env_config, **changes)
+        check_protocol(env_config)
+    except ValueError as error:
+        raise UserError(f"--protocol {protocol}: {error} give the file that data_prep.py protocol writes") from None
+    return env_config
+
+
+def read_protocol(protocol):
+    """What a name or a file of --protocol says: {"protocol"}, of a file also "system_prompt" and "texts".
+    Raises UserError."""
+    said = {"protocol": protocol}
+    if str(protocol).endswith(".json"):
+        said = read_protocol_file(protocol)
+    if said["protocol"] not in PROTOCOLS:
+        raise UserError(f"--protocol must be one of {', '.join(PROTOCOLS)} or a .json file, not {protocol}")
+    return said
+
+
+def read_protocol_file(path):
+    try:
+        file = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read --protocol {path}: {error}") from None
+    known = {"protocol": str, "system_prompt": str, "texts": dict, "source": str}
+    fits = isinstance(file, dict) and "protocol" in file and set(file) <= set(known)
+    fits = fits and all(isinstance(value, known[name]) for name, value in file.items())
+    if not (fits and all(isinstance(text, str) for text in file.get("texts", {}).values())):
+        raise UserError(f"--protocol {path} must be an object with protocol, system_prompt and texts")
+    file.pop("source", None)
+    return file
+
+
+# ------------------------------------------------------------------------- frames of another selector
+def chosen_by_file(config):
+    """Whether --overview names a file of chosen frames."""
+    return (config.overview or "").endswith(".json")
+
+
+def with_chosen_frames(questions, config):
+    """Gives questions the frames that another selector chose, where --overview names a file of them.
+
+    Such a file is a list of {"video_name", "question", "frame_idx"} (TSPO's format). A row belongs to the
+    question with the same file name and the same first line, which gets it as overview_frames.
+    Returns ({number in `questions`: the question}, [(id, reason)] of those without frames). Raises UserError,
+    also when more than the share --max_bad has none."""
+    if config.overview is not None and not all("video" in question for question in questions):
+        raise UserError("--overview chooses frames of videos; these rows hold image files")
+    if not chosen_by_file(config):
+        return dict(enumerate(questions)), []
+
+    def key(video, question):
+        return Path(video).name, question.strip().splitlines()[0].strip()
+
+    try:
+        chosen = {key(row["video_name"], row["question"]): [float(n) for n in row["frame_idx"]]
+                  for row in json.loads(read_text(config.overview)) if row.get("frame_idx")}
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"cannot read --overview {config.overview}: {first_line(error)}") from None
+    known, bad = {}, []
+    for number, question in enumerate(questions):
+        frames = chosen.get(key(question["video"], question["question"]))
+        if frames:
+            known[number] = question | {"overview_frames": frames}
+        else:
+            bad.append((question["id"], "no frames chosen for it"))
+    check_bad(bad, len(questions), config.max_bad, config.overview)
+    return known, bad

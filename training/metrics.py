@@ -1,0 +1,234 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and a bar with the time left.
+
+    metrics = Metrics(out, total_steps, "rl", config.tensorboard, config.wandb, done, rank)
+    metrics.write({"step": 1, "loss": 0.5, ...})        once a step
+    metrics.print("...")                                a line above the bar
+    metrics.close()
+
+A run that goes on after step N calls `Metrics.cut(out, N)` first and gives N as `done`: then each step stands
+once in all three. TensorBoard hides what was made again. Weights & Biases gets the steps that it lacks; what
+its server has already cannot be taken back and stays. A run offline loses what was not on the disk when it
+was killed, so its folder is made anew, of metrics.jsonl, and the old one renamed (replaced-...): only the
+numbers of the machine in it (GPU, memory) are lost to the curves.
+"""
+
+import importlib
+import json
+import math
+import os
+import secrets
+import sys
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import UserError, sum_over_processes, write_json
+from zoom_env import REWARD_PARTS
+
+SHOW_EVERY = 5  # steps between printed episodes
+FILES = r"metrics\.jsonl|tensorboard|wandb|wandb_run\.json"  # that it writes
+
+
+class Metrics:
+    """Writes a run's numbers; does nothing but on the first process.
+
+    Args:
+        out: the run's folder: metrics.jsonl, tensorboard/, wandb/ and wandb_run.json are in it.
+        total_steps: of the whole run.
+        name: of the bar, and of the run in Weights & Biases.
+        tensorboard: whether to write for TensorBoard, too.
+        wandb: project in Weights & Biases, or None. WANDB_MODE=offline writes into `out` alone.
+        done: steps that are there already.
+    Raises UserError where a package is missing or Weights & Biases refuses."""
+
+    def __init__(self, out, total_steps, name, tensorboard=False, wandb=None, done=0, rank=0):
+        self.out, self.rank, self.board, self.run = Path(out), rank, None, None
+        if rank == 0:
+            check_installed(tensorboard, wandb)
+        if rank == 0 and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            # later steps of before, which a run that goes on makes again, are not shown
+            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=done + 1)
+        if rank == 0 and wandb is not None:
+            self.run = begin_wandb(self.out, wandb, name, done)
+            for earlier in read_steps(self.out, done):
+                self._log(earlier)
+        self.bar = tqdm(total=total_steps, initial=done, desc=name, unit="step", dynamic_ncols=True,
+                        disable=rank > 0)
+
+    def write(self, metrics):
+        """The numbers of a step: a dict with "step". What is no number goes to metrics.jsonl alone, as null
+        if it is nan."""
+        if self.rank > 0:
+            return
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({key: finite(value) for key, value in metrics.items()}) + "\n")
+        step, numbers = metrics["step"], numbers_of(metrics)
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+            self.board.flush()
+        if self.run:
+            self._log(metrics)
+        shown = {key: f"{numbers[key]:.4f}" for key in ("loss", "reward") if key in numbers}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def _log(self, metrics):
+        """To Weights & Biases, which has the steps before its starting_step already."""
+        if metrics["step"] >= self.run.starting_step:
+            self.run.log(numbers_of(metrics), step=metrics["step"])
+
+    def print(self, text):
+        """A line, or several, above the bar; of the first process."""
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def close(self):
+        """The run has ended."""
+        self.bar.close()
+        if self.board:
+            self.board.close()
+        if self.run:
+            self.run.finish()
+
+    @staticmethod
+    def cut(out, step):
+        """Takes the lines after `step` out of metrics.jsonl, and one that a kill has cut. All other bytes
+        stay; the file is never seen half written."""
+        path = Path(out) / "metrics.jsonl"
+        if path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(b"".join(line for line in read_lines(out) if line_step(line) <= step))
+            os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+def numbers_of(metrics):
+    """What can be drawn."""
+    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+
+
+def finite(value):
+    """None in place of nan and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(out):
+    return (Path(out) / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def line_step(line):
+    """The step of a line of metrics.jsonl; infinity where it is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, TypeError, KeyError):  # after a power cut
+        return float("inf")
+
+
+def read_steps(out, done):
+    """The metrics of the first `done` steps."""
+    return [json.loads(line) for line in read_lines(out) if line_step(line) <= done] if done else []
+
+
+def check_installed(tensorboard, wandb):
+    """Raises UserError where a package that a flag needs is missing."""
+    for package, module, wanted in (("tensorboard", "torch.utils.tensorboard", tensorboard),
+                                    ("wandb", "wandb.sdk", wandb is not None)):
+        try:
+            if wanted:
+                importlib.import_module(module)
+        except ImportError:
+            raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
+
+
+def begin_wandb(out, project, name, done):
+    """Begins a run in Weights & Biases, or goes on with the one of wandb_run.json where `done` is above 0.
+    Raises UserError."""
+    import wandb
+    try:
+        run_id = json.loads((out / "wandb_run.json").read_text(encoding="utf-8"))["id"] if done else None
+    except (OSError, ValueError, LookupError, TypeError):  # none yet: the flag is new
+        run_id = None
+    run_id = run_id or secrets.token_hex(4)
+    write_json(out / "wandb_run.json", {"id": run_id})
+    for folder in (out / "wandb").glob(f"offline-run-*-{run_id}"):
+        folder.rename(folder.with_name(f"replaced-{folder.name}"))
+    try:
+        return wandb.init(project=project, name=name, id=run_id, resume="allow" if done else None,
+                          dir=str(out), settings=wandb.Settings(console="off"))
+    except Exception as error:  # of many types: no key, no network, a name that it refuses
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--wandb {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
+
+
+# -------------------------------------------------------------------------------- what rl.py says of a step
+def episode_metrics(episodes, num_kept, group_size, device):
+    """Means over the episodes of all processes."""
+    keys = ("reward", *REWARD_PARTS, "zooms", "invalid", "turns", "truncated", "frames", "response_tokens",
+            "sampled_tokens")  # the same on all processes, in the same order
+    sums = Counter(dict.fromkeys(keys, 0), episodes=len(episodes), groups_kept=num_kept)
+    for e in episodes:
+        sums.update(e.env.rewards)
+        sums.update(zooms=e.env.num_calls(), invalid=e.env.num_invalid(), turns=len(e.env.turns),
+                    truncated=e.truncated, frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
+                    response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
+    total = sum_over_processes(sums, device)
+    count = max(1.0, total.pop("episodes"))
+    groups, invalid = total.pop("groups_kept"), total.pop("invalid")
+    return {k: v / count for k, v in total.items()} | {
+        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - groups * group_size / count,
+        "groups": groups, "episodes": count}
+
+
+PER_TOKEN = "loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy"
+
+
+class UpdateMetrics:
+    """What rl.py's update reports: means over trained tokens, over all processes; updates: optimizer steps."""
+
+    def __init__(self, device):
+        self.device, self.updates, self.bad_steps, self.norm_sum, self.tokens = device, 0, 0, 0.0, 0
+        self.sums, self.totals = Counter(), Counter()  # of this process since the last update, of all of them
+
+    def add_pass(self, sums):
+        """Sums over the tokens of a pass."""
+        self.sums.update(sums)
+
+    def end_update(self, tokens, norm):
+        """After an optimizer step on `tokens` of all processes, whose gradient had this norm."""
+        self.totals.update(sum_over_processes({key: self.sums[key] for key in PER_TOKEN}, self.device))
+        self.sums.clear()
+        self.tokens += tokens
+        self.updates += 1
+        if math.isfinite(norm):
+            self.norm_sum += norm
+        else:
+            self.bad_steps += 1
+
+    def means(self):
+        return {key: self.totals[key] / max(1, self.tokens) for key in PER_TOKEN} | {
+            "updates": self.updates, "bad_steps": self.bad_steps, "trained_tokens": self.tokens,
+            "grad_norm": self.norm_sum / max(1, self.updates - self.bad_steps)}
+
+
+def show_step(metrics, episodes, config, env_config, say):
+    """One line a step, an episode now and then, a warning when the tool is no longer used."""
+    m = Counter(metrics)
+    parts = ", ".join(f"{part} {m[part]:.2f}" for part in REWARD_PARTS)
+    say(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms {m['zooms']:.2f}  "
+        f"invalid {m['invalid']:.1%}  no spread {m['no_spread']:.0%}  clipped {m['clipped_low']:.2%}/"
+        f"{m['clipped_high']:.2%}  KL {m['kl']:.4f}  entropy {m['entropy']:.3f}  "
+        f"tokens {m['sampled_tokens']:.0f}  truncated {m['truncated']:.1%}  mismatch {m['mismatch']:.0e}  "
+        f"{m['seconds_rollout']:.1f} + {m['seconds_update']:.1f} s")
+    if not m["groups"]:
+        say("  no group had a spread of rewards: nothing learned in this step")
+    if m["episodes_left_out"]:
+        say(f"  {m['episodes_left_out']:.0f} episodes of a mismatch above --max_mismatch left out"
+            + ", all there were: nothing learned in this step" * (not m["updates"]))
+    if m["zooms"] < 0.05 and env_config.max_zooms > 0:
+        say("  warning: the policy has stopped zooming (see --tool_weight)")
+    if episodes and (m["step"] - 1) % SHOW_EVERY == 0:
+        say(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.rewards}")

@@ -1,0 +1,195 @@
+"""Runs that can be stopped and go on: their folder, what they were started with, the rows that they wrote.
+
+    open_folder(out)                             before anything is loaded: can it be written to?
+    begin_run(out, config, ...), finish_run(out) run.json: is it the same run, and is it finished?
+    Rows(out, "episodes", key, rank)             rows that several processes write, each at once
+
+Several processes must see the same folder. Nothing here loads a model.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from common import UserError, open_folder, write_json, write_jsonl
+
+# Settings of all scripts that may differ when a run goes on. Of files the content counts, see `fingerprint`.
+MAY_DIFFER = ("out", "resume", "device", "max_rows", "cache_gb", "compile",
+              "data", "system_prompt")
+
+
+# --------------------------------------------------------------------------------------- what a run was given
+def fingerprint(path):
+    """What tells an input from another: a file's hash; of a checkpoint folder that of its settings, and of
+    names, sizes and times of its weights; a name that is no path stands for itself. Raises UserError."""
+    path = Path(path)
+    try:
+        if path.is_file():
+            return hash_file(path)
+        if not path.is_dir():
+            return str(path)
+        found = hashlib.sha256()
+        for pattern in ("*config.json", "*.index.json", "tokenizer.json"):
+            for file in sorted(path.glob(pattern)):
+                found.update(f"{file.name} {hash_file(file)}\n".encode())
+        for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+            found.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+        return found.hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def hash_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def begin_run(out, config, may_differ, inputs, names):
+    """Finds out whether the run in the folder `out` goes on, and writes run.json for a new one.
+
+    Args:
+        config: a dataclass of settings. Its `resume` is auto, or never: then files of an earlier run are
+            moved aside (episodes.1.jsonl, run.1.json, ...). All but MAY_DIFFER and `may_differ` must be the
+            same.
+        inputs: {what: path or None}, what is read; the content must be the same.
+        names: a regular expression of the names of files that a run writes there, besides run.json.
+    Returns: new, unfinished or finished. A finished run whose input has changed since, as a checkpoint that
+    was trained again, is moved aside, too. Raises UserError for a run with other settings, and names the
+    first."""
+    may_differ = {*MAY_DIFFER, *may_differ}
+    settings = {name: value for name, value in asdict(config).items() if name not in may_differ}
+    now = {"settings": settings, "inputs": {what: fingerprint(path) for what, path in inputs.items() if path}}
+    out, now = Path(out), json.loads(json.dumps(now | {"finished": False}))
+    try:
+        old = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        old["settings"].items(), old["inputs"].items(), old["finished"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        old = None
+    files = [path for path in sorted(out.iterdir()) if re.fullmatch(names, path.name)]
+    something = any(path.stat().st_size for path in files)  # else nothing is lost
+    if old and something and config.resume == "auto":
+        difference = first_difference(old, now)
+        if difference and not (old["finished"] and old["settings"] == now["settings"]):
+            raise UserError(f"{out} holds a run with {difference}; give the same, another --out, "
+                            f"or --resume never, which moves it aside")
+        if not difference:
+            return "finished" if old["finished"] else "unfinished"
+    if something:
+        move_aside([*out.glob("run.json"), *files])  # a kill in between leaves no run
+    write_json(out / "run.json", now)
+    return "new"
+
+
+def files_of(config):
+    """{what: path or None} of the files that a RunConfig names, see `begin_run`."""
+    is_file = lambda path: path is not None and path.endswith(".json")
+    return {"system prompt": config.system_prompt,
+            "overview": config.overview if is_file(config.overview) else None,
+            "protocol": config.protocol if is_file(config.protocol) else None}
+
+
+def note(out, **facts):
+    """Writes facts into run.json, for when the run goes on. Returns all that it holds."""
+    path = Path(out) / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8")) | facts
+    write_json(path, run)
+    return run
+
+
+def finish_run(out):
+    note(out, finished=True)
+
+
+def first_difference(old, now):
+    """What a run.json has otherwise, in words, or None."""
+    for part, words in (("settings", "--{} {}, not {}"), ("inputs", "another {}: its content differs")):
+        for key in now[part] | old[part]:
+            was, is_now = old[part].get(key), now[part].get(key)
+            if was != is_now:
+                return words.format(key, json.dumps(was), json.dumps(is_now))
+
+
+def move_aside(paths):
+    """Renames files to name.N.ending, with the first N that is free for all of them."""
+    paths, number, aside = [*paths], 1, lambda path: path.with_name(f"{path.stem}.{number}{path.suffix}")
+    while any(aside(path).exists() for path in paths):
+        number += 1
+    for path in paths:
+        path.rename(aside(path))
+
+
+# -------------------------------------------------------------------------------------- rows of all processes
+class Rows:
+    """Rows of a run, each written as soon as it is there. The first process appends to name.jsonl, the others
+    to name.rank1.jsonl, ..., and all of them must make this object.
+
+    key: row -> what it is sorted by, and known by when the run goes on; None for one that is not kept."""
+
+    def __init__(self, out, name, key, rank):
+        self.out, self.name, self.key, self.rank = Path(out), name, key, rank
+        # processes wait for the slowest one, however long it plays
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+    def begin(self, config, may_differ, inputs, names):
+        """`begin_run` in the first process. Returns (state, keys of the rows that are there) on all."""
+        box = [None]
+        if self.rank == 0:
+            state = begin_run(open_folder(self.out), config, may_differ, inputs, names)
+            done = {self.key(row) for row in self.merge()} if state == "unfinished" else set()
+            box = [(state, done)]
+            say = {"new": "a new run", "finished": "this run is finished",
+                   "unfinished": f"the run goes on, {len(done)} {self.name} are there"}
+            print(f"{self.out}: {say[state]}", flush=True)
+        if self.group is not None:
+            dist.broadcast_object_list(box, 0, group=self.group)
+        return box[0]
+
+    def write(self, row):
+        """Appends a line to this process's file. Raises UserError."""
+        path = self.out / (f"{self.name}.rank{self.rank}.jsonl" if self.rank else f"{self.name}.jsonl")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; what is there stays") from None
+
+    def wait(self):
+        """Until all processes are here."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def files(self):
+        pattern = rf"{re.escape(self.name)}(\.rank\d+)?\.jsonl"
+        return [path for path in sorted(self.out.iterdir()) if re.fullmatch(pattern, path.name)]
+
+    def read(self):
+        """The rows of all files. What a kill has cut, a last line without its end, is left out."""
+        rows = []
+        for path in self.files():
+            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            for line in lines:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:  # after a power cut
+                    continue
+        return rows
+
+    def merge(self):
+        """Makes one file of all files, sorted, of rows with the same key the first. Returns its rows."""
+        rows = {}
+        for row in self.read():
+            if (key := self.key(row)) is not None:
+                rows.setdefault(key, row)
+        rows = [rows[key] for key in sorted(rows)]
+        write_jsonl(self.out / f"{self.name}.jsonl", rows)
+        for path in self.files():
+            if path.name != f"{self.name}.jsonl":
+                path.unlink()
+        return rows
