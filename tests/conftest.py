@@ -1,9 +1,13 @@
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
-import pytest
+# one thread a process, here and in those that tests start: beside another job two of them spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,9 +32,11 @@ def policy():
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """A run in this process takes SIGTERM over; after the test it is pytest's again."""
-    handler, wake = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    """A run in this process takes SIGTERM and SIGINT over; after the test they are pytest's again."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers, wake = [signal.getsignal(number) for number in numbers], signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wake)
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
     signal.set_wakeup_fd(wake)
