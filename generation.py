@@ -14,11 +14,12 @@ rollout training/decoder_check.py compares it with a float32 pass.
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from common import capture_graph, has_graphs, warn
-from model import Dialogue, attend_pieces, fill_features, pack
+from model import Dialogue, Piece, attend_pieces, fill_features, pack
 
 PREFILL_TOKENS = 16_384  # tokens of prompts and replies in one pass
 ROW_UNIT = 4  # a compiled step has a multiple of so many rows; surplus ones compute what nobody reads
@@ -151,6 +152,18 @@ class KVCache:
 
 
 # ---------------------------------------------------------------------------------------------------- prefill
+class Due(NamedTuple):
+    """A piece that is to run, and where the cache keeps it."""
+
+    piece: Piece
+    place: int  # of its prompt
+    row: int | None  # among the entering rows; None: the piece is a prompt
+
+    @property
+    def length(self):
+        return self.piece.stop - self.piece.start
+
+
 def prefill(policy, cache, prompts, rows, first_row):
     """Runs new prompts and what the cache lacks of rows, in packs of at most PREFILL_TOKENS (or one piece).
 
@@ -158,47 +171,53 @@ def prefill(policy, cache, prompts, rows, first_row):
         prompts: (place, dialogue) of each.
         rows: list of Row, the i-th in row first_row + i of the cache.
     Returns: the hidden states from which each row's next token is sampled, (B, hidden); None without rows."""
-    # new frames are encoded; due is (dialogue, start, stop), its prompt's place, and row (None: a prompt)
+    # new frames are encoded
     fill_features(policy, [d for _, d in prompts] + [row.dialogue for row in rows])
-    due = deque(((d, 0, d.prompt_length), place, None) for place, d in prompts)
-    due.extend(((row.so_far(), row.cached, row.total), row.place, i)
-               for i, row in enumerate(rows) if row.cached < row.total)
+    waiting = deque(Due(Piece(d, 0, d.prompt_length), place, None) for place, d in prompts)
+    waiting.extend(Due(Piece(row.so_far(), row.cached, row.total), row.place, i)
+                   for i, row in enumerate(rows) if row.cached < row.total)
     last = {}  # hidden state of the last token of each row that ran
-    while due:
+    while waiting:
         # one pack: as many pieces as fit
-        pieces, length = [], 0
-        while due and (not pieces or length + due[0][0][2] - due[0][0][1] <= PREFILL_TOKENS):
-            pieces.append(due.popleft())
-            length += pieces[-1][0][2] - pieces[-1][0][1]
+        due = [waiting.popleft()]
+        length = due[0].length
+        while waiting and length + waiting[0].length <= PREFILL_TOKENS:
+            length += waiting[0].length
+            due.append(waiting.popleft())
         # run it, and keep the hidden state at each piece's end
-        packed = pack(policy, [piece for piece, _, _ in pieces])
-        attend = partial(attend_prefill, cache, packed.spans, pieces, first_row)
+        packed = pack(policy, [d.piece for d in due])
+        attend = partial(attend_prefill, cache, packed.spans, due, first_row)
         hidden = policy.hidden_states(packed.ids, packed.positions, attend, packed.is_image, packed.features)
-        for span, (_, place, i) in zip(packed.spans, pieces):
-            if i is None:
-                cache.hidden[place] = hidden[0, span.stop - 1].clone()  # a view would keep the whole pass
+        for span, d in zip(packed.spans, due):
+            if d.row is None:
+                cache.hidden[d.place] = hidden[0, span.stop - 1].clone()  # a view would keep the whole pass
             else:
-                last[i], rows[i].cached = hidden[0, span.stop - 1], rows[i].total
-    return torch.stack([last.get(i, cache.hidden[row.place]) for i, row in enumerate(rows)]) if rows else None
+                last[d.row] = hidden[0, span.stop - 1]
+                rows[d.row].cached = rows[d.row].total
+    if not rows:
+        return None
+    return torch.stack([last.get(i, cache.hidden[row.place]) for i, row in enumerate(rows)])
 
 
-def attend_prefill(cache, spans, pieces, first_row, layer, query, key, value):
+def attend_prefill(cache, spans, due, first_row, layer, query, key, value):
     """Stores keys and values of a pack's pieces and attends: a prompt sees itself; what stands in a row sees
     its prompt, the row's earlier tokens and itself. query (1, heads, T, D); returns (1, T, heads, D)."""
     # new: (kv heads, T, D), once the keys and once the values
     for prompts, own, new in zip(cache.prompts[layer], cache.own[layer], (key[0], value[0])):
-        for span, ((d, start, stop), place, i) in zip(spans, pieces):
-            if i is None:
-                prompts[place, :, :stop] = new[:, span]
+        for span, d in zip(spans, due):
+            if d.row is None:
+                prompts[d.place, :, :d.piece.stop] = new[:, span]
             else:
-                own[first_row + i, :, start - d.prompt_length:stop - d.prompt_length] = new[:, span]
+                P = d.piece.dialogue.prompt_length
+                own[first_row + d.row, :, d.piece.start - P:d.piece.stop - P] = new[:, span]
 
     def before(number):
-        (d, start, _), place, i = pieces[number]
-        if i is None:
+        d = due[number]
+        if d.row is None:
             return None
-        P, L = d.prompt_length, start - d.prompt_length
-        return [torch.cat([prompts[place, :, :P], own[first_row + i, :, :L]], dim=1)[None]
+        P = d.piece.dialogue.prompt_length
+        L = d.piece.start - P
+        return [torch.cat([prompts[d.place, :, :P], own[first_row + d.row, :, :L]], dim=1)[None]
                 for prompts, own in zip(cache.prompts[layer], cache.own[layer])]
 
     return attend_pieces(query, key, value, spans, before)
@@ -207,6 +226,13 @@ def attend_prefill(cache, spans, pieces, first_row, layer, query, key, value):
 # ----------------------------------------------------------------------------------------------------- decode
 def decode_hidden(policy, prompts, own, state, P, L, group_size):
     """Stores keys and values of the rows' last tokens and returns their hidden states, (B, hidden).
+
+    Cascade attention over a shared prefix: a prompt's keys are read once for all rows that share it, as if these
+    were several queries of one. So the softmax over all that a row sees is put together from two parts, its
+    prompt and its own tokens, by a log-sum-exp merge. With the scores s of a part and its values v,
+
+        m = max s      Z = sum exp(s - m)      S = sum exp(s - m) v      of each part
+        out = (exp(m1 - m) S1 + exp(m2 - m) S2) / (exp(m1 - m) Z1 + exp(m2 - m) Z2)      m = max(m1, m2)
 
     Args:
         prompts, own: the cache's tensors.
@@ -221,20 +247,18 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
     beyond_own = (torch.arange(L, device=device) > own_lengths[:, None])[:, None, None]
 
     def attend(layer, query, key, value):
-        """A prompt's keys are read once for all rows that share it, as if these were several queries of one.
-        So the softmax over all that a row sees is put together from two parts: its prompt, its own tokens."""
         heads, D = key.shape[1], key.shape[3]
         own[layer][0][rows, :, own_lengths] = key[:, :, 0]
         own[layer][1][rows, :, own_lengths] = value[:, :, 0]
         query = query.reshape(B, heads, -1, D)  # the heads that share a key are several queries of it
         n = query.shape[2]
 
-        def part(query, keys, values, unseen):  # (.., D + 2): the sum of p * values, the sum of p, and `top`
+        def part(query, keys, values, unseen):  # (.., D + 2): S, Z and m of a part
             scores = query.float() @ keys.float().transpose(2, 3) * D ** -0.5
             scores = scores.masked_fill(unseen, float("-inf"))
-            top = scores.amax(3, keepdim=True)
-            p = (scores - top).exp().to(values.dtype)  # not divided by its sum yet
-            return torch.cat([(p @ values).float(), p.float().sum(3, keepdim=True), top], dim=3)
+            m = scores.amax(3, keepdim=True)
+            p = (scores - m).exp().to(values.dtype)  # not divided by its sum yet
+            return torch.cat([(p @ values).float(), p.float().sum(3, keepdim=True), m], dim=3)
 
         # the prompt's part: (B, heads, n, D) to (places, heads, group_size * n, D) and back; a surplus row is
         # left out
@@ -245,10 +269,10 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
         of_prompt = of_prompt[group_rows.clamp(max=places * group_size - 1)]
         # the own tokens' part
         of_own = part(query, *(x[:B, :, :L] for x in own[layer]), beyond_own)
-        # together: both relative to one `top`, then divided by the sum of p
-        top = torch.maximum(of_prompt[..., -1:], of_own[..., -1:])
-        total = sum(x[..., :-1] * (x[..., -1:] - top).exp() for x in (of_prompt, of_own))
-        return (total[..., :-1] / total[..., -1:]).to(value.dtype).view(B, 1, -1, D)
+        # the merge: both relative to one m, then divided by Z
+        m = torch.maximum(of_prompt[..., -1:], of_own[..., -1:])
+        merged = sum(x[..., :-1] * (x[..., -1:] - m).exp() for x in (of_prompt, of_own))  # (.., D + 1): S, Z
+        return (merged[..., :-1] / merged[..., -1:]).to(value.dtype).view(B, 1, -1, D)
 
     positions = state["positions"].expand(3, B)[..., None]
     return policy.hidden_states(state["tokens"][:, None], positions, attend)[:, 0]

@@ -23,6 +23,7 @@ import copy
 import hashlib
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -33,9 +34,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from common import UserError
-from protocols import protocol_of
+from protocols import make_env, protocol_of
 from video import Frame
-from zoom_env import Message, stop_strings, until_call
+from zoom_env import Message
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -114,6 +115,10 @@ class Policy(torch.nn.Module):
         """Of the compute weights; the ones in shards of a policy that trains are float32 masters."""
         return self.visual.dtype
 
+    def tokenize(self, text):
+        """The ids of a text, which never turns into a special token, whoever wrote it."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
     def freeze_vision(self):
         """The vision encoder and its projector are not trained. Returns the policy."""
         self.visual.requires_grad_(False)
@@ -140,7 +145,7 @@ class Policy(torch.nn.Module):
         hidden = self.hidden_states(pack.ids, pack.positions, attend, pack.is_image, pack.features)
         return ScoreChunks.apply(self, hidden[0, predictors], self.head.weight, targets, temperature, entropy)
 
-    def hidden_states(self, ids, positions, attend, is_image=None, features=None):
+    def hidden_states(self, ids, positions, attend, is_image=None, features=None, in_float32=False):
         """The language model's last hidden states, (B, T, hidden).
 
         Args:
@@ -148,17 +153,21 @@ class Policy(torch.nn.Module):
             positions: (3, B, T), time, row and column for the rotary embedding.
             attend: the attention of each layer, attend(number of the layer, query (B, heads, T, D), key and
                 value (B, kv heads, T, D)) -> (B, T, heads, D); queries and keys are rotated already.
-            is_image, features: (B, T), and (number of image tokens, hidden) in reading order."""
+            is_image, features: (B, T), and (number of image tokens, hidden) in reading order.
+            in_float32: the weights are cast, a layer at a time: what the pass says without rounding."""
         lm = self.language_model
+        module_of = (lambda module: copy.deepcopy(module).float()) if in_float32 else lambda module: module
         # the embeddings, with the frames' features at their tokens
         hidden = lm.embed_tokens(ids)
+        if in_float32:
+            hidden = hidden.float()
         if features is not None:
             hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
         # the layers
         rotary = lm.rotary_emb(hidden, positions)  # angles in float32, cosines and sines in the compute dtype
         for layer in lm.layers:
-            hidden = layer(hidden, position_embeddings=rotary, attend=attend)
-        return lm.norm(hidden)
+            hidden = module_of(layer)(hidden, position_embeddings=rotary, attend=attend)
+        return module_of(lm.norm)(hidden)
 
     def logits(self, hidden, temperature=1.0):
         """Float32 logits over the vocabulary, divided by the temperature: sampling and scoring share them."""
@@ -257,7 +266,7 @@ class Dialogue:
 
 @dataclass
 class Sampled:
-    """An assistant turn as it was sampled: ids and log-probabilities, None of an end token that was appended."""
+    """An assistant turn as it was sampled."""
 
     ids: list
     log_probs: list
@@ -270,38 +279,35 @@ def encode(policy, messages, dialogue=None, learn=True, rules=None):
 
     After a user message that ends `messages` the header of the assistant's turn follows, ready to generate.
     An assistant message holds either its text or a Sampled. `learn` says whether what the assistant produced
-    is trained. `rules`: another ZoomEnv than the policy's says how turns end."""
-    dialogue, rules = dialogue or Dialogue(), rules or protocol_of(policy.env_config)
-    # split_special_tokens: text, whoever wrote it, never turns into a special token
-    tokenize = lambda text: policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    is trained. `rules`: a ZoomEnv, or its class, that says how turns end; by default that of the policy's
+    protocol."""
+    dialogue = dialogue or Dialogue()
+    rules = rules or protocol_of(policy.env_config)
     for i, message in enumerate(messages):
         # what the policy said, without the header, which stands there already
         if message.role == "assistant":
             said = message.content[0]
+            produced, appended = end_turn(policy, said, rules)
+            dialogue.add(produced.ids, trained=learn)
+            dialogue.add(appended)
             if isinstance(said, Sampled):
-                ids = said.ids
-                dialogue.sampled_log_probs += said.log_probs
-            else:
-                cut = said.endswith(stop_strings(rules.tools)) and not rules.trains_appended_end
-                ids = tokenize(said) + ([] if cut else [policy.im_end])
-            dialogue.add(ids, trained=learn)
-            dialogue.add([policy.im_end] * (ids[-1:] != [policy.im_end]) + tokenize(rules.after_turn))
+                dialogue.sampled_log_probs += produced.log_probs
             continue
         # what it is told and shown: text in one piece between frames, as pieces would be other tokens
         dialogue.add([policy.im_start])
         text = message.role + "\n"
         for item in message.content:
             if isinstance(item, Frame):
-                dialogue.add(tokenize(text) + [policy.vision_start])
+                dialogue.add(policy.tokenize(text) + [policy.vision_start])
                 dialogue.add_frame(item, policy.image_pad, policy.frame_unit)
                 dialogue.add([policy.vision_end])
                 text = ""
             else:
                 text += item
-        dialogue.add((tokenize(text) if text else []) + [policy.im_end] + tokenize("\n"))
+        dialogue.add(policy.tokenize(text) + [policy.im_end] + policy.tokenize("\n"))
         # the header of the assistant's turn
         if message.role == "user" and (i + 1 == len(messages) or messages[i + 1].role == "assistant"):
-            dialogue.add([policy.im_start] + tokenize("assistant\n"))
+            dialogue.add([policy.im_start] + policy.tokenize("assistant\n"))
             dialogue.prompt_length = dialogue.prompt_length or len(dialogue.ids)
     return dialogue
 
@@ -312,20 +318,72 @@ def replay(policy, row, root="."):
 
     Returns (dialogue, env). Raises VideoError, and ValueError if the turns do not fit the episode."""
     max_zooms = (row.get("provenance") or {}).get("max_zooms", policy.env_config.max_zooms)
-    config = replace(policy.env_config, max_zooms=max_zooms)
-    env = protocol_of(config)(row["question"], config, root)
-    dialogue = encode(policy, env.reset())
+    env = make_env(row["question"], replace(policy.env_config, max_zooms=max_zooms), root)
+    dialogue = encode(policy, env.reset(), rules=env)
     for i, (text, is_learned) in enumerate(zip(row["turns"], row["learn"], strict=True)):
         if env.done:
             raise ValueError(f"the episode is over after {i} of {len(row['turns'])} turns")
-        text = until_call(text, env.tools)  # where generation stops
-        encode(policy, [Message("assistant", [text])], dialogue, learn=is_learned)
-        encode(policy, env.step(text), dialogue)
+        text = until_call(text, env.tools)
+        encode(policy, [Message("assistant", [text])], dialogue, learn=is_learned, rules=env)
+        encode(policy, env.step(text), dialogue, rules=env)
     if not env.done:
         raise ValueError("the episode does not end with the last turn")
     return dialogue, env
 
 
+# --------------------------------------------------------------------------------------------- how a turn ends
+# A turn ends with an end token, after a whole call such as </video_zoom>, or where it is cut off at a limit.
+# The rule for the end token: it is trained if it was sampled, not if it was appended. (The released protocol
+# trains an appended one, too; its log-probability of sampling is None.) A text is encoded as if it had been
+# sampled: with an end token, but for one that ends with a call, after which nothing more is sampled.
+def stop_strings(tools):
+    """After these a call is complete, and sampling stops."""
+    return tuple(f"</{tag}>" for tag in tools)
+
+
+def until_call(text, tools):
+    """A turn's text up to the end of its first call, where sampling would have stopped."""
+    ends = [text.index(stop) + len(stop) for stop in stop_strings(tools) if stop in text]
+    return text[:min(ends, default=None)]
+
+
+def turn_is_over(policy, ids, rules):
+    """Whether a turn ends with the last of its sampled `ids`."""
+    if ids[-1] in policy.end_tokens:
+        return True
+    if not policy.can_close_tag[ids[-1]]:
+        return False
+    stops = stop_strings(rules.tools)
+    tail = policy.tokenizer.decode(ids[-max(map(len, stops), default=1):])
+    return any(stop in tail for stop in stops)
+
+
+def end_turn(policy, said, rules):
+    """The tokens with which an assistant turn, a text or Sampled, stands in a dialogue: (Sampled of those that
+    the policy produced, ids that are appended)."""
+    if isinstance(said, Sampled):
+        kept = [i for i, token in enumerate(said.ids) if token <= rules.largest_id]
+        ids, log_probs = [said.ids[i] for i in kept], [said.log_probs[i] for i in kept]
+        ends = not rules.trains_appended_end or policy.im_end in ids
+    else:
+        ids = policy.tokenize(said)
+        log_probs = [None] * len(ids)
+        ends = said.endswith(stop_strings(rules.tools)) and not rules.trains_appended_end
+    if not ends:
+        ids, log_probs = [*ids, policy.im_end], [*log_probs, None]
+    appended = [] if ids[-1:] == [policy.im_end] else [policy.im_end]
+    return Sampled(ids, log_probs), appended + policy.tokenize(rules.after_turn)
+
+
+def turn_text(policy, ids, rules):
+    """What the environment reads of a turn's sampled `ids`: the text without the end token."""
+    ids = [token for token in ids if token <= rules.largest_id]
+    if ids and ids[-1] in policy.end_tokens:
+        ids.pop()
+    return policy.tokenizer.decode(ids, skip_special_tokens=rules.skips_special)
+
+
+# --------------------------------------------------------------------------------------------- vision features
 def frame_features(policy, frames):
     """Vision features of frames, each (tokens, hidden), on `policy.features_device`. A frame that occurs
     twice, or looks like one whose features are still held, is neither computed nor kept again."""
@@ -350,12 +408,13 @@ def frame_features(policy, frames):
 def fill_features(policy, dialogues):
     """Computes the features that the dialogues still lack and keeps them there. The vision tower is frozen in
     SFT and RL, so they serve generation and every later pass."""
-    dialogues = list({id(d): d for d in dialogues}.values())  # one that is named twice takes them once
-    missing = [frame for d in dialogues for frame in d.frames[len(d.features):]]
+    missing = [d.frames[len(d.features):] for d in dialogues]
     with torch.no_grad():
-        features = iter(frame_features(policy, missing))
-    for d in dialogues:
-        d.features += [next(features) for _ in d.frames[len(d.features):]]
+        features = iter(frame_features(policy, [frame for frames in missing for frame in frames]))
+    for d, frames in zip(dialogues, missing):
+        found = [next(features) for _ in frames]
+        if len(d.features) < len(d.frames):  # a dialogue that is named twice takes them once
+            d.features += found
 
 
 # ---------------------------------------------------------------------------------------------------- packing
@@ -370,8 +429,16 @@ class Pack:
     spans: list  # where each piece is, a slice
 
 
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of a dialogue that has its features."""
+
+    dialogue: Dialogue
+    start: int
+    stop: int
+
+
 def pack(policy, pieces):
-    """Packs pieces (dialogue, start, stop): tokens `start` to `stop` of a dialogue that has its features.
+    """Packs Pieces, one behind the other.
 
     Token t of a dialogue is at place span.start + t - start. A piece keeps the positions that it has in its
     dialogue, so where it stands in the pack does not matter; what it sees is decided by attention
@@ -383,7 +450,8 @@ def pack(policy, pieces):
         ids += d.ids[start:stop]
         is_image += d.is_image[start:stop]
         positions += d.positions[start:stop]
-        if number := sum(d.is_image[start:stop]):
+        number = sum(d.is_image[start:stop])
+        if number:
             before = sum(d.is_image[:start])
             features.append(torch.cat(d.features)[before:before + number].to(policy.device))
     tensor = partial(torch.tensor, device=policy.device)
@@ -401,8 +469,10 @@ def attend_pieces(query, key, value, spans, before):
     out = []
     for i, span in enumerate(spans):
         q, k, v = query[:, :, span], key[:, :, span], value[:, :, span]
-        if (earlier := before(i)) is not None:
-            k, v = (torch.cat(both, dim=2) for both in zip(earlier, (k, v)))
+        earlier = before(i)
+        if earlier is not None:
+            earlier_k, earlier_v = earlier
+            k, v = torch.cat([earlier_k, k], dim=2), torch.cat([earlier_v, v], dim=2)
         # the queries are the last of the keys; this mask takes no memory and lets CUDA use flash attention
         seen = causal_lower_right(q.shape[2], k.shape[2])
         out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True))
@@ -428,9 +498,10 @@ def token_log_probs(policy, groups, temperature=1.0, entropy=False):
     for group in groups:
         # the prompt, once for the group, unless there is only one to use it
         shared = group[0].prompt_length if len(group) > 1 else 0
-        prompt, prompt_start = (len(pieces), length) if shared else (None, None)
+        prompt, prompt_start = None, None  # the number of its piece, its place in the pack
         if shared:
-            pieces.append((group[0], 0, shared))
+            prompt, prompt_start = len(pieces), length
+            pieces.append(Piece(group[0], 0, shared))
             prompt_of.append(None)
             length += shared
         for d in group:
@@ -442,7 +513,7 @@ def token_log_probs(policy, groups, temperature=1.0, entropy=False):
                 if trained:
                     predictors.append(base + t - 1 if t > shared else prompt_start + t - 1)
                     targets.append(d.ids[t])
-            pieces.append((d, shared, len(d.ids)))
+            pieces.append(Piece(d, shared, len(d.ids)))
             prompt_of.append(prompt)
             length += len(d.ids) - shared
     # one pass, in which each piece sees itself and its prompt

@@ -20,16 +20,16 @@ on no clock, so a seed gives one result.
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress
 
 import torch
 
 from common import float_or_auto, has_graphs
 from generation import ROW_UNIT, Decoder, KVCache, Row, prefill, sample
-from model import Sampled, attend_pieces, encode, fill_features, pack
-from protocols import protocol_of
+from model import (Piece, Sampled, attend_pieces, encode, fill_features, pack, turn_is_over,
+                   turn_text)
+from protocols import make_env
 from video import VideoError
-from zoom_env import Message, ZoomEnv, stop_strings
+from zoom_env import Message, ZoomEnv
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Episode(Row):
     """One rollout: its environment, which records turns and rewards, and its dialogue."""
 
     env: ZoomEnv | None = None
+    question_number: int = 0  # of its question, among those that are played
     truncated: bool = False  # a turn or the episode was cut off at a limit
     reply: Future | None = None  # the environment's next message, while its frames are decoded
 
@@ -63,26 +64,18 @@ class Episode(Row):
 
     def turn_is_over(self, policy):
         """Whether the turn ends with the token that was sampled last."""
-        token, stops = self.turn_ids[-1], stop_strings(protocol_of(policy.env_config).tools)
-        if token in policy.end_tokens:
-            return True
-        tail = self.turn_ids[-max(map(len, stops), default=1):]
-        return policy.can_close_tag[token] and any(stop in policy.tokenizer.decode(tail) for stop in stops)
+        return turn_is_over(policy, self.turn_ids, self.env)
 
     def end_turn(self, policy):
         """The turn becomes part of the dialogue, ids as sampled. Returns its text, without an end token."""
         self.truncated = not self.turn_is_over(policy)
-        ids, log_probs, self.turn_ids, self.turn_log_probs = self.turn_ids, self.turn_log_probs, [], []
-        rules = protocol_of(policy.env_config)
-        if max(ids) > rules.largest_id:  # these the protocol drops, and what follows moves up
-            keep = [i <= rules.largest_id for i in ids]
-            self.cached = min(self.cached, len(self.dialogue.ids) + keep.index(False))
-            ids, log_probs = list(compress(ids, keep)), list(compress(log_probs, keep))
-        if rules.trains_appended_end and policy.im_end not in ids:
-            ids, log_probs = [*ids, policy.im_end], [*log_probs, None]  # was not sampled
-        encode(policy, [Message("assistant", [Sampled(ids, log_probs)])], self.dialogue)
-        said = ids[:-1] if ids and ids[-1] in policy.end_tokens else ids
-        return policy.tokenizer.decode(said, skip_special_tokens=rules.skips_special)
+        sampled = Sampled(self.turn_ids, self.turn_log_probs)
+        for place, token in enumerate(sampled.ids):
+            if token > self.env.largest_id:  # the protocol drops it, and what follows moves up
+                self.cached = min(self.cached, len(self.dialogue.ids) + place)
+        encode(policy, [Message("assistant", [sampled])], self.dialogue, rules=self.env)
+        self.turn_ids, self.turn_log_probs = [], []
+        return turn_text(policy, sampled.ids, self.env)
 
     def take_reply(self, policy, reply, max_response_tokens):
         """The environment's message is appended, unless the episode is over, or would be too long with it."""
@@ -99,28 +92,29 @@ class Episode(Row):
 def play(policy, question, config, root=".", generator=None):
     """One episode the plain way: no cache, no batch. What `Engine` must equal. Returns an Episode."""
     # the question and the first look at the video
-    env = protocol_of(policy.env_config)(question, policy.env_config, root)
+    env = make_env(question, policy.env_config, root)
     e = Episode(encode(policy, env.reset()), env=env)
     while not env.done:
         # the policy's turn, each token from a pass over the whole dialogue
         fill_features(policy, [e.dialogue])
-        while not e.turn_ids or (not e.turn_is_over(policy) and len(e.turn_ids) < config.max_turn_tokens):
-            sequence = pack(policy, [(e.so_far(), 0, e.total)])
+        turn_ends = False
+        while not turn_ends:
+            sequence = pack(policy, [Piece(e.so_far(), 0, e.total)])
             attend = lambda layer, q, k, v: attend_pieces(q, k, v, sequence.spans, lambda piece: None)
             hidden = policy.hidden_states(sequence.ids, sequence.positions, attend, sequence.is_image,
                                           sequence.features)
             token, log_prob = sample(policy, hidden[:, -1], config.temperature, generator)
             e.turn_ids.append(token.item())
             e.turn_log_probs.append(log_prob.item())
+            turn_ends = e.turn_is_over(policy) or len(e.turn_ids) >= config.max_turn_tokens
         # what it said goes to the environment: a zoom, whose frames come back, or an answer, the end
         reply = env.step(e.end_turn(policy))
         e.take_reply(policy, reply, config.max_response_tokens)
     return e
 
 
-def rollout(policy, questions, group_size=1, config=RolloutConfig(), **how):
+def rollout(policy, questions, group_size=1, config=RolloutConfig(), generator=None, **how):
     """Plays `group_size` episodes of each question, see `Engine.play`."""
-    generator = how.pop("generator", None)
     return Engine(policy, group_size, config, generator).play(questions, **how)
 
 
@@ -156,59 +150,60 @@ class Engine:
             read, and the (question id, reason) of those."""
         self.live, self.decoding, self.outside, self.on_end = [], 0, deque(), on_end
         self.cache.clear()
-        env_config = env_config or self.policy.env_config
-
-        def begin(question):
-            env = protocol_of(env_config)(question, env_config, root)
-            try:
-                return env, env.reset()
-            except VideoError as error:
-                return env, error
-
-        groups, skipped, upcoming = [[] for _ in questions], [], deque(enumerate(questions))
-        ahead = deque()  # questions whose videos are decoded while others are played
-        new = None  # the next question's group, once its video is decoded
+        groups, skipped = [[] for _ in questions], []
         with ThreadPoolExecutor(4) as self.video_threads:
             try:
-                while upcoming or ahead or new or self.live or self.outside:
+                coming = self.groups_to_come(questions, root, env_config or self.policy.env_config, groups, skipped)
+                new = next(coming, None)
+                while new or self.live or self.outside:
                     # what the environment said, where a turn is over
                     self.take_replies()
                     # new groups, as long as there is room
                     admitted = []
-                    while upcoming or ahead or new:
-                        while upcoming and len(ahead) < max(4, self.config.max_rows // self.group_size):
-                            i, question = upcoming.popleft()
-                            ahead.append((i, self.video_threads.submit(begin, question)))
-                        if not new:
-                            i, opened = ahead.popleft()
-                            env, messages = opened.result()
-                            if isinstance(messages, VideoError):
-                                skipped.append((env.question["id"], str(messages)))
-                                continue
-                            new = groups[i] = self.make_group(env, encode(self.policy, messages))
-                        if not self.admit(new):
-                            break
+                    while new and self.admit(new):
                         admitted.append(new)
-                        new = None
+                        new = next(coming, None)
                     # everything that is new runs as packed sequences, then all rows token by token
                     self.enter(admitted)
                     while self.decoding and not self.should_pause():
                         self.decode()
             except BaseException:
-                # else leaving the pool would wait for the videos ahead
+                # else leaving the pool would wait for the videos that are decoded ahead
                 self.video_threads.shutdown(wait=False, cancel_futures=True)
                 raise
         return groups, skipped
+
+    def groups_to_come(self, questions, root, env_config, groups, skipped):
+        """Yields the group of each question in turn, once its video is decoded; those of the next questions are
+        decoded meanwhile. Puts it into `groups`, or the reason why the video cannot be read into `skipped`."""
+        def begin(question):
+            env = make_env(question, env_config, root)
+            try:
+                return env, env.reset(), None
+            except VideoError as error:
+                return env, None, str(error)
+
+        at_once = max(4, self.config.max_rows // self.group_size)
+        upcoming, opening = deque(questions), deque()
+        for number in range(len(questions)):
+            while upcoming and len(opening) < at_once:
+                opening.append(self.video_threads.submit(begin, upcoming.popleft()))
+            env, messages, error = opening.popleft().result()
+            if error is not None:
+                skipped.append((env.question["id"], error))
+                continue
+            groups[number] = self.make_group(env, encode(self.policy, messages), number)
+            yield groups[number]
 
     def release(self):
         """Gives the cache's memory back, and that of captured steps, until it plays again."""
         self.cache.release()
         self.decoder.graphs, self.decoder.pool = {}, None
 
-    def make_group(self, env, dialogue):
+    def make_group(self, env, dialogue, question_number):
         """The episodes of a question, which go apart after the prompt."""
-        return [Episode(dialogue.fork(), number=number, cached=dialogue.prompt_length, env=env.fork())
-                for number in range(self.group_size)]
+        return [Episode(dialogue.fork(), number=number, cached=dialogue.prompt_length, env=env.fork(),
+                        question_number=question_number) for number in range(self.group_size)]
 
     def should_pause(self):
         """Whether so many episodes wait for a reply, a quarter and at least 4, that they are to run first."""
@@ -224,8 +219,8 @@ class Engine:
     def take_reply(self, e):
         """Waits for an episode's reply. Returns whether the episode is over."""
         if e.reply:
-            reply, e.reply = e.reply.result(), None
-            e.take_reply(self.policy, reply, self.config.max_response_tokens)
+            e.take_reply(self.policy, e.reply.result(), self.config.max_response_tokens)
+            e.reply = None
         if e.env.done:
             self.cache.users[e.place] -= 1
             if self.on_end:
@@ -235,7 +230,8 @@ class Engine:
     def admit(self, group):
         """Takes in a new group if there is room for it, or nothing else runs. Returns whether it did."""
         # room for all that runs and the group, each row as long as the longest, or a turn
-        rows, prompt_length = len(self.live) + len(self.outside) + len(group), group[0].prompt_length
+        rows = len(self.live) + len(self.outside) + len(group)
+        prompt_length = group[0].prompt_length
         length = max(self.longest(*self.outside), self.config.max_turn_tokens)
         fits = rows <= self.config.max_rows and rows <= self.cache.most_rows(length, prompt_length)
         if (self.live or self.outside) and not fits:
@@ -300,12 +296,12 @@ class Engine:
         row. Where a turn is over, the environment gets it and answers in a thread."""
         # from the back: such a row changes places with the last one that is decoding, settled already
         for i in reversed(range(first, self.decoding)):
-            e, sampled = self.live[i], list(zip(tokens[i - first], log_probs[i - first]))
-            for number, (token, log_prob) in enumerate(sampled, 1):
+            e, new_ids = self.live[i], tokens[i - first]
+            for number, token in enumerate(new_ids, 1):
                 e.turn_ids.append(token)
-                e.turn_log_probs.append(log_prob)
+                e.turn_log_probs.append(log_probs[i - first][number - 1])
                 if e.turn_is_over(self.policy) or len(e.turn_ids) >= self.config.max_turn_tokens:
-                    e.cached -= len(sampled) - number  # what came after the end is not part of it
+                    e.cached -= len(new_ids) - number  # what came after the end is not part of it
                     e.reply = self.video_threads.submit(e.env.step, e.end_turn(self.policy))
                     self.decoding -= 1
                     self.swap(i, self.decoding)
@@ -314,5 +310,6 @@ class Engine:
     def swap(self, a, b):
         """Two rows change places, with what the cache holds of them."""
         live = self.live
-        self.cache.swap(a, b, max(live[i].cached - live[i].prompt_length for i in (a, b)))
+        longest = max(e.cached - e.prompt_length for e in (live[a], live[b]))
+        self.cache.swap(a, b, longest)
         live[a], live[b] = live[b], live[a]

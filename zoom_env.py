@@ -431,17 +431,6 @@ TOOLS = {"video_zoom": Tool(parse_zoom, run_zoom, looks_at=lambda arguments: arg
 ZoomEnv.tools = TOOLS
 
 
-def stop_strings(tools=TOOLS):
-    """After these a call is complete, and sampling stops."""
-    return tuple(f"</{tag}>" for tag in tools)
-
-
-def until_call(text, tools=TOOLS):
-    """A turn's text up to the end of its first call, all of it where there is none."""
-    ends = [text.index(stop) + len(stop) for stop in stop_strings(tools) if stop in text]
-    return text[:min(ends, default=None)]
-
-
 # ---------------------------------------------------------------------------------------------------- rewards
 def reward_parts(env):
     """{part: from 0 to 1} for each of REWARD_PARTS, of an episode that is over."""

@@ -186,7 +186,9 @@ def test_saved_checkpoint_loads_in_transformers(policy, tmp_path):
     save_policy(policy, tmp_path / "saved")  # over itself
     assert not list((tmp_path / "saved").glob("*.tmp"))
     (tmp_path / "prompt").write_text("Look closely.")
-    assert load_policy(tmp_path / "saved", system_prompt_file=tmp_path / "prompt").env_config.system_prompt == "Look closely."
+    config = RunConfig(system_prompt=str(tmp_path / "prompt"))
+    env_config = run_environment(tmp_path / "saved", config)
+    assert load_policy(tmp_path / "saved", env_config=env_config).env_config.system_prompt == "Look closely."
 
 
 def test_loading_what_is_no_checkpoint(tmp_path):
