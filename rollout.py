@@ -113,9 +113,9 @@ def play(policy, question, config, root=".", generator=None):
     return e
 
 
-def rollout(policy, questions, group_size=1, config=RolloutConfig(), generator=None, **how):
+def rollout(policy, questions, group_size=1, config=RolloutConfig(), generator=None, steps=None, **how):
     """Plays `group_size` episodes of each question, see `Engine.play`."""
-    return Engine(policy, group_size, config, generator).play(questions, **how)
+    return Engine(policy, group_size, config, generator, steps).play(questions, **how)
 
 
 # ----------------------------------------------------------------------------------------------- many at once
@@ -129,14 +129,15 @@ class Engine:
     Args:
         group_size: episodes a question.
         config: RolloutConfig.
-        generator: torch.Generator on the policy's device."""
+        generator: torch.Generator on the policy's device.
+        steps: tokens between looks for ends of turns; by default 8 where steps are compiled, else 1."""
 
-    def __init__(self, policy, group_size, config, generator=None):
+    def __init__(self, policy, group_size, config, generator=None, steps=None):
         self.policy, self.group_size, self.config = policy, group_size, config
         compiled = has_graphs(policy.device) if config.compile is None else config.compile
         self.cache = KVCache(policy, group_size, config.cache_gb * 1e9, ROW_UNIT if compiled else 1)
         self.decoder = Decoder(policy, self.cache, config.temperature, generator, compiled)
-        self.steps = 8 if compiled else 1  # tokens between looks for ends of turns
+        self.steps = steps or (8 if compiled else 1)
 
     @torch.no_grad()
     def play(self, questions, root=".", env_config=None, on_end=None):

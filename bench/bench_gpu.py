@@ -42,7 +42,8 @@ from rollout import Episode  # noqa: E402
 from training.decoder_check import check_decoder  # noqa: E402
 from training.weights import MasterWeights  # noqa: E402
 from video import Frame  # noqa: E402
-from zoom_env import EnvConfig, Message, ZoomEnv  # noqa: E402
+from protocols import PROTOCOLS  # noqa: E402
+from zoom_env import EnvConfig, Message  # noqa: E402
 
 SHAPES = {  # of Qwen2.5-VL's config.json
     "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
@@ -174,7 +175,7 @@ def measure_rollout(policy, args, rows):
     theirs = copy.deepcopy(policy.hf, {id(p): p for p in policy.hf.parameters()})  # on the same weights
     bench_rollout.looping(theirs)
     engine.Episode.turn_is_over = bench_rollout.scripted_end
-    ZoomEnv.protocols[ZoomEnv.protocol] = bench_rollout.ScriptedEnv
+    PROTOCOLS["videozoomer"] = bench_rollout.ScriptedEnv
     bench_rollout.GROUP, bench_rollout.NUM_QUESTIONS = GROUP, 1
     bench_rollout.write_scripts(3, (100, 300) if on_cuda else (4, 8))
     with tempfile.TemporaryDirectory() as folder:

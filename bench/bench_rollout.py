@@ -44,6 +44,7 @@ from demo import tiny_base  # noqa: E402
 import rollout as engine  # noqa: E402
 from model import Policy, Sampled, encode  # noqa: E402
 from rollout import RolloutConfig, rollout  # noqa: E402
+from protocols import PROTOCOLS  # noqa: E402
 from zoom_env import EnvConfig, Message, ZoomEnv  # noqa: E402
 
 VOCABULARY, NUM_QUESTIONS, GROUP = 151_936, 8, 8
@@ -254,7 +255,7 @@ def main():
     policy, rows = make_policy(), []
     theirs = copy.deepcopy(policy.hf)
     looping(theirs)
-    engine.Episode.turn_is_over, ZoomEnv.protocols[ZoomEnv.protocol] = scripted_end, ScriptedEnv
+    engine.Episode.turn_is_over, PROTOCOLS["videozoomer"] = scripted_end, ScriptedEnv
     print(f"{'':60}{'ours s':>9}{'peer s':>9}{'ratio':>8}{'goal':>6}{'met':>5}")
     with tempfile.TemporaryDirectory() as folder:
         questions = make_videos(Path(folder))

@@ -9,7 +9,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from model import (Dialogue, PolicyError, encode, fill_features, frame_features, replay, split_by_tokens,
                    token_log_probs)
 from training.checkpoints import load_policy
+from common import RunConfig
 from rollout import RolloutConfig, rollout
+from training.environment import run_environment
 from training.checkpoints import save_policy
 from training.weights import MasterWeights
 from video import Frame

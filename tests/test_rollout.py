@@ -14,7 +14,7 @@ from model import Policy, token_log_probs
 from rollout import Engine, RolloutConfig, play, rollout
 from training.decoder_check import check_decoder
 from video import Video
-from zoom_env import ZoomEnv
+from protocols import PROTOCOLS
 
 SHORT = RolloutConfig(max_turn_tokens=24)
 
@@ -39,15 +39,16 @@ def check_sampled_log_probs(policy, episodes, temperature=1.0):
         torch.testing.assert_close(torch.tensor(e.dialogue.sampled_log_probs), plain, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("how", [dict(), dict(look_every=5), dict(max_rows=2), dict(max_response_tokens=150)])
+@pytest.mark.parametrize("how", [dict(), dict(steps=5), dict(max_rows=2), dict(max_response_tokens=150)])
 def test_the_engine_says_what_the_plain_loop_says(policy, data, monkeypatch, how):
     """At temperature 0, token for token: with tool replies, rows that enter as others end, episodes that are cut off."""
     folder, questions, _ = data
     policy = restless(policy)
-    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
+    monkeypatch.setitem(PROTOCOLS, "videozoomer", ScriptedEnv)
+    steps = how.pop("steps", None)
     config = RolloutConfig(temperature=0.0, max_turn_tokens=24, **how)
     plain = [play(policy, question, config, folder) for question in questions[:6]]
-    groups, _ = rollout(policy, questions[:6], 1, config, root=folder)
+    groups, _ = rollout(policy, questions[:6], 1, config, root=folder, steps=steps)
     assert said(groups) == [e.dialogue.ids for e in plain]
     assert [group[0].env.rewards for group in groups] == [e.env.rewards for e in plain]
     assert [group[0].truncated for group in groups] == [e.truncated for e in plain]
@@ -60,14 +61,14 @@ def test_the_plain_loop_scores_what_it_samples(policy, data):
     check_sampled_log_probs(policy, [play(policy, questions[0], SHORT, folder, seeded(seed)) for seed in range(3)])
 
 
-@pytest.mark.parametrize("temperature,look_every", [(1.0, None), (0.6, None), (1.0, 5)])
-def test_rollout_scores_what_it_samples(policy, data, temperature, look_every):
+@pytest.mark.parametrize("temperature,steps", [(1.0, None), (0.6, None), (1.0, 5)])
+def test_rollout_scores_what_it_samples(policy, data, temperature, steps):
     """Log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and tool replies are
     appended to, equal those of a plain pass over the finished dialogue."""
     folder, questions, _ = data
     policy = chatty(policy)
-    config = RolloutConfig(temperature=temperature, max_turn_tokens=24, look_every=look_every)
-    groups, skipped = rollout(policy, questions[:3], 6, config, root=folder, generator=seeded())
+    config = RolloutConfig(temperature=temperature, max_turn_tokens=24)
+    groups, skipped = rollout(policy, questions[:3], 6, config, root=folder, generator=seeded(), steps=steps)
     episodes = [e for group in groups for e in group]
     assert not skipped and len(episodes) == 18
     assert len({len(e.env.turns) for e in episodes}) > 1  # they do not all end together
@@ -203,7 +204,7 @@ def test_compiled_rollouts_say_the_same(small, data, monkeypatch, capsys):
     weights. Nothing is compiled again when shapes or weights change, but for a group of one and for as many rows as the
     cache has."""
     folder, questions, _ = data
-    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
+    monkeypatch.setitem(PROTOCOLS, "videozoomer", ScriptedEnv)
     config = lambda compiled, rows=64: RolloutConfig(temperature=0.0, max_turn_tokens=24, max_rows=rows, compile=compiled)
     start = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for moved in range(2):
@@ -243,7 +244,7 @@ def test_replayed_steps_survive_new_weights(policy, data, monkeypatch):
 
         return replay, result, pool
 
-    engine = Engine(policy, 5, RolloutConfig(max_turn_tokens=24, compile=False, look_every=3), seeded())
+    engine = Engine(policy, 5, RolloutConfig(max_turn_tokens=24, compile=False), seeded(), steps=3)
     engine.cache.row_unit = generation.ROW_UNIT
     engine.decoder.capture, engine.decoder.layers = True, lambda *args: decode_hidden(*args)
     monkeypatch.setattr(generation, "capture_graph", capture)
