@@ -26,28 +26,20 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torchvision.io import write_png
 from tqdm import tqdm
 
-from common import (
-    RunConfig,
-    UserError,
-    choose_dtype,
-    open_folder,
-    parse_flags,
-    run_main,
-    start_processes,
-    write_json,
-    write_jsonl,
-)
+from common import (RunConfig, UserError, choose_dtype, open_folder, parse_flags, run_main, start_processes,
+                    write_json, write_jsonl)
 from demo import synthetic
 from rollout import Engine, RolloutConfig
 from scale.pick import cache_gb
 from sources.read import read_questions
 from sources.rows import question_error
-from training import run_folder as runs, tables
+from training import run_folder, tables
 from training.checkpoints import load_policy
 from training.decoder_check import check_decoder
 from training.environment import run_environment, with_chosen_frames
@@ -57,12 +49,12 @@ from video import open_video
 
 @dataclass(frozen=True)
 class Config(RolloutConfig, RunConfig):
-    model: list[str] | None = None  # folders or hub names; without it runs/sft and runs/rl, zoom on and off
+    model: list[str] | None = None  # folders or hub names; else those of runs/sft and runs/rl that are there
     data: str = "runs/data/test.jsonl"  # questions
     out: str = "runs/eval"  # folder for results.json and episodes.jsonl
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     strict: bool = False  # end with status 3, after the table, if any row or video was bad
-    mode: str = "zoom"  # zoom: full episodes; uniform: --num_frames uniform frames and no tool
+    mode: str | None = None  # zoom, uniform (see above); else zoom, of the demo's policies zoom off, too
     temperature: float = 0.0  # 0 takes the most likely token
     max_questions: int | None = None  # use only the first questions of the file
     max_turn_tokens: int | None = None  # an assistant turn is cut off here; else as trained
@@ -95,42 +87,51 @@ def make_engine(policy, config, rank):
 def missing_video(question, root):
     """Why a question's video is not there, or None; what else is wrong with it shows when it is opened."""
     path = Path(root, question["video"])
+    if os.path.isfile(path):
+        return None
     hint = '; "\\" is part of a name here, write "/"' if "\\" in question["video"] and os.sep == "/" else ""
-    return None if os.path.isfile(path) else f"{path}: no such file{hint}"
+    return f"{path}: no such file{hint}"
 
 
-def evaluate(engine, name, mode, questions, root, env_config, write, show=True):
-    """Plays one episode of each of the {number: question}. `write` gets a dict of each as soon as it is over,
-    and at the end one of each question whose video could not be read."""
-    reasons = [(number, q, missing_video(q, root)) for number, q in questions.items()]
-    skipped = [(q["id"], reason) for _, q, reason in reasons if reason]
-    there = {id(q): number for number, q, reason in reasons if not reason}
-    last = time.monotonic()
-    label, play = f"{name} {mode}", {"policy": name, "mode": mode}
-    with tqdm(total=len(there), desc=label, dynamic_ncols=True, leave=False, disable=not show) as bar:
-        def ended(e):
+def evaluate(engine, play, questions, root, env_config, write, show=True):
+    """Plays one episode of each of the {number: question}, for a Play. `write` gets a dict of each as soon as it
+    is over, and at the end one of each question whose video could not be read."""
+    there, skipped = {}, []
+    for number, question in questions.items():
+        reason = missing_video(question, root)
+        if reason:
+            skipped.append((question["id"], reason))
+        else:
+            there[number] = question
+    numbers, last = list(there), time.monotonic()
+    with tqdm(total=len(there), desc=" ".join(play), dynamic_ncols=True, leave=False, disable=not show) as bar:
+        def on_end(episode):
             nonlocal last
             began, last = last, time.monotonic()
-            write(play | {"number": there[id(e.env.question)], "seconds": last - began} | record(e))
-            e.forget_frames()
+            number = numbers[episode.question_number]
+            write(play._asdict() | {"number": number, "seconds": last - began} | record(episode))
+            episode.forget_frames()
             bar.update()
 
-        _, unread = engine.play([q for q in questions.values() if id(q) in there], root, env_config, ended)
-    for where, reason in skipped + unread:
-        write(play | {"question": where, "skipped": reason})
+        _, unread = engine.play([*there.values()], root, env_config, on_end)
+    for question_id, reason in skipped + unread:
+        write(play._asdict() | {"question": question_id, "skipped": reason})
 
 
 def record(e):
     """What the tables need of an episode, and what was said in it."""
-    env, question, tool = e.env, e.env.question, e.env.config.max_zooms > 0
+    env, question = e.env, e.env.question
+    with_tool = env.config.max_zooms > 0
     hits = [call.hit for turn in env.turns for call in turn.calls if call.hit is not None]
-    calls = sum(any(f"<{t}>" in turn.text.rpartition("</think>")[2] for t in env.tools) for turn in env.turns)
+    acts = [turn.text.rpartition("</think>")[2] for turn in env.turns]
+    calls = sum(any(f"<{tag}>" in act for tag in env.tools) for act in acts)
     right = None if tables.waits_for_judge(question) else env.rewards["accuracy"]
     return {"question": question["id"], "right": right, "answer": env.answer(),
             "kind": tables.kind_of(question),
             "untagged": any(turn.untagged for turn in env.turns), "frames": env.frames_shown,
             "zooms": env.num_calls(), "hits": sum(hits), "hits_known": len(hits),
-            "invalid": env.num_invalid() if tool else None, "calls_without_tool": None if tool else calls,
+            "invalid": env.num_invalid() if with_tool else None,
+            "calls_without_tool": None if with_tool else calls,
             "tokens": len(e.dialogue.ids), "turns": [turn.text for turn in env.turns]}
 
 
@@ -141,21 +142,24 @@ def no_question(where, bad):
 
 
 def summarise(written, plays, questions, bad, config):
-    """Writes the tables and skipped.jsonl from the Rows of all processes, and from run.json what each policy
+    """Writes the tables and skipped.jsonl from the lines of all processes, and from run.json what each policy
     was played with. Raises UserError if no question could be played."""
-    unread, episodes = [row for row in written.read() if "skipped" in row], written.merge()
-    by_kind, by_duration, out, run = [], [], written.out, runs.note(written.out)
-    skipped = list(dict.fromkeys(bad + [(row["question"], row["skipped"]) for row in unread]))
+    unread = [line for line in written.read() if "skipped" in line]
+    episodes, out = written.merge(), written.out
+    skipped = list(dict.fromkeys(bad + [(line["question"], line["skipped"]) for line in unread]))
     if not episodes:
         raise no_question(config.data, skipped)
-    for name, mode in plays:
-        some = [e for e in episodes if (e["policy"], e["mode"]) == (name, mode)]
-        kinds, durations = tables.figures(name, mode, some, questions, len(bad))
-        kinds[0]["settings"] = tables.settings(config, run.get(f"environment of {name}, {mode}") or {})
-        asked = [questions[e["number"]] for e in some]
-        if asked and mode != "zoom off" and all("uniform_accuracy" in (q.get("meta") or {}) for q in asked):
+    by_kind, by_duration, run = [], [], run_folder.note(out)
+    for play in plays:
+        played = [e for e in episodes if (e["policy"], e["mode"]) == play]
+        kinds, durations = tables.figures(*play, played, questions, len(bad))
+        kinds[0]["settings"] = tables.settings(config, run.get(environment_key(play)) or {})
+        asked = [questions[e["number"]] for e in played]
+        synthetic_ones = all("uniform_accuracy" in (q.get("meta") or {}) for q in asked)
+        if asked and play.mode != "zoom off" and synthetic_ones:
             kinds.append(synthetic.uniform_bound(kinds[0], asked))
-        by_kind, by_duration = by_kind + kinds, by_duration + durations
+        by_kind += kinds
+        by_duration += durations
     write_json(out / "results.json", [row for row in by_kind if row["kind"] == "all"])
     write_jsonl(out / "by_kind.jsonl", by_kind)
     write_jsonl(out / "by_duration.jsonl", by_duration)
@@ -173,13 +177,6 @@ def report(out, strict):
         sys.exit(3)
 
 
-def checkpoints(config):
-    names = list(dict.fromkeys(config.model or filter(os.path.exists, ("runs/sft", "runs/rl"))))
-    if not names:
-        raise UserError("no runs/sft or runs/rl yet: run sft.py and rl.py, or name checkpoints with --model")
-    return names
-
-
 # ------------------------------------------------------------------------- one question about one video
 def ask(config, world, device):
     """Plays one question about one video and prints the dialogue.
@@ -190,26 +187,31 @@ def ask(config, world, device):
     question = {"id": "question", "video": config.video, "question": config.question,
                 "options": config.options, "answer": "A" if config.options else "unknown",
                 "answer_type": "multiple_choice" if config.options else "open_ended"}
-    if reason := question_error(question):
+    reason = question_error(question)
+    if reason:
         raise UserError(reason)
     open_video(config.video)  # before the model loads
     if config.save_frames:
         open_folder(config.save_frames)
     chosen, _ = with_chosen_frames([question], config)
-    policy = load(checkpoints(config)[0 if config.model else -1], config, device)
+    names = checkpoints(config)
+    policy = load(names[0] if config.model else names[-1], config, device)
     engine = make_engine(policy, config, 0)
     groups, skipped = engine.play([*chosen.values()])
     if skipped:
         raise UserError(skipped[0][1])
     env = groups[0][0].env
     print(env.describe())
-    print(f"answer: {env.answer() if env.answer() is not None else 'none (the policy gave no answer)'}")
-    seen = [(number, frames) for number, frames in enumerate(env.watched) if frames]
-    for number, frames in seen if config.save_frames else []:
-        times = f"{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s"
-        name = Path(config.save_frames, f"{number}_{'zoom' if number else 'overview'}_{times}.png")
-        write_png(strip([f.image for f in frames]), str(name))
-        print(f"wrote {name}")
+    answer = env.answer()
+    print(f"answer: {'none (the policy gave no answer)' if answer is None else answer}")
+    if not config.save_frames:
+        return
+    for number, frames in enumerate(env.watched):
+        if frames:
+            times = f"{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s"
+            name = Path(config.save_frames, f"{number}_{'zoom' if number else 'overview'}_{times}.png")
+            write_png(strip([frame.image for frame in frames]), str(name))
+            print(f"wrote {name}")
 
 
 def strip(images):
@@ -219,61 +221,98 @@ def strip(images):
 
 
 # ------------------------------------------------------------------------------------------- the script
+class Play(NamedTuple):
+    """What is evaluated: a checkpoint's name, and zoom, uniform, or zoom off."""
+
+    policy: str
+    mode: str
+
+
+def checkpoints(config):
+    """The names of the checkpoints that are evaluated. Raises UserError where there is none."""
+    names = config.model or [name for name in ("runs/sft", "runs/rl") if os.path.exists(name)]
+    if not names:
+        raise UserError("no runs/sft or runs/rl yet: run sft.py and rl.py, or name checkpoints with --model")
+    return list(dict.fromkeys(names))
+
+
+def environment_key(play):
+    """Where run.json keeps what a Play was played with."""
+    return f"environment of {play.policy}, {play.mode}"
+
+
+def play_share(name, modes, questions, done, written, config, rank, world, device):
+    """Plays what is left of this process's share of the questions with one policy, in each of its modes.
+    done: {(Play, number)} that other processes or an earlier start have played."""
+    left = {}
+    for mode in modes:
+        play = Play(name, mode)
+        numbers = [number for number in questions if (play, number) not in done]
+        left[play] = {number: questions[number] for number in numbers[rank::world]}
+    if not any(left.values()):
+        return
+    policy = load(name, config, device)
+    engine = make_engine(policy, config, rank)
+    if rank == 0:
+        print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {policy.dtype}, decode step "
+              f"{engine.decoder.path}", flush=True)
+    for play, share in left.items():
+        env_config = policy.env_config
+        if play.mode == "zoom off":
+            env_config = replace(env_config, max_zooms=0)
+        if rank == 0:
+            run_folder.note(config.out, **{environment_key(play): tables.environment(env_config)})
+        evaluate(engine, play, share, Path(config.data).parent, env_config, written.write, show=rank == 0)
+
+
 def main():
     config = parse_flags(Config, __doc__, ("max_questions", "max_turn_tokens", "max_rows"))
     rank, world, device = start_processes(config.device)
-    for flag, known in (("mode", ("zoom", "uniform")), ("resume", ("auto", "never"))):
+    for flag, known in (("mode", (None, "zoom", "uniform")), ("resume", ("auto", "never"))):
         if getattr(config, flag) not in known:
-            raise UserError(f"--{flag} must be {' or '.join(known)}, not {getattr(config, flag)}")
-    dtype = choose_dtype(config.dtype, device)
+            raise UserError(f"--{flag} must be {' or '.join(filter(None, known))}, not {getattr(config, flag)}")
     if config.mode == "uniform":
         config = replace(config, max_zooms=0)
+    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     if config.video is not None or config.question is not None:
         return ask(config, world, device)
 
     # all that can be wrong, before a model loads
     names = checkpoints(config)
-    for name in names:
-        run_environment(name, config)
+    presets = {run_environment(name, config).preset for name in names}
     rows, bad = read_questions(config.data, config.max_bad)
     questions, without = with_chosen_frames(rows[:config.max_questions], config)  # by their place in the file
-    root = Path(config.data).parent
-    missing = [(q["id"], reason) for q in questions.values() if (reason := missing_video(q, root))]
+    reasons = [(q["id"], missing_video(q, Path(config.data).parent)) for q in questions.values()]
+    missing = [(question_id, reason) for question_id, reason in reasons if reason]
     if len(missing) == len(questions):
         raise no_question(config.data, without + missing)
-    modes = [config.mode, "zoom off"] if config.model is None and config.mode == "zoom" else [config.mode]
-    plays = [(name, mode) for name in names for mode in modes]
-    key = lambda e: None if "skipped" in e else (plays.index((e["policy"], e["mode"])), e["number"])
-    written = runs.Rows(config.out, "episodes", key, rank)
-    inputs = {"question file": config.data, "system prompt": config.system_prompt,
-              "overview": config.overview if (config.overview or "").endswith(".json") else None,
-              "protocol": config.protocol if (config.protocol or "").endswith(".json") else None}
-    inputs |= {f"checkpoint {name}": name for name in names}
-    resolved = replace(config, dtype=str(dtype).removeprefix("torch."))
-    state, done = written.begin(resolved, MAY_DIFFER, inputs, FILES)
+    if missing and rank == 0:
+        print(f"{len(missing)} of {len(questions)} questions are without their video")
 
     # each process plays its share, and writes a line an episode
-    for name in names if state != "finished" else []:
-        left = {mode: [n for n in questions if (plays.index((name, mode)), n) not in done] for mode in modes}
-        shares = {mode: {n: questions[n] for n in numbers[rank::world]} for mode, numbers in left.items()}
-        if not any(shares.values()):
-            continue
-        policy = load(name, config, device)
-        engine = make_engine(policy, config, rank)
-        if rank == 0:
-            print(f"{name}: {len(questions)} questions, {len(missing)} without a video, {world} process(es) "
-                  f"on {device}, {policy.dtype}, decode step {engine.decoder.path}", flush=True)
-        for mode, share in shares.items():
-            env_config = replace(policy.env_config, max_zooms=0) if mode == "zoom off" else policy.env_config
-            if rank == 0:
-                runs.note(config.out, **{f"environment of {name}, {mode}": tables.environment(env_config)})
-            evaluate(engine, name, mode, share, root, env_config, written.write, show=rank == 0)
-        del policy, engine  # before the next one loads
+    modes = [config.mode or "zoom"]
+    if config.mode is None and presets == {"demo"}:
+        modes.append("zoom off")
+    plays = [Play(name, mode) for name in names for mode in modes]
+
+    def key(line):
+        if "skipped" in line:
+            return None
+        return plays.index((line["policy"], line["mode"])), line["number"]
+
+    written = run_folder.Rows(config.out, "episodes", key, rank)
+    inputs = {"question file": config.data} | run_folder.files_of(config)
+    inputs |= {f"checkpoint {name}": name for name in names}
+    state, keys = written.begin(replace(config, dtype=dtype), MAY_DIFFER, inputs, FILES)
+    done = {(plays[place], number) for place, number in keys}
+    if state != "finished":
+        for name in names:
+            play_share(name, modes, questions, done, written, config, rank, world, device)
     written.wait()
     if rank == 0:
         if state != "finished":
-            summarise(written, plays, questions, bad + without, resolved)
-            runs.finish_run(config.out)
+            summarise(written, plays, questions, bad + without, replace(config, dtype=dtype))
+            run_folder.finish_run(config.out)
         report(Path(config.out), config.strict)
 
 

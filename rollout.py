@@ -25,8 +25,7 @@ import torch
 
 from common import float_or_auto, has_graphs
 from generation import ROW_UNIT, Decoder, KVCache, Row, prefill, sample
-from model import (Piece, Sampled, attend_pieces, encode, fill_features, pack, turn_is_over,
-                   turn_text)
+from model import Piece, Sampled, attend_pieces, encode, fill_features, pack, turn_is_over, turn_text
 from protocols import make_env
 from video import VideoError
 from zoom_env import Message, ZoomEnv

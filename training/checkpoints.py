@@ -22,13 +22,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-)
+from transformers import (AutoTokenizer, GenerationConfig, PreTrainedConfig,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor)
 
 from common import UserError, first_line, read_text
 from model import Policy, PolicyError

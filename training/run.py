@@ -22,18 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import (
-    WAITED,
-    RunConfig,
-    UserError,
-    choose_dtype,
-    gather,
-    on_own_stream,
-    open_folder,
-    parse_flags,
-    sum_over_processes,
-    write_jsonl,
-)
+from common import (WAITED, RunConfig, UserError, choose_dtype, gather, on_own_stream, open_folder,
+                    parse_flags, sum_over_processes, write_jsonl)
 from training import run_folder
 from training.checkpoints import sync
 from training.environment import load_env_config
