@@ -40,8 +40,8 @@ class Settings(Base):
     shared: float = 0.25  # as the heir has it
 
 
-def parse(*flags, demo={}, at_least_one=()):
-    return parse_flags(Settings, "What it does.", demo, at_least_one, list(flags))
+def parse(*flags, preset=None, at_least_one=()):
+    return parse_flags(Settings, "What it does.", at_least_one, preset, list(flags))
 
 
 def message_of(capsys, *flags, **given):
@@ -95,11 +95,16 @@ def test_some_must_be_at_least_one(capsys):
     assert parse(at_least_one=("most",)).most is None  # no number: no bound
 
 
-def test_the_demo_has_values_of_its_own_which_flags_overrule():
-    demo = {"steps": 50, "shared": 0.75}
-    assert parse(demo=demo) == Settings(steps=50, shared=0.75)
-    assert parse("--steps", "2", demo=demo) == Settings(steps=2, shared=0.75)
-    assert parse("--model", "x", demo=demo) == Settings(model="x")
+def test_a_preset_replaces_defaults_and_flags_overrule_it():
+    seen = []
+
+    def preset(given):
+        seen.append(given)
+        return {"steps": 50, "shared": 0.75}
+
+    assert parse(preset=preset) == Settings(steps=50, shared=0.75)
+    assert parse("--steps", "2", preset=preset) == Settings(steps=2, shared=0.75)
+    assert seen == [{}, {"steps": 2}]
 
 
 def test_help_is_the_comments_own_fields_first(capsys):
@@ -109,11 +114,11 @@ def test_help_is_the_comments_own_fields_first(capsys):
         "steps": "how many, at most 100% of them", "most": "a bound, without one by default",
         "weights": "one each", "names": "which # of them", "check": "whether to", "shuffle": "or not"}
     with pytest.raises(SystemExit) as raised:
-        parse("--help", demo={"steps": 50})
+        parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
     assert raised.value.code == 0 and "What it does." in shown
     assert all(comment in shown for comment in comments.values())
-    assert "(default 3; without --model 50)" in shown
+    assert "(default 3)" in shown
     order = [shown.index(comments[name]) for name in ("model", "steps", "shuffle", "seed")]
     assert order == sorted(order)
 
@@ -125,7 +130,7 @@ def test_every_setting_of_the_scripts_has_a_comment_and_a_flag(capsys, config_cl
     comments = field_comments(config_class)
     assert set(comments) == set(names) and all(len(comment) > 3 for comment in comments.values())
     with pytest.raises(SystemExit):
-        parse_flags(config_class, "", {}, (), ["--help"])
+        parse_flags(config_class, "", (), None, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for name, comment in comments.items():
         assert f"--{name}" in shown and " ".join(comment.split()) in shown
@@ -145,6 +150,16 @@ def test_wrong_input_ends_with_one_line_and_status_2(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].endswith(": error: no such file")
     assert ends(KeyboardInterrupt()) == 130 and not capsys.readouterr().err
+
+
+def test_an_error_that_can_be_explained_is_one_line(capsys):
+    def main():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes")
+
+    explain = lambda error: "too large" if "allocate" in str(error) else None
+    with pytest.raises(SystemExit) as end:
+        run_main(main, explain)
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(": error: too large\n")
 
 
 def test_other_errors_are_not_hidden():

@@ -18,8 +18,7 @@ import eval as evaluation
 from demo import synthetic
 from model import encode
 from rollout import Episode
-from training import tables
-from training import ask
+from training import run_folder, tables
 from training.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
 
@@ -53,9 +52,9 @@ class Known:
         self.policy, self.texts, self.limit = policy, texts, limit
 
     def play(self, questions, root, env_config, on_end):
-        for question, turns in zip(questions, self.texts):
+        for number, (question, turns) in enumerate(zip(questions, self.texts)):
             env = ZoomEnv(question, env_config, root)
-            e = Episode(encode(self.policy, env.reset()), env=env)
+            e = Episode(encode(self.policy, env.reset()), env=env, question_number=number)
             for text in turns:
                 encode(self.policy, [Message("assistant", [text])], e.dialogue)
                 reply = env.step(text)
@@ -79,7 +78,7 @@ def detail(folder):
 def play_known(folder, question, texts, limit=10**6, **env):
     policy, written = make_policy(), []
     config, questions = replace(policy.env_config, **env), {n: dict(question) for n in range(len(texts))}
-    evaluation.evaluate(Known(policy, texts, limit), "p", "zoom", questions, folder, config, written.append)
+    evaluation.evaluate(Known(policy, texts, limit), evaluation.Play("p", "zoom"), questions, folder, config, written.append)
     return written, tables.figures("p", "zoom", written, questions, 3)[0]
 
 
@@ -176,7 +175,7 @@ def write_questions(folder, path, **videos):
 def undisturbed(folder, tmp_path_factory):
     """(flags, results) of a run with nothing in its way."""
     out = tmp_path_factory.mktemp("undisturbed")
-    flags = ("--model", TINY, "--data", folder / "test.jsonl", "--max_turn_tokens", 120, "--device", "cpu")
+    flags = ("--model", TINY, "--data", folder / "test.jsonl", "--max_turn_tokens", 120, "--mode", "zoom", "--device", "cpu")
     done = run(*flags, "--out", out)
     assert done.returncode == 0, done.stderr
     return flags, results(out)
@@ -225,7 +224,8 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path, undisturbed):
 def test_a_finished_run_is_shown_another_is_refused_or_moved_aside(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     write_questions(folder, tmp_path / "q.jsonl")
-    flags = "--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", out, "--max_turn_tokens", 4
+    flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", out, "--max_turn_tokens", 4,
+             "--mode", "zoom")
     call = lambda *more: main(monkeypatch, capsys, *flags, *more)
     assert call()[0] == 0
     first = (out / "episodes.jsonl").read_text()
@@ -255,12 +255,12 @@ def test_a_finished_run_is_shown_another_is_refused_or_moved_aside(folder, tmp_p
 
 def test_the_checkpoint_counts_by_its_content(tmp_path):
     save_policy(make_policy(), tmp_path)
-    before = evaluation.runs.fingerprint(tmp_path)
+    before = run_folder.fingerprint(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{}")
-    assert evaluation.runs.fingerprint(tmp_path) == before
+    assert run_folder.fingerprint(tmp_path) == before
     save_policy(make_policy(seed=1), tmp_path)
-    assert evaluation.runs.fingerprint(tmp_path) != before
-    assert evaluation.runs.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert run_folder.fingerprint(tmp_path) != before
+    assert run_folder.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -268,7 +268,7 @@ def test_bad_videos_are_counted_and_named_and_end_nothing(folder, tmp_path, monk
     (tmp_path / "text.mp4").write_text("no video\n" * 100)
     write_questions(folder, tmp_path / "q.jsonl", test_0000_0="none.mp4", test_0000_1="text.mp4")
     flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", tmp_path / "out",
-             "--max_turn_tokens", 4)
+             "--max_turn_tokens", 4, "--mode", "zoom")
     status, said, _ = main(monkeypatch, capsys, *flags)
     row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
     assert status == 0 and row["num_questions"] == 8 and row["skipped"] == 2
@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(folder, tmp_path, m
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
-    rows = evaluation.runs.Rows("/dev", "full", None, 0)
+    rows = run_folder.Rows("/dev", "full", None, 0)
     monkeypatch.setattr(rows, "out", tmp_path)
     (tmp_path / "full.jsonl").symlink_to("/dev/full")
     with pytest.raises(evaluation.UserError, match="No space left"):
@@ -327,7 +327,7 @@ def test_ask_about_a_video(folder, tmp_path):
 def test_a_strip_holds_frames_of_any_sizes():
     sizes = [(28, 56), (84, 28), (56, 56)]
     images = [torch.full((3, *size), n + 1, dtype=torch.uint8) for n, size in enumerate(sizes)]
-    strip, left = ask.strip(images), 0
+    strip, left = evaluation.strip(images), 0
     assert strip.shape == (3, 84, 140) and strip.dtype == torch.uint8
     for image, (height, width) in zip(images, sizes):
         assert torch.equal(strip[:, :height, left:left + width], image)

@@ -20,7 +20,7 @@ from training.checkpoints import save_policy
 
 SCRIPTS = {"sft": sft, "rl": rl, "eval": evaluation}
 WRONG_WORDS = {"device": ["gpu", "cuda:x", "meta"], "dtype": ["float16", "x"], "mode": ["x"], "resume": ["x", "always"],
-               "old_log_probs": ["x", "Sampled"], "on_host": ["x", "Reference"], "shard": ["x", "All"],
+               "old_log_probs": ["x", "Sampled"], "offload": ["x", "Reference"], "preset": ["x"], "plan": ["x", "8", "x80"], "shard": ["x", "All"],
                "val": ["missing", "folder", "bytes", "empty"],
                "overview": ["sometimes", "missing.json", "folder.json", "bytes.json"],
                "system_prompt": ["missing", "folder", "bytes"], "data": ["missing", "folder", "bytes", "empty"],
@@ -46,12 +46,12 @@ def wrong_values():
         yield name, ["--no_such_flag", "1"]
         yield name, ["stray"]
     for name in ("rl", "sft"):
-        yield name, ["--offload", "--lora_rank", "4"]
-        yield name, ["--offload", "--shard", "all"]
+        yield name, ["--offload", "optimizer", "--lora_rank", "4"]
+        yield name, ["--offload", "optimizer", "--shard", "all"]
         yield name, ["--lora_rank", "4", "--shard", "node"]
-    yield "rl", ["--on_host", "reference"]
-    yield "rl", ["--max_gap", "0.1"]
-    yield "rl", ["--max_gap", "0.1", "--old_log_probs", "sampled"]
+    yield "rl", ["--offload", "reference"]
+    yield "rl", ["--max_mismatch", "0.1"]
+    yield "rl", ["--max_mismatch", "0.1", "--old_log_probs", "sampled"]
     for flags in (["--options", "one", "--question", "What?"], ["--question", " "], ["--question", "What?"],
                   ["--options", "a", "a", "--question", "What?"]):
         yield "eval", flags

@@ -1,5 +1,6 @@
 """GRPO: the objective against NumPy, updates that do not depend on how they are split, and a run from end to end."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -16,16 +17,18 @@ from tqdm import tqdm
 from tiny import random_policy as make_policy
 
 import rl
+import training.weights
 from common import UserError, start_processes
 from demo import synthetic
 from model import Dialogue, Sampled, encode, fill_features, token_log_probs
 from training.checkpoints import load_policy
 from rollout import Episode
 from training.checkpoints import save_policy
-from training.mismatch import Gap
+from training.mismatch import Mismatch
 from training.weights import MasterWeights
 from training.metrics import show_step
-from zoom_env import Message, ZoomEnv
+from protocols import PROTOCOLS
+from zoom_env import EnvConfig, Message, ZoomEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -201,15 +204,16 @@ def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
         assert_same(whole, torch.load(tmp_path / f"{rank}.pt"))
 
 
-def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(capsys):
+def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(monkeypatch, capsys):
     """A warning names the questions; so many in a row end the run, a good one in between begins anew."""
     weight = torch.nn.Parameter(torch.ones(3))
     masters, optimizer = MasterWeights(torch.nn.ParameterList([weight])), torch.optim.SGD([weight], lr=1.0)
 
     def step(gradient):
         weight.grad = torch.tensor(gradient)
-        return masters.step(optimizer, 1e9, max_bad_steps=3, questions=["q1", "q2"])
+        return masters.step(optimizer, 1e9, questions=["q1", "q2"])
 
+    monkeypatch.setattr(training.weights, "MAX_BAD_STEPS", 3)
     for _ in range(2):
         step([0.0, float("nan"), 0.0])
         step([0.0, float("inf"), 1.0])
@@ -217,7 +221,8 @@ def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(capsys):
         before = weight.detach().clone()
         assert step([1.0, 0.0, 0.0]) == 1.0 and weight[0] == before[0] - 1
     assert (weight[1:] == 1).all() and capsys.readouterr().err.count("q1, q2") == 4
-    step([float("nan")] * 3), step([float("nan")] * 3)
+    step([float("nan")] * 3)
+    step([float("nan")] * 3)
     with pytest.raises(UserError, match="q1, q2; 3 such steps in a row"):
         step([float("nan")] * 3)
 
@@ -249,64 +254,42 @@ def shift(episode, offset, start=0, stop=None):
     said[start:stop] = [p + offset for p in said[start:stop]]
 
 
-def turn_lengths(policy, episode):
-    """Sampled tokens of each turn."""
-    return [len(policy.tokenizer.encode(turn.text)) + (turn.kind == "answer") for turn in episode.env.turns]
+def test_mismatch_is_counted_over_the_tokens_that_were_sampled():
+    """Mean and largest by hand; a token that was appended has none; a nan makes the mean nan, the largest inf."""
+    dialogues = [Dialogue(sampled_log_probs=[-1.0, None, -2.0]), Dialogue(sampled_log_probs=[-1.0])]
+    mismatch = Mismatch()
+    means = mismatch.add(torch.tensor([-1.5, -9.0, -2.0, -4.0]), dialogues)
+    assert means == pytest.approx([0.25, 3.0])
+    found = mismatch.metrics(torch.device("cpu"))
+    assert found == pytest.approx({"mismatch": 3.5 / 3, "mismatch_max": 3.0, "episodes_left_out": 0})
+    mismatch.add(torch.tensor([math.nan]), dialogues[1:])
+    found = mismatch.metrics(torch.device("cpu"))
+    assert math.isnan(found["mismatch"]) and found["mismatch_max"] == math.inf
 
 
 @pytest.mark.parametrize("old_log_probs, mini_batch_size", [("sampled", 3), ("recomputed", 1)])
-def test_gap_by_turn(folder, old_log_probs, mini_batch_size):
-    """Of noisy log-probabilities, those of second turns off by 2 and one in a third turn by 9: as counted turn by turn.
-    Recomputed ones tell it of all groups, not only of the first mini-batch's."""
-    gaps = {}
+def test_an_update_measures_the_mismatch_before_it(folder, old_log_probs, mini_batch_size):
+    """Of noisy log-probabilities, as counted one by one. Recomputed ones tell it of all groups, not only of the first
+    mini-batch's."""
+    differences = []
 
     def prepare(policy, groups):
+        shift(groups[2][0], 9, 0, 1)
         for e in (e for group in groups for e in group):
-            first, *later = turn_lengths(policy, e)
-            if later:
-                shift(e, 2, first, first + later[0])
-            if len(later) > 1:
-                shift(e, 9, first + later[0], first + later[0] + 1)
             with torch.no_grad():
                 trained = token_log_probs(policy, [[e.dialogue]])[0].tolist()
-            both = iter(zip(trained, e.dialogue.sampled_log_probs, strict=True))
-            for turn, length in enumerate([first, *later], 1):
-                gaps.setdefault(turn, []).extend(abs(a - b) for a, b in (next(both) for _ in range(length)))
-            assert next(both, None) is None
+            differences.extend(abs(a - b) for a, b in zip(trained, e.dialogue.sampled_log_probs, strict=True))
 
     _, metrics = one_update(folder, prepare=prepare, old_log_probs=old_log_probs, mini_batch_size=mini_batch_size, lr=1e-4,
                             max_tokens_per_pass=600)
-    assert set(gaps) == {1, 2, 3} and make_policy().env_config.max_zooms == 4
-    gaps |= {0: [gap for turn in gaps.values() for gap in turn], 4: [0.0], 5: [0.0]}
-    expected = {}
-    for turn, values in gaps.items():
-        name = f"_turn_{turn}" if turn else ""
-        expected |= {f"gap{name}": sum(values) / len(values), f"gap_max{name}": max(values)}
-    found = {key: value for key, value in metrics.items() if key.startswith("gap")}
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert found["gap_turn_1"] < 0.5 < 1.5 < found["gap_turn_2"] < 2.5 and found["gap_max"] > 7
-
-
-def test_gap_of_turns_beyond_the_last_one_and_of_nan():
-    """They count to the last one; a mean is nan where a log-probability is, a largest one inf."""
-    dialogue = Dialogue()
-    for length in (1, 2, 3):
-        dialogue.add([0] * 2)
-        dialogue.add([0] * length, trained=True)
-    dialogue.sampled_log_probs = [-1.0] * 6
-    gap = Gap(2)
-    gap.add(torch.tensor([-1.5, -1.0, -1.0, -1.0, -1.0, -4.0]), [dialogue])
-    found = gap.metrics(torch.device("cpu"))
-    assert found == pytest.approx({"gap": 3.5 / 6, "gap_max": 3, "gap_turn_1": 0.5, "gap_max_turn_1": 0.5,
-                                   "gap_turn_2": 0.6, "gap_max_turn_2": 3, "episodes_left_out": 0})
-    gap.add(torch.tensor([-1.0, -1.0, math.nan, -1.0, -1.0, -1.0]), [dialogue])
-    found = gap.metrics(torch.device("cpu"))
-    assert found["gap_turn_1"] == 0.25 and math.isnan(found["gap_turn_2"]) and found["gap_max_turn_2"] == math.inf
+    assert metrics["mismatch"] == pytest.approx(sum(differences) / len(differences), rel=1e-4)
+    assert metrics["mismatch_max"] == pytest.approx(max(differences), rel=1e-4) and max(differences) > 7
 
 
 def assert_same_training(a, b, rel=1e-5):
-    """`assert_same`, but of what is said of the gap."""
-    trained = lambda metrics: {k: v for k, v in metrics.items() if not k.startswith("gap") and k != "episodes_left_out"}
+    """`assert_same`, but of what is said of the mismatch."""
+    trained = lambda metrics: {k: v for k, v in metrics.items()
+                               if not k.startswith("mismatch") and k != "episodes_left_out"}
     assert_same((a[0], trained(a[1])), (b[0], trained(b[1])), rel)
 
 
@@ -317,18 +300,18 @@ def test_recomputed_old_log_probabilities_are_those_before_the_first_update(fold
     how = dict(mini_batch_size=mini_batch_size, lr=lr, max_tokens_per_pass=600, temperature=0.7)
     exactly = partial(exact, temperature=0.7)
     right = one_update(folder, prepare=exactly, **how)
-    assert right[1]["updates"] == 3 // mini_batch_size and right[1]["gap_max"] < 1e-4
+    assert right[1]["updates"] == 3 // mini_batch_size and right[1]["mismatch_max"] < 1e-4
     same = one_update(folder, prepare=exactly, old_log_probs="recomputed", **how)
     assert_same_training(right, same, rel)
-    assert same[1]["gap_max"] < 1e-4
+    assert same[1]["mismatch_max"] < 1e-4
     noisy, corrected = one_update(folder, **how), one_update(folder, old_log_probs="recomputed", **how)
     assert_same_training(right, corrected, rel)
     assert (noisy[0] - right[0]).norm() > 0.5 * right[0].norm()  # the noise does matter
-    assert corrected[1]["gap"] > 0.2  # of what was noted, not of what is used
+    assert corrected[1]["mismatch"] > 0.2  # of what was noted, not of what is used
 
 
 @pytest.mark.parametrize("which", ["an episode", "a group"])
-def test_an_episode_above_the_largest_gap_is_left_out(folder, which):
+def test_an_episode_above_the_largest_mismatch_is_left_out(folder, which):
     """As if it were not there, from the advantages on. One token far off in another one does not matter: the mean does."""
     def far(policy, groups):
         for e in groups[1][:1] if which == "an episode" else groups[1]:
@@ -339,31 +322,73 @@ def test_an_episode_above_the_largest_gap_is_left_out(folder, which):
         shift(groups[2][0], 3, 0, 1)
         groups[1][:1 if which == "an episode" else None] = []
 
-    how = dict(old_log_probs="recomputed", max_gap=1.0)
+    how = dict(old_log_probs="recomputed", max_mismatch=1.0)
     left_out, removed, all_of_them = (one_update(folder, prepare=p, **how) for p in (far, without, exact))
     assert_same_training(left_out, removed)
     assert [m["episodes_left_out"] for _, m in (left_out, removed, all_of_them)] == [1 if which == "an episode" else 3, 0, 0]
     assert left_out[1]["trained_tokens"] < all_of_them[1]["trained_tokens"]
-    assert left_out[1]["gap"] > 1.1 * removed[1]["gap"]  # it is measured all the same
+    assert left_out[1]["mismatch"] > 1.1 * removed[1]["mismatch"]  # it is measured all the same
     assert (left_out[0] - all_of_them[0]).norm() > 0.01 * left_out[0].norm()
 
 
 def test_a_step_that_leaves_all_episodes_out_learns_nothing_and_says_so(folder):
-    change, metrics = one_update(folder, old_log_probs="recomputed", max_gap=0.0)
+    change, metrics = one_update(folder, old_log_probs="recomputed", max_mismatch=0.0)
     assert not change.any() and metrics["updates"] == metrics["trained_tokens"] == metrics["loss"] == 0
-    assert metrics["episodes_left_out"] == 9 and metrics["gap"] > 0.2
+    assert metrics["episodes_left_out"] == 9 and metrics["mismatch"] > 0.2
     said = []
-    show_step(metrics | {"step": 1, "groups": 3}, [], rl.Config(), said.append)
-    assert "9 episodes" in said[1] and "--max_gap" in said[1] and "nothing learned" in said[1]
+    show_step(metrics | {"step": 1, "groups": 3}, [], rl.Config(), EnvConfig(), said.append)
+    assert "9 episodes" in said[1] and "--max_mismatch" in said[1] and "nothing learned" in said[1]
 
 
-def test_an_episode_without_a_gap_is_left_out(folder):
+def test_an_episode_without_a_finite_mismatch_is_left_out(folder):
     """A nan that was noted while sampling."""
     def poisoned(policy, groups):
         groups[1][0].dialogue.sampled_log_probs[0] = math.nan
 
-    change, metrics = one_update(folder, prepare=poisoned, old_log_probs="recomputed", max_gap=1.0)
+    change, metrics = one_update(folder, prepare=poisoned, old_log_probs="recomputed", max_mismatch=1.0)
     assert metrics["episodes_left_out"] == 1 and metrics["bad_steps"] == 0 and change.isfinite().all() and change.any()
+
+
+class PlantedEnv(ZoomEnv):
+    """Its rewards do not depend on what is said: those of one question's episodes differ, but for the ids in `flat`."""
+
+    flat, next_reward = set(), itertools.count()
+
+    def end(self):
+        super().end()
+        self.rewards["reward"] = 0.5 if self.question["id"] in self.flat else float(next(self.next_reward))
+
+
+def draw(folder, monkeypatch, flat, **settings):
+    """`play_batch` by the real engine: (questions in the order of their drawing, what it returned)."""
+    monkeypatch.setitem(PROTOCOLS, "videozoomer", PlantedEnv)
+    rows = [json.loads(line) for line in open(folder / "train.jsonl")]
+    monkeypatch.setattr(PlantedEnv, "flat", {rows[n]["id"] for n in flat})
+    config = rl.Config(**{"batch_size": 3, "group_size": 2, "max_draws": 2, "max_turn_tokens": 3} | settings)
+    policy = make_policy()
+    engine = rl.Engine(policy, config.group_size, config, torch.Generator().manual_seed(0))
+    return rows, rl.play_batch(engine, iter(rows), config, folder, 0, 1, torch.device("cpu"), tqdm(disable=True))
+
+
+def test_groups_without_a_spread_are_dropped_and_new_questions_drawn(folder, monkeypatch):
+    """Dynamic sampling: of 3 questions two are flat, so two more are drawn; the episodes of all are reported, only the
+    others' are kept, with their advantages, and only their tokens are in the loss's denominator."""
+    rows, (kept, episodes, unreadable, drawn) = draw(folder, monkeypatch, flat=(0, 2))
+    assert [group[0].env.question["id"] for group in kept] == [rows[n]["id"] for n in (1, 3, 4)]
+    assert drawn == 5 and len(episodes) == 10 and not unreadable
+    for group in kept:
+        assert sum(e.dialogue.advantage for e in group) == pytest.approx(0, abs=1e-6)
+        assert all(abs(e.dialogue.advantage) > 0.1 for e in group)
+    weights = MasterWeights(make_policy())
+    config = rl.Config(batch_size=3, mini_batch_size=3, kl_weight=0.0)
+    metrics = rl.update(weights, kept, torch.optim.SGD(weights.parameters, lr=0.0), config, 0, torch.device("cpu"))
+    assert metrics["trained_tokens"] == sum(sum(e.dialogue.trained) for group in kept for e in group)
+
+
+def test_drawing_ends_at_max_draws(folder, monkeypatch):
+    _, (kept, episodes, _, drawn) = draw(folder, monkeypatch, flat=range(10))
+    assert kept == [] and drawn == 6 and len(episodes) == 12
+    assert not any(e.dialogue.features for e in episodes)  # nothing will be trained on them
 
 
 def test_the_frames_of_episodes_that_are_over_are_let_go(folder):
@@ -395,6 +420,24 @@ def test_two_steps_on_two_processes(folder, tmp_path, dtype):
         assert key in metrics[0]
     assert metrics[0]["episodes"] == 6
     assert load_policy(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_the_learning_rate_rises(folder, tmp_path, monkeypatch):
+    """By the metrics, and by what it does: at the start of a very long warm-up an optimizer step moves nothing."""
+    monkeypatch.setitem(PROTOCOLS, "videozoomer", PlantedEnv)
+    save_policy(make_policy(), tmp_path / "start")
+    start = load_policy(tmp_path / "start").head.weight
+    moved = {}
+    for warmup in (2, 10 ** 12):
+        flags = ["--model", tmp_path / "start", "--data", folder / "train.jsonl", "--out", tmp_path / str(warmup), "--steps", 1,
+                 "--batch_size", 1, "--mini_batch_size", 1, "--group_size", 2, "--max_turn_tokens", 3, "--lr", 1e-2,
+                 "--lr_warmup_steps", warmup, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])
+        rl.main()
+        metrics = json.loads((tmp_path / str(warmup) / "metrics.jsonl").read_text())
+        assert metrics["lr"] == pytest.approx(1e-2 / warmup) and metrics["grad_norm"] > 0
+        moved[warmup] = (load_policy(tmp_path / str(warmup)).head.weight - start).abs().max()
+    assert moved[2] > 1e-3 and moved[10 ** 12] < 1e-8
 
 
 def test_group_of_one_is_refused(tmp_path):

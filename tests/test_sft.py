@@ -120,7 +120,7 @@ def test_what_is_prepared_ahead_changes_nothing_but_times(folder, tmp_path, monk
 
     monkeypatch.setattr(sft, "train_step", recorded)
     ahead = run("ahead")
-    monkeypatch.setattr(sft, "batches_ahead", lambda load, batches: ((batch, load(batch), 0.0) for batch in batches))
+    monkeypatch.setattr(sft, "prefetch", lambda load, batches: ((batch, load(batch), 0.0) for batch in batches))
     assert ahead == run("plain")
     assert len(ahead[0]) == 6 and len(ahead[1]) == 4 and {"gone"} < {where for where, _ in ahead[1]}
     assert [m["skipped"] for m in ahead[0]][-1] == 4 and ahead[0][0]["loss"] != ahead[0][1]["loss"]
