@@ -69,10 +69,16 @@ MAY_DIFFER = ("strict", "video", "question", "options", "save_frames")  # when a
 FILES = r"results\.json|(episodes(\.rank\d+)?|by_kind|by_duration|skipped)\.jsonl"  # that it writes
 
 
+def environment(name, config):
+    """What a checkpoint plays, by the flags. Raises UserError."""
+    if config.mode == "uniform":
+        config = replace(config, max_zooms=0)
+    return run_environment(name, config)
+
+
 def load(name, config, device):
-    """The policy of a checkpoint, with the environment that the flags say. Raises UserError."""
-    dtype = choose_dtype(config.dtype, device)
-    return load_policy(name, device, dtype, run_environment(name, config))
+    """The policy of a checkpoint. Raises UserError."""
+    return load_policy(name, device, choose_dtype(config.dtype, device), environment(name, config))
 
 
 def make_engine(policy, config, rank):
@@ -271,15 +277,13 @@ def main():
     for flag, known in (("mode", (None, "zoom", "uniform")), ("resume", ("auto", "never"))):
         if getattr(config, flag) not in known:
             raise UserError(f"--{flag} must be {' or '.join(filter(None, known))}, not {getattr(config, flag)}")
-    if config.mode == "uniform":
-        config = replace(config, max_zooms=0)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     if config.video is not None or config.question is not None:
         return ask(config, world, device)
 
     # all that can be wrong, before a model loads
     names = checkpoints(config)
-    presets = {run_environment(name, config).preset for name in names}
+    presets = {environment(name, config).preset for name in names}
     rows, bad = read_questions(config.data, config.max_bad)
     questions, without = with_chosen_frames(rows[:config.max_questions], config)  # by their place in the file
     reasons = [(q["id"], missing_video(q, Path(config.data).parent)) for q in questions.values()]

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -438,9 +437,3 @@ def test_the_learning_rate_rises(folder, tmp_path, monkeypatch):
         assert metrics["lr"] == pytest.approx(1e-2 / warmup) and metrics["grad_norm"] > 0
         moved[warmup] = (load_policy(tmp_path / str(warmup)).head.weight - start).abs().max()
     assert moved[2] > 1e-3 and moved[10 ** 12] < 1e-8
-
-
-def test_group_of_one_is_refused(tmp_path):
-    run = subprocess.run([sys.executable, str(ROOT / "rl.py"), "--model", "x", "--group_size", "1"], capture_output=True,
-                         text=True)
-    assert run.returncode == 2 and run.stderr.strip().count("\n") == 0 and "group_size" in run.stderr

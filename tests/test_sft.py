@@ -1,6 +1,7 @@
 """SFT: the loss against its definition, the same however it is split, schedule, skipped rows, and a run end to end."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -127,7 +128,8 @@ def test_what_is_prepared_ahead_changes_nothing_but_times(folder, tmp_path, monk
 
 
 def run(*flags, script="sft.py"):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

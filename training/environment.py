@@ -13,6 +13,7 @@ file is taken for the paper's.
     --accuracy_weight, ... (RL)    the weights of the reward's parts
 """
 
+import functools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,8 +35,15 @@ def find_env_config(name_or_path):
     if path.is_dir():
         return path / "zoom_config.json" if (path / "zoom_config.json").is_file() else None
     if path.exists() or name.startswith((".", "/", "~", "runs/")) or "/" not in name:
-        raise UserError(f"cannot load {name}: there is no checkpoint folder of that name")
-    found = cached_file(str(name_or_path), "zoom_config.json", _raise_exceptions_for_missing_entries=False,
+        hint = "; python sft.py makes it" if name == "runs/sft" else ""
+        raise UserError(f"cannot load {name}: there is no checkpoint folder of that name{hint}")
+    return fetch_env_config(name)
+
+
+@functools.cache
+def fetch_env_config(name):
+    """`find_env_config` of a name on the hub."""
+    found = cached_file(name, "zoom_config.json", _raise_exceptions_for_missing_entries=False,
                         _raise_exceptions_for_connection_errors=False)
     return found and Path(found)
 
