@@ -76,13 +76,9 @@ def environment(name, config):
     return run_environment(name, config)
 
 
-def load(name, config, device):
-    """The policy of a checkpoint. Raises UserError."""
-    return load_policy(name, device, choose_dtype(config.dtype, device), environment(name, config))
-
-
-def make_engine(policy, config, rank):
-    """What plays a policy's episodes, one a question."""
+def load_engine(name, env_config, config, device, rank):
+    """What plays the episodes of a checkpoint, one a question. Raises UserError."""
+    policy = load_policy(name, device, choose_dtype(config.dtype, device), env_config)
     config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=policy.env_config.max_turn_tokens)
     engine = Engine(policy, 1, config, torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank))
     check_decoder(engine.decoder)
@@ -201,8 +197,8 @@ def ask(config, world, device):
         open_folder(config.save_frames)
     chosen, _ = with_chosen_frames([question], config)
     names = checkpoints(config)
-    policy = load(names[0] if config.model else names[-1], config, device)
-    engine = make_engine(policy, config, 0)
+    name = names[0] if config.model else names[-1]
+    engine = load_engine(name, environment(name, config), config, device, 0)
     groups, skipped = engine.play([*chosen.values()])
     if skipped:
         raise UserError(skipped[0][1])
@@ -247,7 +243,7 @@ def environment_key(play):
     return f"environment of {play.policy}, {play.mode}"
 
 
-def play_share(name, modes, questions, done, written, config, rank, world, device):
+def play_share(name, env_config, modes, questions, done, written, config, rank, world, device):
     """Plays what is left of this process's share of the questions with one policy, in each of its modes.
     done: {(Play, number)} that other processes or an earlier start have played."""
     left = {}
@@ -257,13 +253,12 @@ def play_share(name, modes, questions, done, written, config, rank, world, devic
         left[play] = {number: questions[number] for number in numbers[rank::world]}
     if not any(left.values()):
         return
-    policy = load(name, config, device)
-    engine = make_engine(policy, config, rank)
+    engine = load_engine(name, env_config, config, device, rank)
     if rank == 0:
-        print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {policy.dtype}, decode step "
-              f"{engine.decoder.path}", flush=True)
+        print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {engine.policy.dtype}, decode "
+              f"step {engine.decoder.path}", flush=True)
     for play, share in left.items():
-        env_config = policy.env_config
+        env_config = engine.policy.env_config
         if play.mode == "zoom off":
             env_config = replace(env_config, max_zooms=0)
         if rank == 0:
@@ -283,9 +278,9 @@ def main():
 
     # all that can be wrong, before a model loads
     names = checkpoints(config)
-    presets = {environment(name, config).preset for name in names}
     rows, bad = read_questions(config.data, config.max_bad)
     questions, without = with_chosen_frames(rows[:config.max_questions], config)  # by their place in the file
+    environments = {name: environment(name, config) for name in names}
     reasons = [(q["id"], missing_video(q, Path(config.data).parent)) for q in questions.values()]
     missing = [(question_id, reason) for question_id, reason in reasons if reason]
     if len(missing) == len(questions):
@@ -295,7 +290,7 @@ def main():
 
     # each process plays its share, and writes a line an episode
     modes = [config.mode or "zoom"]
-    if config.mode is None and presets == {"demo"}:
+    if config.mode is None and all(env_config.preset == "demo" for env_config in environments.values()):
         modes.append("zoom off")
     plays = [Play(name, mode) for name in names for mode in modes]
 
@@ -311,7 +306,7 @@ def main():
     done = {(plays[place], number) for place, number in keys}
     if state != "finished":
         for name in names:
-            play_share(name, modes, questions, done, written, config, rank, world, device)
+            play_share(name, environments[name], modes, questions, done, written, config, rank, world, device)
     written.wait()
     if rank == 0:
         if state != "finished":

@@ -264,11 +264,11 @@ def main():
         raise UserError(f"--loss_mean must be token or episode, not {config.loss_mean}")
     if not config.temperature > 0:
         raise UserError("--temperature must be above 0: at 0 all episodes of a question are the same")
-    env_config = run_environment(config.model, config)
-    check_old_log_probs(config, env_config)
     rows, bad = read_questions(config.data, config.max_bad)
     chosen, without = with_chosen_frames(rows, config)
     rows = list(chosen.values())
+    env_config = run_environment(config.model, config)
+    check_old_log_probs(config, env_config)
     val_rows = read_questions(config.val, config.max_bad)[0] if config.val else None
     run = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     if run.finished:

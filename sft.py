@@ -163,7 +163,6 @@ def main():
     rank, world, device = start_processes(config.device)
     # all that can be wrong, before a model loads
     check_flags(config, world)
-    env_config = run_environment(config.model, config)
     if config.preset == "demo" and config.data == Config.data and rank == 0:
         ensure_demo(Path(config.data).parent, config.seed)
     gather([])  # the others wait until the data is there
@@ -171,6 +170,7 @@ def main():
     rows = of_kinds(rows, config.kinds)
     chosen, without = with_chosen_frames([row["question"] for row in rows], config)
     rows = [rows[number] | {"question": question} for number, question in chosen.items()]
+    env_config = run_environment(config.model, config)
     val = None
     if config.val:
         val_config = RolloutConfig(max_turn_tokens=env_config.max_turn_tokens)

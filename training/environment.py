@@ -33,7 +33,11 @@ def find_env_config(name_or_path):
     UserError where there is no such folder."""
     path, name = Path(name_or_path), str(name_or_path)
     if path.is_dir():
-        return path / "zoom_config.json" if (path / "zoom_config.json").is_file() else None
+        if (path / "zoom_config.json").is_file():
+            return path / "zoom_config.json"
+        if not (path / "config.json").is_file():
+            raise UserError(f"cannot load {name}: it is not a checkpoint folder (it has no config.json)")
+        return None
     if path.exists() or name.startswith((".", "/", "~", "runs/")) or "/" not in name:
         hint = "; python sft.py makes it" if name == "runs/sft" else ""
         raise UserError(f"cannot load {name}: there is no checkpoint folder of that name{hint}")
