@@ -59,6 +59,27 @@ class Row:
 
 
 # ------------------------------------------------------------------------------------------------------ cache
+class Extent(NamedTuple):
+    """How large a part of the cache is: `number` places or rows of `capacity` tokens."""
+
+    number: int
+    capacity: int
+
+    @property
+    def tokens(self):
+        return self.number * self.capacity
+
+    def with_room_for(self, other):
+        """The smallest Extent that holds both."""
+        return Extent(max(self.number, other.number), max(self.capacity, other.capacity))
+
+
+def extent_of(tensors):
+    """The Extent of a part of the cache, (keys and values) for each layer."""
+    keys, _ = tensors[0]
+    return Extent(keys.shape[0], keys.shape[2])
+
+
 class KVCache:
     """Keys and values, for each layer those of prompts and those of rows in tensors of their own, so that
     growing never needs room for two caches:
@@ -89,12 +110,16 @@ class KVCache:
 
     def add_prompt(self, length, users):
         """A place for a prompt."""
-        place = self.users.index(0) if 0 in self.users else len(self.users)
-        self.users[place:place + 1], self.lengths[place:place + 1] = [users], [length]
-        return place
+        if 0 in self.users:
+            place = self.users.index(0)
+            self.users[place], self.lengths[place] = users, length
+            return place
+        self.users.append(users)
+        self.lengths.append(length)
+        return len(self.users) - 1
 
-    def _prompt_shape(self, new_length=0):
-        """(places, capacity) that the prompts in use need; with another one of `new_length`, if above 0."""
+    def prompts_extent(self, new_length=0):
+        """The Extent that the prompts in use need; with another one of `new_length`, if above 0."""
         lengths = [length if users else 0 for users, length in zip(self.users, self.lengths)]
         if new_length:
             place = lengths.index(0) if 0 in lengths else len(lengths)
@@ -102,44 +127,48 @@ class KVCache:
         while lengths and not lengths[-1]:
             lengths.pop()
         places = max(len(lengths), 2) if self.row_unit > 1 else len(lengths)
-        return places, max(lengths, default=0) + 1
+        return Extent(places, max(lengths, default=0) + 1)
 
     def most_rows(self, length, new_prompt_length=0):
         """How many rows of `length` own tokens the budget allows, beside the prompts in use and a new one."""
-        places, capacity = self._prompt_shape(new_prompt_length)
-        return max(0, self.max_tokens - places * capacity) // (length + 1) // self.row_unit * self.row_unit
+        left = max(0, self.max_tokens - self.prompts_extent(new_prompt_length).tokens)
+        return left // (length + 1) // self.row_unit * self.row_unit
 
     def reserve(self, rows, length):
         """Room for the prompts in use and for `length` own tokens in each of `rows` rows. The tensors only
         grow, by a little more than needed; if that is above the budget, they become what is needed."""
-        rows, length = -(-rows // self.row_unit) * self.row_unit, length + 1
-        need_prompts, need_own = self._prompt_shape(), (rows, length if rows else 0)
+        rows = -(-rows // self.row_unit) * self.row_unit
+        needed_prompts, needed_own = self.prompts_extent(), Extent(rows, length + 1 if rows else 0)
         # at least what there is; rows that grow get a quarter more
-        prompts = tuple(map(max, need_prompts, self.prompts[0][0].shape[0:3:2]))
-        own = tuple(map(max, need_own, self.own[0][0].shape[0:3:2]))
-        if length > self.own[0][0].shape[2] and rows:
-            own = own[0], length + length // 4
+        prompts = needed_prompts.with_room_for(extent_of(self.prompts))
+        own = needed_own.with_room_for(extent_of(self.own))
+        if needed_own.capacity > extent_of(self.own).capacity:
+            own = Extent(own.number, needed_own.capacity + needed_own.capacity // 4)
         # above the budget: no more than needed
-        if prompts[0] * prompts[1] + own[0] * own[1] > self.max_tokens:
-            left = self.max_tokens - need_prompts[0] * need_prompts[1]
-            prompts, own = need_prompts, (rows, max(length, min(own[1], left // rows)) if rows else 0)
-        self._resize(self.prompts, *prompts)
-        self._resize(self.own, *own)
+        if prompts.tokens + own.tokens > self.max_tokens:
+            prompts, most = needed_prompts, own.capacity
+            own = needed_own
+            if rows:
+                fitting = (self.max_tokens - prompts.tokens) // rows
+                own = Extent(rows, max(needed_own.capacity, min(most, fitting)))
+        self._resize(self.prompts, prompts)
+        self._resize(self.own, own)
 
-    def _resize(self, tensors, places, capacity):
-        if tensors[0][0].shape[0:3:2] == (places, capacity):
+    def _resize(self, tensors, extent):
+        if extent_of(tensors) == extent:
             return
         self.version += 1
         for pair in tensors:
             for i, old in enumerate(pair):
-                pair[i] = old.new_zeros(places, old.shape[1], capacity, old.shape[3])
-                pair[i][:old.shape[0], :, :old.shape[2]] = old[:places, :, :capacity]
+                number, _, capacity, _ = old.shape
+                pair[i] = old.new_zeros(extent.number, old.shape[1], extent.capacity, old.shape[3])
+                pair[i][:number, :, :capacity] = old[:extent.number, :, :extent.capacity]
 
     def release(self):
         """Gives the memory back."""
         self.clear()
-        self._resize(self.prompts, 0, 0)
-        self._resize(self.own, 0, 0)
+        self._resize(self.prompts, Extent(0, 0))
+        self._resize(self.own, Extent(0, 0))
 
     def tensors(self):
         return [tensor for pair in (*self.prompts, *self.own) for tensor in pair]
@@ -327,7 +356,8 @@ class Decoder:
         state = self.state(rows, size)
         if self.capture:
             # a graph reads fixed memory: new tensors in the cache need new ones, a step's input is copied in
-            if self.version != (version := (cache.version, self.policy.weights_version)):
+            version = cache.version, self.policy.weights_version
+            if self.version != version:
                 self.graphs, self.version = {}, version
             if size not in self.graphs:
                 self.graphs[size] = self.captured(state)
@@ -346,16 +376,17 @@ class Decoder:
 
     def state(self, rows, size):
         """What a step reads and advances, for `size` rows: those beyond `rows` are surplus."""
-        cache = self.cache
-        places = len(cache.prompts[0][0])
-        values = {"tokens": ([row.turn_ids[-1] for row in rows], 0),  # (of the rows, of a surplus row)
-                  "positions": ([row.dialogue.next_position + len(row.turn_ids) - 1 for row in rows], 0),
-                  "own_lengths": ([row.own_length - 1 for row in rows], cache.own[0][0].shape[2] - 1),
-                  "group_rows": ([row.place * cache.group_size + row.number for row in rows],
-                                 places * cache.group_size)}
-        state = {name: x + [surplus] * (size - len(rows)) for name, (x, surplus) in values.items()}
-        state["prompt_lengths"] = cache.lengths + [1] * (places - len(cache.lengths))
-        return {name: torch.tensor(x, device=self.policy.device) for name, x in state.items()}
+        cache, surplus = self.cache, size - len(rows)
+        places = extent_of(cache.prompts).number
+        last = extent_of(cache.own).capacity - 1  # where surplus rows write
+        state = {
+            "tokens": [row.turn_ids[-1] for row in rows] + [0] * surplus,
+            "positions": [row.dialogue.next_position + len(row.turn_ids) - 1 for row in rows] + [0] * surplus,
+            "own_lengths": [row.own_length - 1 for row in rows] + [last] * surplus,
+            "group_rows": [row.place * cache.group_size + row.number for row in rows]
+            + [places * cache.group_size] * surplus,
+            "prompt_lengths": cache.lengths + [1] * (places - len(cache.lengths))}
+        return {name: torch.tensor(values, device=self.policy.device) for name, values in state.items()}
 
     def step(self, state, P, L):
         """One token for each row, without synchronising with the CPU: advances `state` in place. Returns
@@ -363,7 +394,7 @@ class Decoder:
         tokens, log_probs = sample(self.policy, self.hidden(state, P, L), self.temperature, self.generator)
         state["tokens"].copy_(tokens)
         state["positions"] += 1
-        state["own_lengths"].add_(1).clamp_(max=self.cache.own[0][0].shape[2] - 1)
+        state["own_lengths"].add_(1).clamp_(max=extent_of(self.cache.own).capacity - 1)
         return tokens, log_probs
 
     def hidden(self, state, P, L):
@@ -383,6 +414,7 @@ class Decoder:
     def captured(self, state):
         """A step as a graph: what runs it, and the tensors that it reads (a state) and writes (a result)."""
         state = {name: value.clone() for name, value in state.items()}
-        P, L = (x[0][0].shape[2] - 1 for x in (self.cache.prompts, self.cache.own))  # all they hold
+        P = extent_of(self.cache.prompts).capacity - 1  # all they hold
+        L = extent_of(self.cache.own).capacity - 1
         replay, result, self.pool = capture_graph(lambda: self.step(state, P, L), self.generator, self.pool)
         return replay, state, result
