@@ -123,7 +123,7 @@ def evaluate(engine, name, mode, questions, root, env_config, write, show=True):
 def record(e):
     """What the tables need of an episode, and what was said in it."""
     env, question, tool = e.env, e.env.question, e.env.config.max_zooms > 0
-    hits = [turn.hit for turn in env.turns if turn.hit is not None]
+    hits = [call.hit for turn in env.turns for call in turn.calls if call.hit is not None]
     calls = sum(any(f"<{t}>" in turn.text.rpartition("</think>")[2] for t in env.tools) for turn in env.turns)
     right = None if tables.waits_for_judge(question) else env.rewards["accuracy"]
     return {"question": question["id"], "right": right, "answer": env.answer(),

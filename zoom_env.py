@@ -139,12 +139,12 @@ class ZoomEnv:
         last = self.is_last()
         if turn.kind == "call" and last:
             turn = replace(turn, kind="error", well_formed=False, error="Error: no zoom is left.")
-        # carry the call out
+        # carry its calls out
+        frames = ()
         if turn.kind == "call":
-            tool = self.tools[turn.tool]
             try:
-                frames = tool.run(self, turn.arguments)
-                turn.num_frames, turn.hit = len(frames), self._hits(tool.looks_at(turn.arguments))
+                for call in turn.calls:
+                    frames += self.carry_out(call)
             except VideoError as error:  # the format was right all the same
                 turn = replace(turn, kind="error", error=self.unreadable(error))
         # end, or go on
@@ -154,13 +154,23 @@ class ZoomEnv:
             return []
         return [Message("user", self.reply(turn, frames if turn.kind == "call" else None))]
 
+    def carry_out(self, call):
+        """The frames of a Call, a tuple of Frame; notes in it how many they are, and whether they hit. Raises
+        VideoError."""
+        tool = self.tools[call.tool]
+        frames = tool.run(self, call.arguments)
+        call.num_frames = len(frames)
+        call.hit = self._hits(tool.looks_at(call.arguments))
+        return frames
+
     def end(self):
         """Ends the episode and grades it, once: from `step`, or where an episode is cut off. A reply that the
         policy has not seen is dropped then."""
         if not self.done:
             if self.turns and self.turns[-1].kind == "call":
                 self.frames_shown -= len(self.watched.pop())
-                self.turns[-1] = replace(self.turns[-1], kind="dropped", hit=None, num_frames=0,
+                unseen = [replace(call, hit=None, num_frames=0) for call in self.turns[-1].calls]
+                self.turns[-1] = replace(self.turns[-1], kind="dropped", calls=unseen,
                                          error="The episode was too long for this zoom.")
             self.done, parts = True, reward_parts(self)
             total = sum(getattr(self.config, f"{name}_weight") * value for name, value in parts.items())
@@ -187,7 +197,7 @@ class ZoomEnv:
 
     def num_calls(self):
         """Calls that were carried out, of any tool."""
-        return sum(turn.kind == "call" for turn in self.turns)
+        return sum(len(turn.calls) for turn in self.turns if turn.kind == "call")
 
     def num_invalid(self):
         """Turns that could not be carried out."""
@@ -302,19 +312,26 @@ def slice_centres(start_s, end_s, num_frames):
 
 # ------------------------------------------------------------------------------------------ what a turn means
 @dataclass
+class Call:
+    """One use of a tool."""
+
+    tool: str  # its tag
+    arguments: dict  # what it asks for: of a zoom, segment and fps
+    num_frames: int = 0  # frames that it showed
+    hit: bool | None = None  # whether it looked at the question's evidence, where that is known
+
+
+@dataclass
 class Turn:
     """What one assistant text means."""
 
     text: str
-    kind: str  # call, answer, error, or dropped: a call whose reply was not shown
+    kind: str  # call, answer, error, or dropped: calls whose reply was not shown
     well_formed: bool  # earns the format reward: <think>..</think>, then one call or answer, nothing else
     error: str | None = None  # what to tell the policy
-    tool: str | None = None  # the call's tag
-    arguments: dict = field(default_factory=dict)  # what the call asks for: of a zoom, segment and fps
+    calls: list = field(default_factory=list)  # of Call; in our protocol one at most
     answer: str | None = None
     untagged: bool = False  # the answer stood there without its tag, which counts where there is no tool
-    num_frames: int = 0  # frames that the call showed
-    hit: bool | None = None  # whether the call looked at the question's evidence, where that is known
 
 
 def parse_turn(text, duration_s, config, tools=None):
@@ -357,7 +374,7 @@ def parse_turn(text, duration_s, config, tools=None):
         arguments = tools[tag].parse(inside, duration_s, config)
     except ValueError as error:
         return Turn(text, "error", False, error=f"Error: {error}")
-    return Turn(text, "call", well_formed, tool=tag, arguments=arguments)
+    return Turn(text, "call", well_formed, calls=[Call(tag, arguments)])
 
 
 def between(text, tag):

@@ -66,7 +66,7 @@ class LongVT(ZoomEnv):
     def reply(self, turn, frames):
         if frames is None:
             return [f"<tool_response>\n{turn.error}\n</tool_response>"]
-        (start_s, end_s), number = turn.arguments["segment"], len(frames)
+        (start_s, end_s), number = turn.calls[0].arguments["segment"], len(frames)
         said = f"{number} frames, {start_s:.2f} s to {end_s:.2f} s\n</tool_response>"
         return ["<tool_response>\n", *self.show(frames), said]
 

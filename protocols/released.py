@@ -32,7 +32,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as transforms  # as the processor does: another rounding
 
 from video import Frame, VideoError, open_video, remember
-from zoom_env import Tool, Turn, ZoomEnv, between
+from zoom_env import Call, Tool, Turn, ZoomEnv, between
 
 TEXTS = ("frame", "before_frames", "after_frames", "bad_call", "bad_input", "too_many", "not_shown",
          "after_error", "last_round")  # names of the sentences; {index}, {time}, {error}, .. in them are filled
@@ -173,7 +173,7 @@ class Released(ZoomEnv):
             answer = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
             return Turn(text, "answer", True, answer=answer, untagged="<answer>" not in text)
         try:
-            return Turn(text, "call", True, tool="video_zoom", arguments=self.read_call(contents))
+            return Turn(text, "call", True, calls=[Call("video_zoom", self.read_call(contents))])
         except ValueError as error:
             return Turn(text, "error", True, error=str(error))
 

@@ -331,7 +331,7 @@ def test_longvt(folder):
     assert messages[2] == ["<tool_response>\n[][][][]4 frames, 8.00 s to 12.00 s\n</tool_response>"]
     assert ["before end_time" in messages[3][0], "after the end" in messages[4][0], "not JSON" in messages[5][0]] == [True] * 3
     assert [turn.kind for turn in env.turns] == ["call", "call", "error", "error", "error", "answer"]
-    assert [turn.hit for turn in env.turns[:2]] == [False, True] and env.rewards["accuracy"] == 1
+    assert [turn.calls[0].hit for turn in env.turns[:2]] == [False, True] and env.rewards["accuracy"] == 1
     assert all(f.image.shape[1] * f.image.shape[2] <= 50_176 for frames in env.watched for f in frames)
 
 

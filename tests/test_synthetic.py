@@ -102,7 +102,8 @@ def test_trajectories_verify_and_reflections_start_wrong(made):
         assert env.rewards["accuracy"] == 1 and env.rewards["format"] == 1
         kinds[row["kind"], row["question"]["meta"]["kind"], env.num_calls() > 0] += 1
         if row["kind"] == "reflection":
-            assert not env.turns[0].hit and any(t.hit for t in env.turns[1:])
+            hits = [any(call.hit for call in turn.calls) for turn in env.turns]
+            assert not hits[0] and any(hits[1:])
     zooms = lambda kind: sum(n for (k, q, z), n in kinds.items() if q == kind and z)
     assert zooms("detail") and zooms("count") and zooms("order") and not zooms("holistic")
     assert any(k == "reflection" for k, _, _ in kinds)

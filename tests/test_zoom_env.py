@@ -15,7 +15,7 @@ from tiny import random_policy
 from model import replay
 from test_video import BAD_FILES, FILES, decode_all, on_screen, write_video
 from video import Frame, Video, VideoError, open_video, scale
-from zoom_env import (LAST_TURN, REWARD_PARTS, EnvConfig, RewardWeights, Tool, ZoomEnv, grade, overview_times,
+from zoom_env import (LAST_TURN, REWARD_PARTS, Call, EnvConfig, RewardWeights, Tool, ZoomEnv, grade, overview_times,
                       parse_turn, read_call, stop_strings)
 
 
@@ -156,7 +156,7 @@ def test_every_option_has_one_letter(folder, options, lines):
 def test_zoom_shows_the_segment(folder, start_s, end_s, fps, count):
     env, (_, reply) = play(folder, [zoom(start_s, end_s, fps)])
     frames = shown(reply)
-    assert count == max(1, int((end_s - start_s) * fps + 1e-6)) and env.turns[0].num_frames == count
+    assert count == max(1, int((end_s - start_s) * fps + 1e-6)) and env.turns[0].calls[0].num_frames == count
     check_frames(folder / "20s.mp4", frames, [start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count)])
     assert all(start_s - 0.04 <= frame.time_s < end_s for frame in frames)  # on screen since at most one frame's time
     assert [message.role for message in reply] == ["user"]
@@ -165,7 +165,7 @@ def test_zoom_shows_the_segment(folder, start_s, end_s, fps, count):
 
 def test_zoom_past_the_end_is_cut_there(folder):
     env, (_, reply) = play(folder, [zoom(18, 30, 1)])
-    assert env.turns[0].arguments == {"segment": (18.0, 20.0), "fps": 1.0}
+    assert env.turns[0].calls[0].arguments == {"segment": (18.0, 20.0), "fps": 1.0}
     check_frames(folder / "20s.mp4", shown(reply), [18.5, 19.5])
 
 
@@ -176,7 +176,7 @@ def test_zoom_faster_than_the_video_repeats_no_frame(folder):
 
 def test_zoom_knows_whether_it_saw_the_evidence(folder):
     env, _ = play(folder, [zoom(4, 8, 1), zoom(9, 10, 1)], evidence=[[1, 2], [7.5, 9]])
-    assert [turn.hit for turn in env.turns] == [True, False]
+    assert [call.hit for turn in env.turns for call in turn.calls] == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------ what a turn means
@@ -287,7 +287,7 @@ def test_what_a_turn_means(text, kind, well_formed):
     assert (turn.kind, turn.well_formed) == (kind, well_formed)
     assert bool(turn.error) == (kind == "error") and len(turn.error or "") < 300
     if kind == "call" and text.count("10, 18"):
-        assert turn.tool == "video_zoom" and turn.arguments == {"segment": (10.0, 18.0), "fps": 2.0}
+        assert turn.calls == [Call("video_zoom", {"segment": (10.0, 18.0), "fps": 2.0})]
     if "<answer>B</answer>" in text and kind == "answer":
         assert turn.answer == "B"
 
@@ -360,7 +360,8 @@ def test_nothing_that_is_said_raises(folder):
         turn = parse_turn(text, 20.0, EnvConfig())
         kinds.append(turn.kind)
         if turn.kind == "call":
-            (start_s, end_s), fps = turn.arguments["segment"], turn.arguments["fps"]
+            asked, = (call.arguments for call in turn.calls)
+            (start_s, end_s), fps = asked["segment"], asked["fps"]
             assert 0 <= start_s < end_s <= 20 and 0 < (end_s - start_s) * fps < 16.001
         elif turn.kind == "answer":
             assert 0 <= grade(turn.answer, QUESTION) <= 1
@@ -396,7 +397,8 @@ def test_any_text_and_any_json_is_read():
         turn = parse_turn(text, 20.0, EnvConfig())
         assert turn.kind in ("call", "answer", "error") and bool(turn.error) == (turn.kind == "error")
         if turn.kind == "call":
-            (start_s, end_s), fps = turn.arguments["segment"], turn.arguments["fps"]
+            asked, = (call.arguments for call in turn.calls)
+            (start_s, end_s), fps = asked["segment"], asked["fps"]
             assert 0 <= start_s < end_s <= 20 and fps > 0 and (end_s - start_s) * fps < 16.001
         if turn.kind == "answer":
             assert 0 <= grade(turn.answer, QUESTION) <= 1
@@ -451,7 +453,7 @@ def test_a_reply_that_is_dropped_is_no_zoom(folder):
     assert env.num_calls() == 2 and env.frames_shown == 10 + 4 + 4
     env.end()
     assert env.num_calls() == 1 and env.num_invalid() == 0 and env.frames_shown == 10 + 4 and len(env.watched) == 2
-    assert env.turns[-1].kind == "dropped" and env.turns[-1].hit is None and env.rewards["format"] == 0
+    assert env.turns[-1].kind == "dropped" and env.turns[-1].calls[0].hit is None and env.rewards["format"] == 0
     assert "too long" in env.describe()
 
 
@@ -508,17 +510,18 @@ def test_a_trajectory_with_a_second_tool_is_replayed(folder, crop):
                         "answer_type": "multiple_choice"}, "kind": "exemplar", "turns": turns, "learn": [True] * 3, "provenance": {}}
     dialogue, env = replay(policy, row, folder)
     said = policy.tokenizer.decode([i for i, trained in zip(dialogue.ids, dialogue.trained) if trained])
-    assert said == calls[0] + calls[1] + ANSWER + "<|im_end|>" and [t.tool for t in env.turns[:2]] == ["crop", "video_zoom"]
+    assert said == calls[0] + calls[1] + ANSWER + "<|im_end|>" and [call.tool for t in env.turns[:2] for call in t.calls] == ["crop", "video_zoom"]
 
 
 def test_a_second_tool_plays_beside_the_first(folder, crop):
     config = EnvConfig(min_pixels=784, max_pixels=4 * 100_352)
     turns = [crop_call(7.99, [0, 0.5, 0.5, 1]), zoom(4, 8, 1), crop_call(30, [0, 0, 1, 1]), ANSWER]
     env, (_, first, second, third, _) = play(folder, turns, config, evidence=[[7, 9]])
-    assert [(turn.kind, turn.tool) for turn in env.turns] == [
-        ("call", "crop"), ("call", "video_zoom"), ("error", None), ("answer", None)]
-    assert env.turns[0].arguments == {"time": 7.99, "box": [0.0, 0.5, 0.5, 1.0]}
-    assert [turn.num_frames for turn in env.turns] == [1, 4, 0, 0] and [t.hit for t in env.turns[:2]] == [True, True]
+    assert [(turn.kind, [call.tool for call in turn.calls]) for turn in env.turns] == [
+        ("call", ["crop"]), ("call", ["video_zoom"]), ("error", []), ("answer", [])]
+    assert env.turns[0].calls[0].arguments == {"time": 7.99, "box": [0.0, 0.5, 0.5, 1.0]}
+    calls = [call for turn in env.turns for call in turn.calls]
+    assert [call.num_frames for call in calls] == [1, 4] and [call.hit for call in calls] == [True, True]
     frame, = shown(first)
     want_s, want = on_screen(decode_all(folder / "20s.mp4"), 7.99)
     assert frame.time_s == pytest.approx(want_s)
