@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common import UserError, open_folder, read_text, write_json
 
+REPOSITORY = "github.com/zsgvivo/VideoZoomer"
 FOLDER = "verl/workers/rollout/vllm_rollout"
 SCRIPTS = {"train": "scripts/train_video.sh", "eval": "scripts/eval_video.sh"}
 IMAGE, HEADER = "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>user\n"
@@ -23,7 +24,7 @@ END = "<|im_end|>\n<|im_start|>assistant\n"
 def add_command(commands, show):
     """Adds `protocol` to data_prep.py's subparsers."""
     sub = commands.add_parser("protocol", help="the released protocol's sentences, out of a clone", **show)
-    sub.add_argument("--official", required=True, help="clone of github.com/zsgvivo/VideoZoomer")
+    sub.add_argument("--official", required=True, help=f"clone of {REPOSITORY}")
     sub.add_argument("--variant", choices=SCRIPTS, default="train", help="whose system prompt")
     sub.add_argument("--out", default="released.json", help="file to write, for --protocol")
     sub.set_defaults(run=write_protocol)
@@ -41,7 +42,7 @@ def read_official(folder, variant):
     prompts differ. Raises UserError."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"--official {folder}: no such folder; clone github.com/zsgvivo/VideoZoomer and name it")
+        raise UserError(f"--official {folder}: no such folder; clone {REPOSITORY} and name it")
     reply = Function(folder / FOLDER / "vllm_async_engine.py", "process_tool_call")
     clip = Function(folder / FOLDER / "function_tools.py", "extract_video_clip")
     read = Function(folder / FOLDER / "function_tools.py", "prepare_tool_call_inputs_video")
@@ -53,7 +54,8 @@ def read_official(folder, variant):
     bad_call, = reply.sentences("assigns", "tool_outputs", 1)
     tag, = reply.sentences("assigns", "vision_pad", 1)
     tag = reply.text(tag, {"i": "index", "frame_time[i]:.2f": "time"})
-    if not (before.startswith(HEADER) and nothing == HEADER and reply.text(end) == END and tag.endswith(IMAGE)):
+    is_user = before.startswith(HEADER) and nothing == HEADER and reply.text(end) == END
+    if not is_user or not tag.endswith(IMAGE):
         raise reply.error("a reply is not a user message of tagged images")
     # and its errors
     bad_input, = read.sentences("raises", "", 1)
@@ -92,14 +94,14 @@ class Function:
         self.statements = sorted(nodes, key=lambda node: node.lineno)
 
     def error(self, what):
-        return UserError(f"{self.path}, {self.name}: {what}; is it a clone of github.com/zsgvivo/VideoZoomer?")
+        return UserError(f"{self.path}, {self.name}: {what}; is it a clone of {REPOSITORY}?")
 
     def sentences(self, how, variable, number):
-        """The different texts that the function assigns or adds to a variable, raises or returns, in the order
-        of the source.
+        """The different texts that the function assigns or adds to a variable, raises or returns, in the
+        order of the source.
 
-        how: assigns, adds, raises, returns; the last two have "" for a variable. Raises UserError if there are
-        not `number` texts (None: at least one)."""
+        how: assigns, adds, raises, returns; the last two have "" for a variable. Raises UserError if there
+        are not `number` texts (None: at least one)."""
         found = []
         for statement in self.statements:
             *place, value = meaning(statement)
@@ -122,7 +124,8 @@ class Function:
         """A text with {name} for the expressions in `names`. Raises UserError where it has others."""
         def name(match):
             if match[1] not in names:
-                raise self.error(f"{{{match[1]}}} stands in a text where {', '.join(names) or 'nothing'} does")
+                expected = ", ".join(names) or "nothing"
+                raise self.error(f"{{{match[1]}}} stands in a text where {expected} does")
             return f"{{{names[match[1]]}}}"
 
         return re.sub(hole("(.*?)"), name, said)
@@ -169,8 +172,8 @@ def template(node):
 
 
 def system_prompt(path):
-    """What a script gives to Hydra as 'data.system_prompt="..."': there a backslash counts only before a quote.
-    Raises UserError."""
+    """What a script gives to Hydra as 'data.system_prompt="..."': there a backslash counts only before a
+    quote. Raises UserError."""
     found = re.search(r"""'data\.system_prompt="((?:[^"\\]|\\.)*)"'""", read_text(path), re.DOTALL)
     if not found:
         raise UserError(f"{path} has no 'data.system_prompt=\"...\"'")
