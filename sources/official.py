@@ -19,6 +19,7 @@ FOLDER = "verl/workers/rollout/vllm_rollout"
 SCRIPTS = {"train": "scripts/train_video.sh", "eval": "scripts/eval_video.sh"}
 IMAGE, HEADER = "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>user\n"
 END = "<|im_end|>\n<|im_start|>assistant\n"
+HOLE = "\0"  # stands before and after an expression in a text
 
 
 def add_command(commands, show):
@@ -129,9 +130,6 @@ class Function:
             return f"{{{names[match[1]]}}}"
 
         return re.sub(hole("(.*?)"), name, said)
-
-
-HOLE = "\0"
 
 
 def hole(expression):
