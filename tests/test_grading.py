@@ -33,7 +33,7 @@ def check_all(cases, holds):
     assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong)
 
 
-# ------------------------------------------------------------------------------- one letter: B, of COLOURS
+# ---------------------------------------------------------------------------------- one letter: B, of COLOURS
 LETTER_ALONE = [
     "B", "b", "B.", "b.", "B)", "(B)", "(b)", "[B]", "{B}", "<B>", "**B**", "**B.**", "*B*", "__B__", "_B_",
     "`B`", "'B'", "\"B\"", "“B”", "‘B’", "「B」", " B\n", "\tB ", "B\u00a0", "B!", "B。", "- B", "* B", "> B",
@@ -118,7 +118,7 @@ CHINESE = [
 ]
 B_OF_COLOURS = LETTER_ALONE + IN_LATEX + LETTER_FIRST + PHRASES + CHINESE
 
-# ------------------------------------------------------------------------- no letter, or more than one
+# -------------------------------------------------------------------------------- no letter, or more than one
 AMBIGUOUS = [
     "A or B", "B or C", "A and B", "A and C", "A, B", "A,B", "A, B, C", "A/B", "A & B", "(A) (B)", "(A)(B)",
     "(A) or (B)", "(A), (B)", "[A, B]", "AB", "ABC", "A B", "A;B", "A|B", "A + B", "a or b", "a, b",
@@ -203,7 +203,7 @@ def test_every_letter_is_read_like_b():
     assert read_letter("I think it is B, as far as I see", options) == "B"
 
 
-# ------------------------------------------------------------------------------ options of all kinds
+# --------------------------------------------------------------------------------------- options of all kinds
 OPTIONS = [  # options, [(answer, letter that it names)]
     (COLOURS, [
         ("D", "D"), ("D. Both A and B", "D"), ("(D) both A and B", "D"), ("Both A and B", "D"),
@@ -300,7 +300,7 @@ def test_letters_that_options_carry_are_taken_off_where_all_carry_theirs():
         option_texts(texts) == texts or texts == ["A. M. radio", "FM radio"]))
 
 
-# ------------------------------------------------------------------------- numbers, segments, words, no tags
+# -------------------------------------------------------------------------- numbers, segments, words, no tags
 NUMBERS = [  # answer, truth, score
     ("-3", -3, 1), ("−3", -3, 1), ("–3", -3, 1), ("－3", -3, 1), ("‑3", -3, 1), ("﹣3", -3, 1), ("—3", -3, 1),
     ("−3", 3, 0), ("–3", 3, 0), ("－３", 3, 0), ("－３", -3, 1), ("−3.5", -3.5, 1), ("−1,234", -1234, 1),
@@ -382,8 +382,8 @@ UNTAGGED = [  # turn, answer in it, letter
 
 def test_numbers_segments_and_words():
     segments = [(text, [65, 80], 1) for text in SEGMENT] + SEGMENT_OTHER
-    cases = [(kind, *case) for kind, some in (("number", NUMBERS), ("segment", segments), ("open_ended", OPEN))
-             for case in some]
+    kinds = {"number": NUMBERS, "segment": segments, "open_ended": OPEN}
+    cases = [(kind, *case) for kind, some in kinds.items() for case in some]
     check_all(cases, lambda kind, text, truth, score: (
         grade(text, {"answer_type": kind, "answer": truth}) == pytest.approx(score)))
 
@@ -403,7 +403,7 @@ def test_the_last_answer_of_a_text():
                ("B</answer>", "B"), ("<answer></answer>", "")], lambda text, said: last_answer(text) == said)
 
 
-# ---------------------------------------------------------------------------------------- any text, fast
+# --------------------------------------------------------------------------------------------- any text, fast
 PIECES = [
     "A", "B", " ", "\n", ".", ",", "(", ")", "[", "]", "{", "}", "$", "*", "_", "`", "'", "\"", "<", ">", "/",
     "|", "-", "—", "=", ":", "1", "9", "1:", "1,", "a", "b", "is ", "not ", "or ", "the ", "answer ",
@@ -461,7 +461,7 @@ def test_no_text_can_raise(number):
         and isinstance(normalise(text), str) and all(0 <= grade(text, question) <= 1 for question in KINDS)))
 
 
-# ------------------------------------------------------------------------ rows of files, before they are played
+# ---------------------------------------------------------------------- rows of files, before they are played
 ROW = {"id": "1", "video": "a.mp4", "question": "Which?", "options": ["blue", "red"], "answer": "B",
        "answer_type": "multiple_choice", "source": "x", "evidence": [[1, 2.5]], "meta": {"kind": "detail"}}
 NUMBER = ROW | {"answer_type": "number", "answer": 7}
@@ -573,7 +573,7 @@ def test_trajectory_rows():
     check_all([(row,) for row in (None, [], "x", 3, {})], trajectory_error)
 
 
-# ------------------------------------------------------------------------------------------ files of rows
+# ---------------------------------------------------------------------------------------------- files of rows
 def lines_of(*rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
