@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from grading import last_answer
-from video import Frame, VideoError, frame_size, open_video, remember, scale
+from video import Frame, VideoError, open_video, remember, scale
 from zoom_env import Call, Tool, Turn, ZoomEnv, between
 
 # names of the sentences; {index}, {time}, {error}, .. in them are filled in
@@ -64,7 +64,7 @@ def shrunk(height, width, min_pixels, max_pixels):
     """(height, width) of an image after the first resize."""
     if height * width > max_pixels:
         factor = np.sqrt(max_pixels / (height * width))
-        height, width = int(height * factor), int(width * factor)
+        height, width = max(1, int(height * factor)), max(1, int(width * factor))
         if height * width < min_pixels:
             factor = np.sqrt(min_pixels / (height * width))
             height, width = int(height * factor), int(width * factor)
@@ -75,7 +75,6 @@ def resized(image, min_pixels, max_pixels, unit, resample=Image.Resampling.LANCZ
     """A PIL image in RGB as a (3, H', W') uint8 tensor, resized in the two steps. Raises VideoError where it
     is too narrow for the second one."""
     height, width = shrunk(image.height, image.width, min_pixels, max_pixels)
-    frame_size(height, width, PROCESSOR_MIN, PROCESSOR_MAX, unit)  # raises here: PIL knows no side of 0
     if (width, height) != image.size:
         image = image.resize((width, height), resample)
     return scale(np.array(image), SQUARE, PROCESSOR_MIN, PROCESSOR_MAX, unit)

@@ -108,6 +108,7 @@ PHRASES = [
     "Answer: B\nExplanation: A red car is seen.", "The answer is B\n\nThe car of person A is red.",
     "Looking closer, option (B) matches.", "Yes. B", "red", "Red.", "RED", "the red", "\"red\"", "**red**",
     "red!", " red \n", "The answer is: red.", "Answer: **red**",
+    "The answer is in the last frame. The answer is red.",
 ]
 CHINESE = [
     "答案是B", "答案是 B", "答案是B。", "答案：B", "答案:B", "答案为B", "答案选B", "答案是（B）", "答案是选项B", "正确答案是B", "正确答案：B。",

@@ -274,9 +274,9 @@ def test_frames_have_the_size_that_the_processor_gives_them(policy):
         theirs = policy.image_processor([plain.shrink(image)], size=limits, return_tensors="pt")
         assert torch.equal(mine["image_grid_thw"], theirs["image_grid_thw"]), (height, width)
         assert torch.equal(mine["pixel_values"], theirs["pixel_values"]), (height, width)
-    for width in (3000, 300_000):  # after the first step, which would leave no height of the second
+    for size in ((3000, 10), (300_000, 2)):  # of the second the first step would leave no height
         with pytest.raises(VideoError, match="too narrow"):
-            resized(Image.new("RGB", (width, 10)), 25_088, 100_352, 28)
+            resized(Image.new("RGB", size), 25_088, 100_352, 28)
 
 
 def test_the_format_reward_equals_the_plain_rules(policy):
@@ -297,7 +297,8 @@ def test_the_format_reward_equals_the_plain_rules(policy):
     assert 100 < well_formed < 1000
     start = time.process_time()
     for text in ("<think>" + "</think>" * 100_000, "<think></think>" + "<answer>" * 100_000 + "</answer>",
-                 "<think>" * 100_000 + "</think><answer></answer>x", "<video_zoom>" + "{" * 100_000):
+                 "<think>" * 100_000 + "</think><answer></answer>x",
+                 "<video_zoom>" + "{" * 100_000 + "</video_zoom>"):
         env.turns = [Turn(text, "answer", True), Turn(text, "answer", True)]
         assert not env.is_well_formed()
         env.parse(text)
@@ -339,7 +340,7 @@ def test_the_engine_plays_by_it_as_the_plain_loop_does(folder, policy, monkeypat
     monkeypatch.setattr(Released, "largest_id", 250)
     policy.env_config = replace(policy.env_config, overview_max_frames=2)
     questions = [QUESTION | {"id": str(n), "video": "tiny.mp4", "meta": {"problem": f"{n} <image>?"}}
-                 for n in range(8)]
+                 for n in range(6)]
     config = RolloutConfig(temperature=0.0, max_turn_tokens=12)
     episodes = [play(policy, question, config, folder) for question in questions]
     for max_rows in (config.max_rows, 2):
@@ -350,6 +351,17 @@ def test_the_engine_plays_by_it_as_the_plain_loop_does(folder, policy, monkeypat
     assert None in [p for e in episodes for p in e.dialogue.sampled_log_probs]
     assert max(i for e in episodes for i, t in zip(e.dialogue.ids, e.dialogue.trained) if t) <= 250
     assert any(e.env.num_calls() for e in episodes) and any(len(e.env.turns) > 2 for e in episodes)
+
+
+def test_an_episode_of_the_released_protocol_has_at_most_128_images(folder, policy):
+    """The call after them ends it, though a round is left."""
+    zoom = '<video_zoom>{"segment": [0, 64], "fps": 0.25}</video_zoom>'
+    env = Released(QUESTION | {"video": "long.mp4"}, replace(policy.env_config, max_zooms=9), folder)
+    env.reset()
+    for frames_shown in (80, 96, 112, 128):
+        env.step(zoom)
+        assert env.frames_shown == frames_shown and not env.done
+    assert env.step(zoom) == [] and env.done and env.num_calls() == 4
 
 
 def test_chosen_frames_that_are_not_there_are_the_videos_fault(folder, policy):
@@ -501,7 +513,8 @@ def test_direct(folder):
     assert user == "[]" * 6 + asked
     assert system == "You are a helpful assistant."
     for said, right in (("B", 1), ("B.", 1), ("(B) a dog", 1), ("The answer is B.", 1), ("A", 0), ("", 0),
-                        ("a dog", 1), ("<think>A?</think><answer>B</answer>", 1), ("B\nIt has fur.", 1)):
+                        ("a dog", 1), ("<think>A?</think><answer>B</answer>", 1), ("B\nIt has fur.", 1),
+                        ("<think>Is it <answer>A</answer>?</think>B", 1)):
         env, _ = episode("direct", folder, [said])
         assert env.done and env.rewards["accuracy"] == right and env.rewards["tool"] == 0, said
 
