@@ -47,6 +47,11 @@ def read_untagged(text):
     return lines[-1] if lines else None
 
 
+def last_answer(text):
+    """What stands in the last <answer> of a text, or all of it where there is none."""
+    return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+
+
 # ------------------------------------------------------------------------------------------------ plain text
 SMALL = "²³¹¼-¾⁰-₉⅐-⅟①-⒛⓪-⓿"  # no digits of a number: 10² is not 102
 
@@ -155,12 +160,14 @@ def read_letter(text, options):
     bare = lambda text: text.strip(" \n.,:;)]").casefold()  # first: C++ is not C
     known = [(form, [form(option) for option in options]) for form in (bare, normalise)]
 
-    def owner(text):  # the letter of the only option with this text
+    def owner(text):
+        """The letter of the only option with this text, or None."""
         for form, forms in known:
             if (same := form(text)) and forms.count(same) == 1:
                 return letters[forms.index(same)]
 
-    def whole(text):  # the letter, where a letter, an option's text or both are all that is said
+    def whole(text):
+        """The letter, where a letter, an option's text or both are all that is said; else None."""
         first = re.match(rf"[^\w+#=~!¬≠]*{LETTER}(.*)", text, re.DOTALL)
         if first and first[1].upper() in letters and not re.search(r"[\w+#=]", first[2]):
             return first[1].upper()  # before the texts: the prompt asks for it
@@ -173,21 +180,27 @@ def read_letter(text, options):
     if letter := whole(said) or owner(text):
         return letter
     # or all that is said after the last "answer"
-    *_, last = [None, *re.finditer(r"(?i)\b(?:answer|option|choice)\b(?: is)?\s*:?|答案[是为]?:?", said)]
-    if last and (letter := whole(said[last.end():])):  # The answer is red
-        said = f"{said[:last.end()]} {letter}"
+    leads = list(re.finditer(r"(?i)\b(?:answer|option|choice)\b(?: is)?\s*:?|答案[是为]?:?", said))
+    if leads and (letter := whole(said[leads[-1].end():])):  # The answer is red
+        said = f"{said[:leads[-1].end()]} {letter}"
     # an option that names letters itself counts as its own letter
     for letter, option in zip(letters, options):
         if len(option) > 1 and re.search(rf"\b{LETTER}", option):  # D. Both A and B
             said = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", letter, said, flags=re.IGNORECASE)
     # one letter is mentioned and not denied
-    denied = lambda start, end: DENIED.search(said[max(0, start - 60):start]) or DENIED_AFTER.match(said, end)
-    mentions = [match for match in MENTION.finditer(said) if not denied(*match.span(1))]
+    mentions = [match for match in MENTION.finditer(said) if not is_denied(said, *match.span(1))]
     named = [m for m in mentions if m["weak"] is None]
     if len({m[1].upper() for m in mentions}) != 1 or not named or named[0][1].upper() not in letters:
         return None
     # and no other option's text follows it
     letter = named[0][1].upper()
     rest = SEPARATOR.sub("", said[named[0].end(1):])
-    parts = rest, rest.partition("\n")[0], re.split(r"[.;。](?:\s|$)", rest)[0]
-    return letter if next(filter(None, map(owner, parts)), letter) == letter else None  # A. red
+    for part in (rest, rest.partition("\n")[0], re.split(r"[.;。](?:\s|$)", rest)[0]):
+        if owner(part):
+            return letter if owner(part) == letter else None  # A. red
+    return letter
+
+
+def is_denied(said, start, end):
+    """Whether the letter at [start, end) of a text is denied by what stands before or after it."""
+    return bool(DENIED.search(said[max(0, start - 60):start]) or DENIED_AFTER.match(said, end))

@@ -4,6 +4,7 @@ The baseline of `--mode uniform`: a base model that has never seen a tool is sco
 whatever it says, a bare "B" included. Frames carry no tags; the words are ours.
 """
 
+from grading import last_answer
 from zoom_env import Turn, ZoomEnv
 
 ASKS = {
@@ -30,5 +31,5 @@ class Direct(ZoomEnv):
 
     def parse(self, text):
         """After a thought, and inside the last <answer> if there is one."""
-        said = text.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0].strip()
+        said = last_answer(text.rpartition("</think>")[2])
         return Turn(text, "answer", True, answer=said, untagged="<answer>" not in text)

@@ -1,12 +1,13 @@
 """The tool of LongVT (arXiv 2511.20785): a crop in seconds, called as Qwen calls functions.
 
-    <tool_call>{"name": "crop_video", "arguments": {"video_path": ..., "start_time": s, "end_time": s}}</tool_call>
+    <tool_call>{"name": "crop_video",
+     "arguments": {"video_path": ..., "start_time": s, "end_time": s}}</tool_call>
 
 From its public repository (EvolvingLMMs-Lab/LongVT, examples/video_tools/mcp_server.py and
 examples/eval/single_inference.py): an overview of 1 frame a second, at most 512, and clips of 1 a second, at
 most 128, of at most 50,176 pixels each; a start before 0 or after the end of the video is an error, an end
-after it is cut (as its single inference does); at most 5 calls; an answer in <answer> after <think>. The words
-are ours. Left out: the path is not read, as an episode is about one video.
+after it is cut (as its single inference does); at most 5 calls; an answer in <answer> after <think>. The
+words are ours. Left out: the path is not read, as an episode is about one video.
 """
 
 import json
@@ -14,8 +15,8 @@ import math
 
 from zoom_env import Tool, ZoomEnv, slice_centres
 
-SYSTEM_PROMPT = """You answer a question about a video of which you see some frames. You may call a function to \
-see more of it:
+SYSTEM_PROMPT = """You answer a question about a video of which you see some frames. You may call a function \
+to see more of it:
 {"name": "crop_video", "description": "Frames of a part of the video, one a second", "parameters": \
 {"video_path": "string", "start_time": "seconds", "end_time": "seconds"}}
 Think inside <think> and </think>. Then either call the function with its name and arguments as JSON,
@@ -31,10 +32,10 @@ def parse_crop(text, duration_s, config):
         call = json.loads(text, parse_int=float)
     except (ValueError, RecursionError):
         raise ValueError("the call is not JSON") from None
-    name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
-    if name != "crop_video" or not isinstance(arguments, dict):
+    is_crop = isinstance(call, dict) and call.get("name") == "crop_video"
+    if not is_crop or not isinstance(call.get("arguments"), dict):
         raise ValueError('the call needs "name": "crop_video" and "arguments"')
-    start_s, end_s = arguments.get("start_time"), arguments.get("end_time")
+    start_s, end_s = call["arguments"].get("start_time"), call["arguments"].get("end_time")
     if not all(type(x) is float and math.isfinite(x) for x in (start_s, end_s)):
         raise ValueError("start_time and end_time must be numbers of seconds")
     if not 0 <= start_s < end_s:
@@ -66,10 +67,9 @@ class LongVT(ZoomEnv):
     def reply(self, turn, frames):
         if frames is None:
             return [f"<tool_response>\n{turn.error}\n</tool_response>"]
-        (start_s, end_s), number = turn.calls[0].arguments["segment"], len(frames)
-        said = f"{number} frames, {start_s:.2f} s to {end_s:.2f} s\n</tool_response>"
+        start_s, end_s = turn.calls[0].arguments["segment"]
+        said = f"{len(frames)} frames, {start_s:.2f} s to {end_s:.2f} s\n</tool_response>"
         return ["<tool_response>\n", *self.show(frames), said]
 
     def tag(self, index, frame):
         return ""
-

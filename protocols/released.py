@@ -27,17 +27,18 @@ import json
 import re
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as transforms  # as the processor does: another rounding
 
-from video import Frame, VideoError, open_video, remember
+from grading import last_answer
+from video import Frame, VideoError, open_video, remember, scale
 from zoom_env import Call, Tool, Turn, ZoomEnv, between
 
+# names of the sentences; {index}, {time}, {error}, .. in them are filled in
 TEXTS = ("frame", "before_frames", "after_frames", "bad_call", "bad_input", "too_many", "not_shown",
-         "after_error", "last_round")  # names of the sentences; {index}, {time}, {error}, .. in them are filled
+         "after_error", "last_round")
 MOST_IMAGES = 128  # in an episode
 PROCESSOR_MIN, PROCESSOR_MAX = 3_136, 12_845_056  # pixels, of Qwen2.5-VL's image processor
+SQUARE = (1, 1)  # shape of a pixel
 
 
 def fill(text, **values):
@@ -60,40 +61,23 @@ def zoom_numbers(start_s, end_s, count, total, rate):
 
 
 def shrunk(height, width, min_pixels, max_pixels):
-    """(height, width) after the first resize."""
+    """(height, width) of an image after the first resize."""
     if height * width > max_pixels:
         factor = np.sqrt(max_pixels / (height * width))
-        height, width = int(height * factor), int(width * factor)
+        height, width = max(1, int(height * factor)), max(1, int(width * factor))
         if height * width < min_pixels:
             factor = np.sqrt(min_pixels / (height * width))
             height, width = int(height * factor), int(width * factor)
     return height, width
 
 
-def rounded(height, width, unit):
-    """(height, width) after the processor's resize, which has limits of its own. Raises VideoError."""
-    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise VideoError(f"a frame of {width}x{height} is too narrow")
-    size = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
-    if size[0] * size[1] > PROCESSOR_MAX:
-        factor = np.sqrt(height * width / PROCESSOR_MAX)
-        size = tuple(max(unit, int(side / factor / unit) * unit) for side in (height, width))
-    elif size[0] * size[1] < PROCESSOR_MIN:
-        factor = np.sqrt(PROCESSOR_MIN / (height * width))
-        size = tuple(int(np.ceil(side * factor / unit)) * unit for side in (height, width))
-    return size
-
-
 def resized(image, min_pixels, max_pixels, unit, resample=Image.Resampling.LANCZOS):
-    """A PIL image in RGB to (3, H', W') uint8, in the two steps."""
-    size = shrunk(image.height, image.width, min_pixels, max_pixels)
-    whole = rounded(*size, unit)
-    if size != (image.height, image.width):
-        image = image.resize(size[::-1], resample)
-    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if whole != tuple(image.shape[1:]):
-        image = transforms.resize(image, list(whole), transforms.InterpolationMode.BICUBIC, antialias=True)
-    return image.contiguous()
+    """A PIL image in RGB as a (3, H', W') uint8 tensor, resized in the two steps. Raises VideoError where it
+    is too narrow for the second one."""
+    height, width = shrunk(image.height, image.width, min_pixels, max_pixels)
+    if (width, height) != image.size:
+        image = image.resize((width, height), resample)
+    return scale(np.array(image), SQUARE, PROCESSOR_MIN, PROCESSOR_MAX, unit)
 
 
 @remember(most=256e6, size=lambda frames: sum(frame.image.nbytes for frame in frames))
@@ -103,26 +87,27 @@ def numbered_frames(path, numbers, min_pixels, max_pixels, unit):
     times_s = video.all_times()
     images = {}
     for n in dict.fromkeys(numbers):
-        (_, image), = video.frames_at([times_s[n]])
+        [(_, image)] = video.frames_at([times_s[n]])
         images[n] = resized(Image.fromarray(image), min_pixels, max_pixels, unit)
     return tuple(Frame(n / video.fps, images[n]) for n in numbers)
 
 
 # ---------------------------------------------------------------------------------------------------- a turn
 def objects_in(text):
-    """JSON texts {..} without inner braces, of one line each."""
-    found = []
-    for line in text.split("\n"):
-        at = 0
-        while (start := line.find("{", at)) >= 0 and (end := line.find("}", start)) >= 0:
-            found.append(line[start:end + 1])
-            at = end + 1
-    return found
+    """JSON texts {..} without inner braces, of one line each; in linear time, as a line is cut after its last
+    brace."""
+    lines = [line[:line.rfind("}") + 1] for line in text.split("\n")]
+    return [found for line in lines for found in re.findall(r"\{[^}]*\}", line)]
 
 
 def calls_in(text):
     """What stands inside the tags of each call, the shortest way."""
     return between(text, "video_zoom")[0]
+
+
+def asked(call):
+    """(start_s, end_s, fps) of a call's JSON object. Raises exceptions of any kind."""
+    return float(call["segment"][0]), float(call["segment"][1]), float(call["fps"])
 
 
 def run_zoom(env, arguments):
@@ -152,12 +137,16 @@ class Released(ZoomEnv):
         return self.frames_of(sorted(map(int, chosen)))
 
     def frames_of(self, numbers):
+        """Frames by their numbers, ascending, a tuple of Frame."""
+        if not numbers:
+            return ()
         c = self.config
-        return numbered_frames(self.path, tuple(numbers), c.min_pixels, c.max_pixels, c.frame_unit) if numbers else ()
+        return numbered_frames(self.path, tuple(numbers), c.min_pixels, c.max_pixels, c.frame_unit)
 
     def opening(self, frames):
         """The data set's own text, frames where it has <image>; of other questions frames come first."""
-        problem = (self.question.get("meta") or {}).get("problem") or "\n".join(["<image>", *self.question_lines()])
+        problem = (self.question.get("meta") or {}).get("problem")
+        problem = problem or "\n".join(["<image>", *self.question_lines()])
         before, _, after = problem.partition("<image>")
         return [before, *self.show(frames), *self.with_images(after)]
 
@@ -170,8 +159,7 @@ class Released(ZoomEnv):
     def parse(self, text):
         contents = calls_in(text)
         if not contents:
-            answer = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-            return Turn(text, "answer", True, answer=answer, untagged="<answer>" not in text)
+            return Turn(text, "answer", True, answer=last_answer(text), untagged="<answer>" not in text)
         try:
             return Turn(text, "call", True, calls=[Call("video_zoom", self.read_call(contents))])
         except ValueError as error:
@@ -179,20 +167,14 @@ class Released(ZoomEnv):
 
     def read_call(self, contents):
         """{"segment", "fps", "numbers"} of a call. Raises ValueError with what the policy is told."""
-        texts, error = self.config.texts, None
+        texts = self.config.texts
         try:
             objects = [json.loads(found) for content in contents for found in objects_in(content)]
             if len(objects) != 1:
                 raise ValueError("")
-            try:
-                start_s, end_s = float(objects[0]["segment"][0]), float(objects[0]["segment"][1])
-                fps = float(objects[0]["fps"])
-            except Exception as reason:  # whatever Python says is what it read
-                raise ValueError(fill(texts["bad_input"], error=reason, input=objects[0])) from None
+            start_s, end_s, fps = self.read_numbers(objects[0])
         except (ValueError, RecursionError) as reason:
-            error = fill(texts["bad_call"], error=reason)
-        if error is not None:
-            raise ValueError(error)
+            raise ValueError(fill(texts["bad_call"], error=reason)) from None
         try:
             count, limit = int(fps * (end_s - start_s)), self.config.zoom_max_frames
             if count > limit:
@@ -203,24 +185,31 @@ class Released(ZoomEnv):
             raise ValueError(self.unreadable(reason)) from None
         return {"segment": (start_s, end_s), "fps": fps, "numbers": numbers}
 
+    def read_numbers(self, call):
+        """(start_s, end_s, fps) of a call's JSON object. Raises ValueError with what the policy is told."""
+        try:
+            return asked(call)
+        except Exception as reason:  # of any kind: the checkpoint was told what Python said
+            raise ValueError(fill(self.config.texts["bad_input"], error=reason, input=call)) from None
+
     def unreadable(self, error):
-        return fill(self.config.texts["not_shown"], error=str(error).replace(self.path, self.question["video"]))
+        error = str(error).replace(self.path, self.question["video"])
+        return fill(self.config.texts["not_shown"], error=error)
 
     def reply(self, turn, frames):
-        texts, no_more = self.config.texts, len(self.turns) == self.config.max_zooms
-        last = texts["last_round"] * no_more
+        texts = self.config.texts
+        last = texts["last_round"] if len(self.turns) == self.config.max_zooms else ""
         if frames is None:
             return [turn.error + texts["after_error"] + last]
         return [texts["before_frames"], *self.show(frames), texts["after_frames"] + last]
 
     def answer(self):
         """What stands in the last <answer> of all turns, or all that was said where there is none."""
-        said = " ".join(turn.text for turn in self.turns)
-        return said.rpartition("<answer>")[2].partition("</answer>")[0].strip() if self.turns else None
+        return last_answer(" ".join(turn.text for turn in self.turns)) if self.turns else None
 
     def is_well_formed(self):
-        """All turns but the last one are calls that start with a thought, stand alone in the turn, are JSON and
-        within the limit; the last one is <think>..</think>..<answer>..</answer> without a call."""
+        """All turns but the last one are calls that start with a thought, stand alone in the turn, are JSON
+        and within the limit; the last one is <think>..</think>..<answer>..</answer> without a call."""
         texts = [turn.text for turn in self.turns]
         if not texts:
             return False
@@ -229,25 +218,23 @@ class Released(ZoomEnv):
 
     def is_good_call(self, text):
         try:
-            call = json.loads(calls_in(text)[-1])
-            count = int(float(call["fps"]) * (float(call["segment"][1]) - float(call["segment"][0])))
+            start_s, end_s, fps = asked(json.loads(calls_in(text)[-1]))
+            count = int(fps * (end_s - start_s))
         except Exception:  # of any kind, as there
             return False
-        alone = (text.count("<video_zoom>"), text.count("</video_zoom>")) == (1, 1)
-        return (count <= self.config.zoom_max_frames and alone and "<answer>" not in text
-                and "</answer>" not in text and stand_in_order(text, "</think>", "<video_zoom>", "</video_zoom>"))
+        answers = "<answer>" in text or "</answer>" in text
+        return (count <= self.config.zoom_max_frames and not answers and stands_once(text, "video_zoom")
+                and bool(GOOD_CALL.match(text)))
 
 
-def stand_in_order(text, *parts):
-    """Whether a text begins with <think> and has the parts behind each other after it."""
-    at = len("<think>") if text.startswith("<think>") else -1
-    for part in parts:
-        at = text.find(part, at) + len(part) if at >= 0 and part in text[at:] else -1
-    return at >= 0
+# (?>..) takes the first of what it looks for and no other: linear in the length of the text
+GOOD_CALL = re.compile(r"<think>(?>.*?</think>)(?>.*?<video_zoom>)(?>.*?</video_zoom>)", re.DOTALL)
+GOOD_ANSWER = re.compile(r"<think>(?>.*?</think>)(?>.*?<answer>)(?>.*?</answer>)\n?\Z", re.DOTALL)
 
 
 def is_good_answer(text):
-    whole = text.removesuffix("\n")
-    alone = (text.count("<answer>"), text.count("</answer>")) == (1, 1)
-    return (alone and "<video_zoom>" not in text and whole.endswith("</answer>")
-            and stand_in_order(whole, "</think>", "<answer>", "</answer>"))
+    return stands_once(text, "answer") and "<video_zoom>" not in text and bool(GOOD_ANSWER.match(text))
+
+
+def stands_once(text, tag):
+    return (text.count(f"<{tag}>"), text.count(f"</{tag}>")) == (1, 1)
