@@ -468,8 +468,9 @@ def test_settings_that_cannot_be_read_are_one_line(policy, tmp_path):
 
 
 @pytest.mark.parametrize("script", [sft, rl, evaluation], ids=["sft", "rl", "eval"])
-def test_a_wrong_protocol_is_said_before_anything_loads(tmp_path, monkeypatch, script):
-    flags = ["--model", tmp_path, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"]
+def test_a_wrong_protocol_is_said_before_anything_loads(data, tmp_path, monkeypatch, script):
+    rows = data[0] / ("sft.jsonl" if script.__name__ == "sft" else "test.jsonl")
+    flags = ["--model", ROOT / "demo/tiny_base", "--data", rows, "--out", tmp_path / "out"]
     known = "must be one of videozoomer, released, direct, longvt or a .json file, not unheard"
     with pytest.raises(UserError, match=f"^--protocol {known}$"):
         run_script(monkeypatch, script.main, *flags, "--protocol", "unheard")
