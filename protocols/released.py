@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms  # as the processor does: another rounding
 
-from video import Frame, VideoError, open_video, remember
+from video import Frame, VideoError, open_video, remember, total_bytes
 from zoom_env import Tool, Turn, ZoomEnv, between
 
 TEXTS = ("frame", "before_frames", "after_frames", "bad_call", "bad_input", "too_many", "not_shown",
@@ -96,7 +96,7 @@ def resized(image, min_pixels, max_pixels, unit, resample=Image.Resampling.LANCZ
     return image.contiguous()
 
 
-@remember(most=256e6, size=lambda frames: sum(frame.image.nbytes for frame in frames))
+@remember(most=256e6, size=total_bytes)
 def numbered_frames(path, numbers, min_pixels, max_pixels, unit):
     """The frames of a tuple of numbers, ascending, a Frame each. Raises VideoError."""
     video = open_video(path)
