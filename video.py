@@ -84,8 +84,10 @@ def remember(most, size=lambda result: 1):
                     entry.result = function(*args)
                     entry.size = size(entry.result)
                     with lock:
-                        while len(entries) > 1 and sum(kept.size for kept in entries.values()) > most:
-                            entries.popitem(last=False)
+                        total = sum(kept.size for kept in entries.values())
+                        for key in list(entries):
+                            if total > most and not entries[key].lock.locked():
+                                total -= entries.pop(key).size
                 return entry.result
 
         return remembered
@@ -216,10 +218,9 @@ class Video:
             return self.times_s
 
     def close(self):
-        if self.container is not None:
-            self.container.close()
-        if self.file is not None:
-            self.file.close()
+        for opened in (self.container, self.file):
+            if opened is not None:
+                opened.close()
 
     __del__ = close  # not left to the garbage collector: PyAV's containers and streams refer to each other
 
@@ -243,11 +244,14 @@ class Video:
         self._choose_stream()
         if self.file.dts_only:
             self.options["strict"] = "1"  # H.264 then reorders as much as it may
-        self.stream.codec_context.options = self.options
+        self.codec = self.stream.codec_context
+        self.codec.options = self.options
         self.stream.thread_type = "AUTO"
         self.time_base = self.stream.time_base  # seconds of one unit of a time stamp
         if not 1e-12 < self.time_base < 1e4:
-            raise VideoError(f"{self.path}: its time base is {self.time_base} s")
+            raise ValueError(f"its time base is {self.time_base} s")
+        of_all = (self.container.duration or 0) / av.time_base  # seconds
+        self.said_duration = self.stream.duration or int(of_all / self.time_base)  # what the headers tell
 
     def _choose_stream(self):
         """`stream` is the one that players choose, but no still picture beside sound or other streams."""
@@ -275,26 +279,20 @@ class Video:
             return
         self._seek(None)
         first = [packet for packet in islice(self._packets(), 3) if packet.pts is not None]
-        if self.formats & {"mov", "flv"} and self.stream.codec_context.reorder_depth:
+        if self.formats & {"mov", "flv"} and self.codec.reorder_depth:
             self.file.dts_only = all(p.pts == p.dts for p in first)  # times of presentation were left out
         listed = index[-1].timestamp - index[0].timestamp
         guessed = any(entry.timestamp == packet.dts and entry.is_keyframe and not packet.is_keyframe
                       for entry, packet in zip(index, first))
-        whole = listed >= self._said_duration() / 2  # MPEG-TS lists what was read so far
+        whole = listed >= self.said_duration / 2  # MPEG-TS lists what was read so far
         if first and whole and not guessed:
             self.index = index
             self.index_delay = first[0].pts - index[0].timestamp
 
-    def _said_duration(self):
-        """The duration that the headers tell, in units of time stamps, 0 if they tell none."""
-        if self.stream.duration:
-            return self.stream.duration
-        return int((self.container.duration or 0) / av.time_base / self.time_base)
-
     def _closed_gops(self):
         """Whether decoding can begin at key frames as if nothing was before them. H.264's need not be IDR
         pictures; after one that is none the decoder takes references to earlier frames for damage."""
-        if self.stream.codec_context.name != "h264":
+        if self.codec.name != "h264":
             return True
         only_idr = av.bitstream.BitStreamFilterContext("filter_units=pass_types=5", self.stream)
         self._seek((self.stream.start_time or 0) + (self.stream.duration or 0) // 2)
@@ -321,7 +319,7 @@ class Video:
     def _end_pts(self):
         """When the last frame leaves the screen, from the last packets: headers may count from 0 or from the
         first frame, hold the sound track's length, or stop short of the last B-frame."""
-        about = self.start_pts + self._said_duration()
+        about = self.start_pts + self.said_duration
         ends = [self.start_pts + 1]
         for pts in (about - int(2 / self.time_base), None):  # the last 2 s; without a packet there, all
             with suppress(av.FFmpegError, IndexError):
@@ -388,9 +386,10 @@ class Video:
         self.needed_pts = -math.inf
         frame = self._decode_from(nearest + self.index_delay, alone=True)
         self._forget_place()
-        if frame is None or frame.pts < self.start_pts or abs(self._seconds(frame.pts) - time_s) >= within_s:
+        if frame is None or frame.pts < self.start_pts:
             return None
-        return self._seconds(frame.pts), self._rgb(frame)
+        shown_s = self._seconds(frame.pts)
+        return (shown_s, self._rgb(frame)) if abs(shown_s - time_s) < within_s else None
 
     # ----------------------------------------------------------------------------------------------- decoding
     def _decode_from(self, pts, alone=False):
@@ -439,7 +438,7 @@ class Video:
                     continue
                 frames = self._decode(packet, sent_dts)
             except (av.FFmpegError, IndexError):  # IndexError: reading came upon a new stream, and ends
-                self.stream.codec_context.flush_buffers()  # or its threads report the error again and again
+                self.codec.flush_buffers()  # or its threads report the error again and again
                 damaged = True
                 lost = True
                 continue
@@ -455,9 +454,9 @@ class Video:
 
     def _decode(self, packet, sent_dts):
         """The frames that come out of the decoder after this packet, damaged ones among them."""
-        self.stream.codec_context.skip_frame = "DEFAULT"
+        self.codec.skip_frame = "DEFAULT"
         if packet.pts is not None and packet.pts < self.needed_pts and not self.late:
-            self.stream.codec_context.skip_frame = "NONREF"
+            self.codec.skip_frame = "NONREF"
             self.skipped_pts = max(self.skipped_pts, packet.pts)
         frames = packet.decode()
         if packet.dts is not None:
@@ -476,7 +475,7 @@ class Video:
     @property
     def late(self):
         """By how many pictures the decoder delays its output, where its order alone tells times; else 0."""
-        return self.file.dts_only and self.stream.codec_context.reorder_depth
+        return self.file.dts_only and self.codec.reorder_depth
 
     def _seek(self, pts):
         """Goes to the last key frame at or before a time stamp, or with None to the start of the file."""
@@ -532,8 +531,8 @@ def display_matrix(frame):
     try:  # not frame.side_data: it and the frame would refer to each other
         matrix = SideDataContainer(frame).get("DISPLAYMATRIX", np.eye(3, dtype=np.int32))
     except ValueError:  # a kind of side data that PyAV does not know: it gives the angle all the same
-        turn = math.radians(frame.rotation)
-        return np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        cos, sin = math.cos(math.radians(frame.rotation)), math.sin(math.radians(frame.rotation))
+        return np.array([[cos, -sin], [sin, cos]])
     return np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].astype(float)
 
 
