@@ -366,8 +366,10 @@ class Video:
 
     def _worth_a_seek(self, want):
         """Seek only if that skips frames: when a key frame lies between the decoder's position and `want`."""
+        if self.ahead is None and self.lost_before:
+            return True  # decoding ended in damage; whole frames may come after it
         if self.ahead is None or self.ahead.pts > want:
-            return self.shown is None or self.shown.pts > want or self.ahead is None and self.lost_before
+            return self.shown is None or self.shown.pts > want
         if self.index:
             at = self.index.search_timestamp(want - self.index_delay)
             return at >= 0 and self.index[at].timestamp + self.index_delay > self.ahead.pts
@@ -389,7 +391,9 @@ class Video:
         if frame is None or frame.pts < self.start_pts:
             return None
         shown_s = self._seconds(frame.pts)
-        return (shown_s, self._rgb(frame)) if abs(shown_s - time_s) < within_s else None
+        if abs(shown_s - time_s) >= within_s:
+            return None
+        return shown_s, self._rgb(frame)
 
     # ----------------------------------------------------------------------------------------------- decoding
     def _decode_from(self, pts, alone=False):
