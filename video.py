@@ -8,8 +8,8 @@ A file gives true frames or a VideoError with its name. It is read as a plain lo
 nothing that it refers to), and a broken one costs neither endless time nor memory. Sizes are those that
 Qwen's image processor gives.
 
-Two ways to take frames: `frames_at` is exact and decodes from the key frame before each time on;
-`nearest_keyframes` decodes key frames alone, many times faster where a long video is looked at sparsely.
+Two ways to take frames: `Video.frames_at` is exact and decodes from the key frame before each time on; with
+keyframes_within_s it takes key frames alone, many times faster where a long video is looked at sparsely.
 
 Decoding is strict: a decoder's habit is to paint over damage with grey or pieces of earlier frames, which the
 policy and its reward would take for what was filmed. Here damage costs all frames up to the next key frame.
@@ -23,11 +23,10 @@ import threading
 import weakref
 from bisect import bisect_left
 from collections import OrderedDict
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
-from itertools import islice
+from itertools import chain, islice
 
 import av
 import numpy as np
@@ -35,6 +34,7 @@ import torch
 from av.sidedata.sidedata import SideDataContainer
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from common import UserError
 
@@ -59,59 +59,66 @@ class Frame:
 
 
 # ------------------------------------------------------------------------------------------ what is asked for
+@dataclass
+class Remembered:
+    lock: threading.Lock  # held by the thread that computes the result
+    result: object = None
+    size: float = 0
+
+
 def remember(most, size=lambda result: 1):
     """Decorator: keeps the last results of a function, up to a total `size` of `most`. Arguments by position.
 
-    Threads that ask for the same at once wait for one of them to compute it; an exception goes to all of them
-    and is not kept. What was let go of while someone still uses it is given again, not made again."""
+    Of threads that ask for the same at once one computes it and the others wait. An exception is not kept."""
     def decorate(function):
-        lock, futures, sizes = threading.Lock(), OrderedDict(), {}  # by arguments; sizes: of what is computed
-        in_use = weakref.WeakValueDictionary()  # what was let go of, as long as someone uses it
+        lock = threading.Lock()
+        entries = OrderedDict()  # {arguments: Remembered}, the one used longest ago first
 
         @wraps(function)
         def remembered(*args):
             with lock:
-                mine = args not in futures
-                future = futures.setdefault(args, Future())
-                futures.move_to_end(args)
-            if mine:
-                try:
-                    result = in_use.get(args) or function(*args)
-                except BaseException as error:
+                entry = entries.setdefault(args, Remembered(threading.Lock()))
+                entries.move_to_end(args)
+            with entry.lock:
+                if entry.result is None:
+                    entry.result = function(*args)
+                    entry.size = size(entry.result)
                     with lock:
-                        del futures[args]
-                    future.set_exception(error)
-                    raise
-                future.set_result(result)
-                with lock:
-                    sizes[args] = size(result)
-                    for oldest in [key for key in futures if key in sizes][:-1]:
-                        if sum(sizes.values()) > most:
-                            del sizes[oldest]
-                            result = futures.pop(oldest).result()
-                            if hasattr(result, "__weakref__"):  # a video; a tuple of frames has none
-                                in_use[oldest] = result
-            return future.result()
+                        total = sum(kept.size for kept in entries.values())
+                        for key in list(entries):
+                            if total > most and not entries[key].lock.locked():
+                                total -= entries.pop(key).size
+                return entry.result
 
         return remembered
     return decorate
 
 
+videos_in_use = weakref.WeakValueDictionary()  # {path: Video}, as long as someone holds it
+
+
 @remember(most=16)
 def open_video(path):
     """The `Video` at `path`, kept open; a file in use is not opened again. Raises VideoError."""
-    return Video(path)
+    video = videos_in_use.get(path)
+    if video is None:
+        video = Video(path)
+        videos_in_use[path] = video
+    return video
 
 
-@remember(most=256e6, size=lambda frames: sum(frame.image.nbytes for frame in frames))
+def total_bytes(frames):
+    return sum(frame.image.nbytes for frame in frames)
+
+
+@remember(most=256e6, size=total_bytes)
 def read_frames(path, times_s, min_pixels, max_pixels, unit, keyframes_within_s=None):
-    """The frames on screen at the tuple `times_s` (ascending seconds), of `frame_size`: a tuple of Frame,
-    each once. The last 256 MB are kept, as the rollouts of one question ask for the same. Raises VideoError.
+    """The frames on screen at the tuple `times_s` (ascending seconds), each once, in the sizes of `scale`: a
+    tuple of Frame. The last 256 MB are kept, as the rollouts of one question ask for the same.
 
-    keyframes_within_s: take the nearest key frame instead where it is closer than this."""
+    keyframes_within_s: the nearest key frame instead where it is closer than this. Raises VideoError."""
     video = open_video(path)
-    shown = (video.frames_at(times_s) if keyframes_within_s is None
-             else video.nearest_keyframes(times_s, keyframes_within_s))
+    shown = video.frames_at(times_s, keyframes_within_s)
     try:
         return tuple(Frame(time_s, scale(image, video.pixel_shape, min_pixels, max_pixels, unit))
                      for time_s, image in dict(shown).items())
@@ -130,28 +137,20 @@ def read_image(path, min_pixels, max_pixels, unit):
 
 
 def scale(image, pixel_shape, min_pixels, max_pixels, unit):
-    """(H, W, 3) uint8 with pixels of shape (height, width): a (3, H', W') tensor with square ones."""
+    """(H, W, 3) uint8 with pixels of shape (height, width): a (3, H', W') tensor with square ones.
+
+    H' and W' are what Qwen's image processor gives: near the aspect ratio, from min_pixels to max_pixels in
+    area, multiples of `unit` (a token's side in pixels: patch size x merge of the vision tower). Raises
+    VideoError."""
     image = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
     height, width = (max(1, round(side * factor)) for side, factor in zip(image.shape[1:], pixel_shape))
-    size = frame_size(height, width, min_pixels, max_pixels, unit)
+    try:
+        size = smart_resize(height, width, unit, min_pixels, max_pixels)
+    except ValueError:
+        raise VideoError(f"a frame of {width}x{height} is too narrow") from None
     if size != tuple(image.shape[1:]):
         image = transforms.resize(image, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
     return image.contiguous()
-
-
-def frame_size(height, width, min_pixels, max_pixels, unit):
-    """(height, width) that Qwen's image processor gives to a frame: near its aspect ratio, from min_pixels to
-    max_pixels in area, multiples of `unit` (what becomes a token: patch size x merge of the vision tower)."""
-    if max(height, width) > 200 * min(height, width):
-        raise VideoError(f"a frame of {width}x{height} is too narrow")
-    size = tuple(round(side / unit) * unit for side in (height, width))
-    if size[0] * size[1] > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        size = tuple(max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
-    elif size[0] * size[1] < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        size = tuple(math.ceil(side * grow / unit) * unit for side in (height, width))
-    return size
 
 
 # -------------------------------------------------------------------------------------------------- one video
@@ -162,78 +161,76 @@ class Video:
     Raises VideoError, naming the file, for anything but a regular local file with a video stream."""
 
     def __init__(self, path):
-        self.path, self.file, self.container = str(path), None, None
+        self.path = str(path)
+        self.file = None
+        self.container = None
         self.lock = threading.Lock()
         self.pixel_shape = (1.0, 1.0)  # height and width of a pixel on the screen, of the frames last shown
-        self.reformatter = av.video.reformatter.VideoReformatter()  # slow to set up
-        self.shown = self.ahead = None  # where the decoder stands: the frame on screen, and the one after it
-        self.all_pts = None  # time stamps of all frames, once they are asked for by number
+        self.times_s = None  # of all frames, once they are asked for
         self.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}  # of the decoder
         try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
-                raise VideoError(f"{self.path}: not a regular file")
-            self.file = VideoFile(self.path)
-            del self.file.name  # FFmpeg goes by what is in it
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-            raise VideoError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from None
-        try:
+            self.file = open_file(self.path)
             self._open_stream()
             self._read_index()
-            if self._closed_gops():  # told to explode, it reports each damage, instead of painting over it
-                self.options["err_detect"] = "explode"
+            if self._closed_gops():
+                self.options["err_detect"] = "explode"  # damage is reported, not painted over
             self._read_timing()
-        except (VideoError, av.FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
-            self.close()
-            if isinstance(error, VideoError):
-                raise
+        except (av.FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
             raise VideoError(f"{self.path}: not a video in a format that is read ({error}); read are "
                              f"{', '.join(sorted(ALLOWED_FORMATS))}") from None
 
-    def frames_at(self, times_s):
-        """[(time_s shown, (H, W, 3) uint8)] at `times_s`, ascending, but damaged ones. Raises VideoError."""
-        return self._whole_frames(self._frame_at, times_s)
+    def frames_at(self, times_s, keyframes_within_s=None):
+        """[(time_s shown, (H, W, 3) uint8)] at `times_s`, ascending, but damaged ones. Raises VideoError.
 
-    def nearest_keyframes(self, times_s, within_s):
-        """Like `frames_at`, but the key frame nearest to each time where one lies closer than `within_s`."""
-        return self._whole_frames(lambda t: self._nearest_keyframe(t, within_s) or self._frame_at(t), times_s)
-
-    def times_of(self, numbers):
-        """Seconds, ascending, at which the frames of these numbers, counted from 0 as they are shown, are on
-        screen. At a constant rate from the rate, else from the packets of the whole file."""
-        if (rate := self.stream.average_rate) and rate == self.stream.base_rate and not self.animated:
-            times_s = {n: (n + 0.5) / self.fps for n in numbers}
-        else:
-            all_s = dict(enumerate(self.all_times()))
-            times_s = {n: all_s.get(n // 1, math.inf) for n in numbers}  # nan is no key
-        if beyond := [n for n, time_s in times_s.items() if not 0 <= time_s <= self.duration_s + 1]:
-            raise VideoError(f"{self.path}: no frame {beyond[0]:.0f} in {self.duration_s:.2f} s")
-        return tuple(sorted(round(t, 6) for t in times_s.values()))
-
-    def all_times(self):
-        """Seconds at which each frame comes on screen, from the packets of the whole file."""
+        keyframes_within_s: the nearest key frame instead where it is closer than this."""
+        frames = []
         with self.lock:
-            if self.all_pts is None:
-                self._seek(None)
-                self.all_pts = sorted(p.pts for p in self._packets() if p.pts is not None)
-                self.ahead = self.shown = None
-        return [float((pts - self.start_pts) * self.time_base) for pts in self.all_pts]
-
-    def close(self):
-        for opened in filter(None, (self.container, self.file)):
-            opened.close()
-
-    __del__ = close  # not left to the garbage collector: PyAV's containers and streams refer to each other
-
-    def _whole_frames(self, frame_of, times_s):
-        with self.lock:
-            frames = [frame for time_s in times_s if (frame := frame_of(time_s))]
+            for time_s in times_s:
+                frame = self._nearest_keyframe(time_s, keyframes_within_s)
+                if frame is None:
+                    frame = self._frame_at(time_s)
+                if frame is not None:
+                    frames.append(frame)
         if not frames:
             raise VideoError(f"{self.path}: no frame can be decoded at {times_s[0]:.2f} s")
         return frames
 
+    def times_of(self, numbers):
+        """Seconds, ascending, at which the frames of these numbers, counted from 0 as they are shown, are on
+        screen. At a constant rate from the rate, else from the packets of the file. Raises VideoError."""
+        rate = self.stream.average_rate
+        if rate and rate == self.stream.base_rate and not self.animated:
+            times_s = {n: (n + 0.5) / self.fps for n in numbers}
+        else:
+            all_s = self.all_times()
+            times_s = {n: all_s[int(n)] if 0 <= n < len(all_s) else math.inf for n in numbers}
+        for n, time_s in times_s.items():
+            if not 0 <= time_s <= self.duration_s + 1:
+                raise VideoError(f"{self.path}: no frame {n:.0f} in {self.duration_s:.2f} s")
+        return tuple(sorted(round(time_s, 6) for time_s in times_s.values()))
+
+    def all_times(self):
+        """Seconds at which each frame comes on screen, from the packets of the whole file."""
+        with self.lock:
+            if self.times_s is None:
+                self._seek(None)
+                self.times_s = sorted(self._seconds(p.pts) for p in self._packets() if p.pts is not None)
+            return self.times_s
+
+    def close(self):
+        for opened in (self.container, self.file):
+            if opened is not None:
+                opened.close()
+
+    __del__ = close  # not left to the garbage collector: PyAV's containers and streams refer to each other
+
+    def _seconds(self, pts):
+        """Seconds from the first frame to a time stamp."""
+        return float((pts - self.start_pts) * self.time_base)
+
     # ------------------------------------------------------------------------------------------------ opening
     def _open_stream(self):
-        """`container`; `stream`: the one that players choose, but no still picture beside sound or others."""
+        """Opens `container` and sets the decoder of its `stream` up."""
         self.container = av.open(self.file, io_open=refuse, options={
             "format_whitelist": ",".join(ALLOWED_FORMATS | REFUSED_FORMATS),  # no playlist is followed
             "max_pixels": self.options["max_pixels"]})
@@ -241,223 +238,268 @@ class Video:
         if not self.formats & ALLOWED_FORMATS:
             raise ValueError(f"its format is {self.container.format.name}")
         self.animated = bool(self.formats & ANIMATIONS)
-        vfw = b"V_MS/VFW/FOURCC" in os.pread(self.file.fileno(), 1 << 16, 0)  # AVI's kind of Matroska track
-        self.file.dts_only = vfw or "avi" in self.formats
-        videos, alone = self.container.streams.video, len(self.container.streams) == 1
-        best, cover = self.container.streams.best("video"), av.stream.Disposition.attached_pic
-        for self.stream in sorted(videos, key=lambda stream: stream is not best):
-            if self.stream.codec_context and not self.stream.disposition & cover:
-                if alone or self._seek(None) or len(list(islice(self._packets(), 3))) == 3:
-                    break  # of a still picture come two packets, the second one empty
-        else:
-            raise VideoError(f"{self.path}: no video in it with a decoder and more than a still picture")
-        self.options |= {"strict": "1"} if self.file.dts_only else {}  # H.264 then reorders as much as it may
-        self.stream.codec_context.options = self.options
+        beginning = os.pread(self.file.fileno(), 1 << 16, 0)
+        avi_in_matroska = b"V_MS/VFW/FOURCC" in beginning  # the name of such a track
+        self.file.dts_only = "avi" in self.formats or avi_in_matroska
+        self._choose_stream()
+        if self.file.dts_only:
+            self.options["strict"] = "1"  # H.264 then reorders as much as it may
+        self.codec = self.stream.codec_context
+        self.codec.options = self.options
         self.stream.thread_type = "AUTO"
         self.time_base = self.stream.time_base  # seconds of one unit of a time stamp
         if not 1e-12 < self.time_base < 1e4:
-            raise VideoError(f"{self.path}: its time base is {self.time_base} s")
+            raise ValueError(f"its time base is {self.time_base} s")
+        of_all = (self.container.duration or 0) / av.time_base  # seconds
+        self.said_duration = self.stream.duration or int(of_all / self.time_base)  # what the headers tell
+
+    def _choose_stream(self):
+        """`stream` is the one that players choose, but no still picture beside sound or other streams."""
+        best = self.container.streams.best("video")
+        cover = av.stream.Disposition.attached_pic
+        for stream in sorted(self.container.streams.video, key=lambda stream: stream is not best):
+            if stream.codec_context is None or stream.disposition & cover:
+                continue
+            self.stream = stream
+            if len(self.container.streams) == 1:
+                return
+            self._seek(None)
+            if len(list(islice(self._packets(), 3))) == 3:  # a still picture gives two, the second one empty
+                return
+        raise VideoError(f"{self.path}: no video in it with a decoder and more than a still picture")
 
     def _read_index(self):
-        """`index`: the container's list of key frames and perhaps other packets, None where it ends too early
-        or is a guess; `delay`: what a key frame's time stamp is above the one listed, of decoding in MP4."""
-        self.index, self.delay, index = None, 0, self.stream.index_entries
+        """Sets `index`, the container's list of key frames and perhaps other packets, None where it ends too
+        early or is a guess. Sets `index_delay`, what a key frame's time stamp is above the one listed: in MP4
+        times of decoding are listed."""
+        self.index = None
+        self.index_delay = 0
+        index = self.stream.index_entries
         if self.animated or "mpeg" in self.formats or not index:
             return
         self._seek(None)
-        first = list(islice((p for p in self._packets() if p.pts is not None), 3))
-        if self.formats & {"mov", "flv"} and self.stream.codec_context.reorder_depth:  # times of presentation
-            self.file.dts_only = all(p.pts == p.dts for p in first)  # may have been forgotten at muxing
+        first = [packet for packet in islice(self._packets(), 3) if packet.pts is not None]
+        if self.formats & {"mov", "flv"} and self.codec.reorder_depth:
+            self.file.dts_only = all(p.pts == p.dts for p in first)  # times of presentation were left out
         listed = index[-1].timestamp - index[0].timestamp
-        span = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
-        guess = any(e.timestamp == p.dts and e.is_keyframe > p.is_keyframe for e, p in zip(index, first))
-        if first and listed >= span / 2 and not guess:  # MPEG-TS lists what was read so far
-            self.index, self.delay = index, first[0].pts - index[0].timestamp
+        guessed = any(entry.timestamp == packet.dts and entry.is_keyframe and not packet.is_keyframe
+                      for entry, packet in zip(index, first))
+        whole = listed >= self.said_duration / 2  # MPEG-TS lists what was read so far
+        if first and whole and not guessed:
+            self.index = index
+            self.index_delay = first[0].pts - index[0].timestamp
 
     def _closed_gops(self):
         """Whether decoding can begin at key frames as if nothing was before them. H.264's need not be IDR
         pictures; after one that is none the decoder takes references to earlier frames for damage."""
-        if self.stream.codec_context.name != "h264":
+        if self.codec.name != "h264":
             return True
         only_idr = av.bitstream.BitStreamFilterContext("filter_units=pass_types=5", self.stream)
         self._seek((self.stream.start_time or 0) + (self.stream.duration or 0) // 2)
-        key = next((p for p in self._packets() if p.is_keyframe), None)
-        return key is None or bool(only_idr.filter(key))
+        for packet in self._packets():
+            if packet.is_keyframe:
+                return bool(only_idr.filter(packet))
+        return True
 
     def _read_timing(self):
-        """`start_pts`: the first frame's time stamp; `fps`, `frame_pts`, `duration_s`."""
+        """Sets `start_pts`, the first frame's time stamp, `fps`, `frame_pts` and `duration_s`."""
         self.needed_pts = -math.inf
         first = self._decode_from(None)
         if first is None:
             raise VideoError(f"{self.path}: no frame can be decoded")
         self.start_pts = first.pts
-        if self.gap:  # the first frames are damaged: time starts with them all the same
+        if self.lost_before:  # the first frames are damaged: time starts with them all the same
             self._seek(None)
             keys = (p.pts for p in self._packets() if p.is_keyframe and p.pts is not None)
             self.start_pts = min(first.pts, next(keys, first.pts))
         self.fps = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         self.frame_pts = max(1, round(1 / (self.fps * float(self.time_base))))  # a frame's usual time
-        self.duration_s = max(float((self._end_pts() - self.start_pts) * self.time_base), 1 / self.fps)
+        self.duration_s = max(self._seconds(self._end_pts()), 1 / self.fps)
 
     def _end_pts(self):
         """When the last frame leaves the screen, from the last packets: headers may count from 0 or from the
         first frame, hold the sound track's length, or stop short of the last B-frame."""
-        about = (self.start_pts + self.stream.duration if self.stream.duration
-                 else int((self.container.duration or 0) / av.time_base / self.time_base))
+        about = self.start_pts + self.said_duration
         ends = [self.start_pts + 1]
         for pts in (about - int(2 / self.time_base), None):  # the last 2 s; without a packet there, all
             with suppress(av.FFmpegError, IndexError):
                 self._seek(pts)
-                ends += [p.pts + (p.duration or self.frame_pts) for p in self._packets() if p.pts is not None]
+                for packet in self._packets():
+                    if packet.pts is not None:
+                        ends.append(packet.pts + (packet.duration or self.frame_pts))
             if len(ends) > 1:
                 break
-        self.ahead = self.shown = None  # the decoder stands nowhere now
         return max(ends)
 
     # ------------------------------------------------------------------------------------ the frame on screen
     def _frame_at(self, time_s):
-        """(time_s shown, image) or None."""
-        want = self.start_pts + math.floor(time_s / float(self.time_base) + 1e-6)
+        """(time_s shown, image), None if what is on screen then is damaged."""
+        # the time stamp then; what is less than a microsecond away counts, as times may be rounded to that
+        want = self.start_pts + max(0, math.floor((time_s + 1e-6) / float(self.time_base)))
         self.needed_pts = want - 2 * self.frame_pts  # frames before that none refers to are not decoded
         self._go_to(want)
-        if self.shown and self.skipped_pts > self.shown.pts:  # it stays for longer: later ones were skipped
-            self.needed_pts, self.ahead, self.shown = -math.inf, None, None
+        if self.shown is not None and self.skipped_pts > self.shown.pts:
+            # it stays on screen for longer than usual, or one that was skipped has followed it: decode all
+            self.needed_pts = -math.inf
+            self._forget_place()
             self._go_to(want)
         if self.shown is None:
             return None
-        if self.gap and want >= self.shown.pts + (self.shown.duration or self.frame_pts):
+        if self.lost_before and want >= self.shown.pts + (self.shown.duration or self.frame_pts):
             return None  # a lost frame is on screen
-        return float((self.shown.pts - self.start_pts) * self.time_base), self._rgb(self.shown)
+        return self._seconds(self.shown.pts), self._rgb(self.shown)
 
     def _go_to(self, want):
         """Decodes up to the frame on screen at the time stamp `want`: `shown`, None if it is damaged."""
         if self._worth_a_seek(want):
             back = 0  # further until it is not after `want`: key frames may be listed by time of decoding
-            while self._decode_from(want - back) is None or self.ahead.pts > max(want, self.start_pts):
-                if self.gap and (self.index or back * self.time_base > 10):
+            while self._decode_from(want - back) is None or self.ahead.pts > want:
+                if self.lost_before and (self.index or back * self.time_base > 10):
                     break  # damage; without an index it may be a landing between two key frames
                 if want - back <= self.start_pts:
                     self._decode_from(None)  # the first key frame is decoded before start_pts
                     break
                 back = 2 * back + max(1, int(1 / self.time_base))
-        while self.ahead is not None and (self.ahead.pts <= want or self.shown is None and not self.gap):
-            self.shown, self.ahead = self.ahead, self._next()
+        while self.ahead is not None and self.ahead.pts <= want:
+            self.shown = self.ahead
+            self._next()
 
     def _worth_a_seek(self, want):
         """Seek only if that skips frames: when a key frame lies between the decoder's position and `want`."""
+        if self.ahead is None and self.lost_before:
+            return True  # decoding ended in damage; whole frames may come after it
         if self.ahead is None or self.ahead.pts > want:
-            return self.shown is None or self.shown.pts > want or self.ahead is None and self.gap
+            return self.shown is None or self.shown.pts > want
         if self.index:
-            at = self.index.search_timestamp(want - self.delay)
-            return at >= 0 and self.index[at].timestamp + self.delay > self.ahead.pts
+            at = self.index.search_timestamp(want - self.index_delay)
+            return at >= 0 and self.index[at].timestamp + self.index_delay > self.ahead.pts
         return not self.animated and (want - self.ahead.pts) * self.time_base > 5
 
     def _nearest_keyframe(self, time_s, within_s):
-        """(time_s, image) of the key frame nearest to `time_s`, None if it is not closer than `within_s`."""
-        if not self.index:
+        """(time_s shown, image) of the nearest key frame, None if none is closer than `within_s`."""
+        if within_s is None or not self.index:
             return None
-        want = self.start_pts + round(time_s / float(self.time_base))
-        near = [self.index.search_timestamp(want - self.delay, backward=before) for before in (True, False)]
-        stamps = [self.index[at].timestamp + self.delay for at in near if at >= 0]  # of key frames around it
-        if not stamps:
+        want = self.start_pts + round(time_s / float(self.time_base)) - self.index_delay
+        around = [self.index.search_timestamp(want, backward=backward) for backward in (True, False)]
+        listed = [self.index[at].timestamp for at in around if at >= 0]
+        if not listed:
             return None
-        nearest = min(stamps, key=lambda stamp: abs(stamp - want))
-        try:
-            if self.late:
-                frames = filter(None, [self._decode_from(nearest)])
-            else:
-                self._seek(nearest)
-                packet = next(p for p in self._packets() if p.is_keyframe or p.size == 0)
-                frames = packet.decode() + self.stream.codec_context.decode(None)
-        except (av.FFmpegError, IndexError, StopIteration):
+        nearest = min(listed, key=lambda stamp: abs(stamp - want))
+        self.needed_pts = -math.inf
+        frame = self._decode_from(nearest + self.index_delay, alone=True)
+        self._forget_place()
+        if frame is None or frame.pts < self.start_pts:
             return None
-        finally:
-            self.stream.codec_context.flush_buffers()
-            self.ahead = self.shown = None  # the decoder has left its place
-        whole = [f for f in frames if f.pts is not None and f.pts >= self.start_pts and not f.is_corrupt]
-        shown_s = float((whole[0].pts - self.start_pts) * self.time_base) if whole else math.inf
-        return (shown_s, self._rgb(whole[0])) if abs(shown_s - time_s) < within_s else None
+        shown_s = self._seconds(frame.pts)
+        if abs(shown_s - time_s) >= within_s:
+            return None
+        return shown_s, self._rgb(frame)
 
     # ----------------------------------------------------------------------------------------------- decoding
-    def _decode_from(self, pts):
-        """Seeks to the last key frame at or before `pts`, decodes one frame into `ahead`. None at the end."""
+    def _decode_from(self, pts, alone=False):
+        """Seeks to the last key frame at or before `pts`, decodes one frame into `ahead`. None at the end.
+
+        alone: decodes nothing but that key frame, where it takes no others to tell its time."""
         self._seek(pts)
-        self.packets = self._packets()
-        self.key_pts = -math.inf if self.late else None  # of the key frame where decoding began
-        self.sent_dts, self.decoded = [], []  # what went in; what came out: (frame, frames before it lost)
-        self.damaged = self.lost = False  # what comes refers to damage; frames since the last were lost
+        packets = self._packets()
+        if alone and not self.late:
+            end = av.Packet()  # at an empty packet the decoder gives what it holds back
+            end.stream = self.stream
+            packets = chain(islice((p for p in packets if p.is_keyframe), 1), [end])
         self.skipped_pts = -math.inf  # of the last packet whose frame may have been skipped
-        self.shown = None
-        self.ahead = self._next()
-        return self.ahead
+        # by a proxy, as a generator that holds its Video would keep it open
+        self.frames = Video._whole_frames(weakref.proxy(self), packets)
+        return self._next()
 
     def _next(self):
-        """The next frame that is whole, None at the end; `gap`: whether frames before it were lost. A damaged
+        """The next frame that is whole, into `ahead`; `lost_before`: whether frames before it were lost."""
+        self.ahead, self.lost_before = next(self.frames)
+        return self.ahead
+
+    def _whole_frames(self, packets):
+        """Yields each frame that is whole, None at the end, and whether frames before it were lost. A damaged
         packet costs all frames up to the next key frame, as they refer to it."""
-        for _ in range(MAX_FUTILE_PACKETS):
-            if self.decoded:
-                frame, self.gap = self.decoded.pop(0)
-                return frame
+        key_pts = -math.inf if self.late else None  # of the key frame where decoding began
+        sent_dts = []  # of the packets that went into the decoder
+        damaged = False  # whether what comes refers to damage
+        lost = False  # whether frames since the last one that was whole were lost
+        futile = 0  # packets since then
+        while futile < MAX_FUTILE_PACKETS:
+            futile += 1
             try:
-                packet = next(self.packets, None)
+                packet = next(packets, None)
                 if packet is None:
                     break
-                frames = self._decode(packet)
+                if packet.pts is not None:
+                    if key_pts is None and packet.is_keyframe:
+                        key_pts = packet.pts
+                    if key_pts is not None and packet.pts < key_pts:
+                        continue  # shown before that key frame: refers to what was not decoded
+                cut_off = "gif" in self.formats and bytes(packet)[-1:] not in b"\0;"
+                if packet.is_corrupt or cut_off:
+                    damaged = True
+                    lost = True
+                    continue
+                frames = self._decode(packet, sent_dts)
             except (av.FFmpegError, IndexError):  # IndexError: reading came upon a new stream, and ends
-                self.stream.codec_context.flush_buffers()  # or its threads report the error again and again
-                self.damaged = self.lost = True
+                self.codec.flush_buffers()  # or its threads report the error again and again
+                damaged = True
+                lost = True
                 continue
             for frame in frames:
-                self.damaged = frame.is_corrupt or self.damaged and not frame.key_frame
-                if self.damaged or frame.pts is None:
-                    self.lost = True
+                damaged = frame.is_corrupt or damaged and not frame.key_frame
+                if damaged or frame.pts is None:
+                    lost = True
                 else:
-                    self.decoded.append((frame, self.lost))
-                    self.lost = False
-        else:
-            self.lost = True
-        self.gap = self.lost
-        return None
+                    yield frame, lost
+                    lost = False
+                    futile = 0
+        yield None, lost or futile == MAX_FUTILE_PACKETS
 
-    def _decode(self, packet):
+    def _decode(self, packet, sent_dts):
         """The frames that come out of the decoder after this packet, damaged ones among them."""
-        if packet.pts is not None:
-            if self.key_pts is None and packet.is_keyframe:
-                self.key_pts = packet.pts
-            if self.key_pts is not None and packet.pts < self.key_pts:
-                return []  # shown before the key frame where decoding began: refers to what was not decoded
-        if packet.is_corrupt or "gif" in self.formats and bytes(packet)[-1:] not in b"\0;":  # cut off
-            self.damaged = self.lost = True
-            return []
-        skip = packet.pts is not None and packet.pts < self.needed_pts and not self.late
-        self.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
-        self.skipped_pts = max(self.skipped_pts, packet.pts) if skip else self.skipped_pts
+        self.codec.skip_frame = "DEFAULT"
+        if packet.pts is not None and packet.pts < self.needed_pts and not self.late:
+            self.codec.skip_frame = "NONREF"
+            self.skipped_pts = max(self.skipped_pts, packet.pts)
         frames = packet.decode()
-        self.sent_dts += [] if packet.dts is None else [packet.dts]
+        if packet.dts is not None:
+            sent_dts.append(packet.dts)
         if self.late:  # a picture comes when `late` more have gone in, or with all that are left at the end
-            sent = self.sent_dts
-            for left, frame in zip(range(len(frames), 0, -1), frames):
-                at = len(sent) - left if frame.dts is None else bisect_left(sent, frame.dts) - self.late
-                cut_off = frame.dts is None and not self.index  # perhaps, and then some of these are missing
-                frame.pts = None if at < 0 or cut_off else sent[at]
+            for number, frame in enumerate(frames):
+                if frame.dts is not None:
+                    at = bisect_left(sent_dts, frame.dts) - self.late
+                elif self.index:
+                    at = len(sent_dts) - len(frames) + number
+                else:
+                    at = -1  # the file may be cut off, and then some of these are missing
+                frame.pts = sent_dts[at] if at >= 0 else None
         return frames
 
     @property
     def late(self):
         """By how many pictures the decoder delays its output, where its order alone tells times; else 0."""
-        return self.file.dts_only and self.stream.codec_context.reorder_depth
+        return self.file.dts_only and self.codec.reorder_depth
 
     def _seek(self, pts):
+        """Goes to the last key frame at or before a time stamp, or with None to the start of the file."""
+        self._forget_place()
         self.file.futile_bytes = 0
         self.file.untimed = pts is not None and "mpeg" in self.formats
         if self.animated:
             self.container.close()
             self.file.seek(0)
-            return self._open_stream()
+            self._open_stream()
+            return
         try:
             self.container.seek(0 if pts is None else pts, stream=self.stream, backward=True)
         except av.FFmpegError:
             self.container.seek(0)
+
+    def _forget_place(self):
+        """The decoder stands nowhere now: what comes next begins with a seek."""
+        self.shown = None  # the frame on screen
+        self.ahead = None  # the one after it
 
     def _packets(self):  # from where the container stands
         return self.file.count(self.container.demux(self.stream))
@@ -466,24 +508,36 @@ class Video:
         """A decoded frame as an upright (H, W, 3) uint8 RGB array."""
         if max(frame.width, frame.height) > MAX_SIDE:
             raise VideoError(f"{self.path}: {frame.width}x{frame.height} is above {MAX_SIDE} pixels a side")
-        image = self.reformatter.reformat(frame, format="rgba" if self.animated else "rgb24").to_ndarray()
         if self.animated:  # what is transparent shows white
-            opaque = image[..., 3:].astype(np.uint16)
-            image = ((image[..., :3] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
-        self.pixel_shape = 1.0, float(self.stream.sample_aspect_ratio or 1)
-        # its pixel at (x, y) is shown at (a x + c y, b x + d y); of that, quarter turns and flips are done
-        try:  # not frame.side_data: it and the frame would refer to each other
-            matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
-            a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-        except ValueError:  # a kind of side data that PyAV does not know: it gives the angle all the same
-            turn = math.radians(frame.rotation)
-            a, b, c, d = math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn)
-        if max(abs(a), abs(d)) < min(abs(b), abs(c)) / 50:  # within about 1 degree
-            image, a, d = image.transpose(1, 0, 2), c, b
+            picture = Image.fromarray(frame.to_ndarray(format="rgba"))
+            white = Image.new("RGBA", picture.size, "white")
+            image = np.array(Image.alpha_composite(white, picture).convert("RGB"))
+        else:
+            image = frame.to_ndarray(format="rgb24")
+        self.pixel_shape = (1.0, float(self.stream.sample_aspect_ratio or 1))
+        matrix = display_matrix(frame)
+        large = np.abs(matrix) > np.abs(matrix).max() / 50  # what is smaller is an angle of about 1 degree
+        if np.array_equal(large, np.eye(2)[::-1]):
+            image = image.transpose(1, 0, 2)
+            matrix = matrix[::-1]
             self.pixel_shape = self.pixel_shape[::-1]
-        elif max(abs(b), abs(c)) > min(abs(a), abs(d)) / 50:
-            a = d = 1
-        return np.ascontiguousarray(image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
+        elif not np.array_equal(large, np.eye(2)):
+            matrix = np.eye(2)  # other angles are not turned
+        if matrix[0, 0] < 0:
+            image = image[:, ::-1]
+        if matrix[1, 1] < 0:
+            image = image[::-1]
+        return np.ascontiguousarray(image)
+
+
+def display_matrix(frame):
+    """[[a, b], [c, d]]: the frame's pixel at (x, y) is shown at (a x + c y, b x + d y)."""
+    try:  # not frame.side_data: it and the frame would refer to each other
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX", np.eye(3, dtype=np.int32))
+    except ValueError:  # a kind of side data that PyAV does not know: it gives the angle all the same
+        cos, sin = math.cos(math.radians(frame.rotation)), math.sin(math.radians(frame.rotation))
+        return np.array([[cos, -sin], [sin, cos]])
+    return np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].astype(float)
 
 
 # ------------------------------------------------------------------------------------------ what FFmpeg reads
@@ -500,11 +554,26 @@ class VideoFile(io.FileIO):
 
     def count(self, packets):  # not in Video: a generator that refers to its Video would keep it open
         for packet in packets:
-            self.futile_bytes *= self.futile_bytes >= MAX_FUTILE_BYTES  # what has ended stays so
-            packet.pts = packet.dts if self.dts_only else packet.pts
-            self.untimed = self.untimed and not (packet.is_keyframe and packet.pos)
+            if self.futile_bytes < MAX_FUTILE_BYTES:  # what has ended stays so
+                self.futile_bytes = 0
+            if self.dts_only:
+                packet.pts = packet.dts
+            if packet.is_keyframe and packet.pos:
+                self.untimed = False
             if not self.untimed:
                 yield packet
+
+
+def open_file(path):
+    """The regular local file at `path`, as FFmpeg reads it. Raises VideoError."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise VideoError(f"{path}: not a regular file")
+        file = VideoFile(path)
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror}") from None
+    del file.name  # FFmpeg goes by what is in it
+    return file
 
 
 def refuse(url, flags, options):

@@ -79,7 +79,7 @@ class Ours:
         return [image for _, image in self.video.frames_at(times_s)]
 
     def keyframes(self, times_s, within_s):
-        return self.video.nearest_keyframes(times_s, within_s)
+        return self.video.frames_at(times_s, within_s)
 
 
 class TorchCodec:

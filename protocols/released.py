@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from grading import last_answer
-from video import Frame, VideoError, open_video, remember, scale
+from video import Frame, VideoError, open_video, remember, scale, total_bytes
 from zoom_env import Call, Tool, Turn, ZoomEnv, between
 
 # names of the sentences; {index}, {time}, {error}, .. in them are filled in
@@ -80,7 +80,7 @@ def resized(image, min_pixels, max_pixels, unit, resample=Image.Resampling.LANCZ
     return scale(np.array(image), SQUARE, PROCESSOR_MIN, PROCESSOR_MAX, unit)
 
 
-@remember(most=256e6, size=lambda frames: sum(frame.image.nbytes for frame in frames))
+@remember(most=256e6, size=total_bytes)
 def numbered_frames(path, numbers, min_pixels, max_pixels, unit):
     """The frames of a tuple of numbers, ascending, a Frame each. Raises VideoError."""
     video = open_video(path)

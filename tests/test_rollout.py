@@ -168,7 +168,7 @@ def test_samples_come_from_the_softmax(vocabulary, temperature):
 def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monkeypatch):
     folder, questions, _ = data
     decoded, plain = [], Video.frames_at
-    monkeypatch.setattr(Video, "frames_at", lambda self, times_s: decoded.append((self.path, times_s)) or plain(self, times_s))
+    monkeypatch.setattr(Video, "frames_at", lambda self, times_s, *_: decoded.append((self.path, times_s)) or plain(self, times_s))
     copies = [q | {"video": shutil.copy(folder / q["video"], folder / f"once{i}.mp4")} for i, q in enumerate(questions[:3])]
     groups, _ = rollout(policy, copies, 4, RolloutConfig(max_turn_tokens=8), root=folder, generator=seeded(0))
     assert [len(g) for g in groups] == [4, 4, 4] and all(e.env.frames_shown for g in groups for e in g)
