@@ -4,10 +4,13 @@ import csv
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from tqdm import tqdm
+
 from common import UserError, read_text
-from sources.shapes import plain_value
+from sources.shapes import RowFault, plain_value
 
 ANNOTATIONS = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -17,7 +20,7 @@ SUBTITLES = (".srt", ".vtt", ".json")
 # ------------------------------------------------------------------------------------------------ annotations
 def read_annotations(paths):
     """(path, where, row) of all rows in annotation files, or in the files of folders; a row is a dict, or the
-    ValueError(reason, details) of one that cannot be read. Raises UserError for a file that cannot."""
+    RowFault of one that cannot be read. Raises UserError for a file that cannot."""
     files = []
     for path in map(Path, paths):
         inside = [path]
@@ -29,8 +32,8 @@ def read_annotations(paths):
     for path in files:
         for number, row in enumerate(read_file(path), 1):
             where = f"{path.name} row {number}"
-            if not isinstance(row, dict | ValueError):
-                row = ValueError("not a row", str(row)[:60])
+            if not isinstance(row, dict | RowFault):
+                row = RowFault("not a row", str(row)[:60])
             yield path, where, plain_value(row)
 
 
@@ -76,7 +79,7 @@ def json_line(line):
     try:
         return json.loads(line.strip().removeprefix("\ufeff"), strict=False)
     except (ValueError, RecursionError) as error:
-        return ValueError("not JSON", str(error))
+        return RowFault("not JSON", str(error))
 
 
 def read_parquet(path):
@@ -113,7 +116,7 @@ class FileIndex:
     def find(self, name, folder=None):
         """The file that a row calls `name`: with or without folders and suffix. Of several with this name the
         one with the most of its folders, its suffix, and a folder with `folder` in its name. None where there
-        is none; ValueError where two fit."""
+        is none; RowFault where two fit."""
         name = PurePosixPath(str(name).replace("\\", "/"))
         stem = name.stem if name.suffix.lower() in self.suffixes else name.name
         parents = [part for part in name.parts[:-1] if part not in (".", "..", "/")]
@@ -126,7 +129,7 @@ class FileIndex:
 
         found = sorted(self.by_stem.get(stem, []), key=fit)
         if len(found) > 1 and fit(found[-1]) == fit(found[-2]):
-            raise ValueError("two files fit its name", f"{found[-2]}, {found[-1]}")
+            raise RowFault("two files fit its name", f"{found[-2]}, {found[-1]}")
         return found[-1] if found else None
 
     def expected(self, name):
@@ -138,3 +141,11 @@ class FileIndex:
 def relative_to_file(path, file):
     """A path as rows of `file` have it: from its folder on, with forward slashes."""
     return Path(os.path.relpath(os.path.abspath(path), os.path.realpath(Path(file).parent))).as_posix()
+
+
+def in_threads(function, items, what):
+    """[function(item), ...], eight at a time, with a bar. what: what the bar calls them."""
+    with ThreadPoolExecutor(8) as pool:
+        results = pool.map(function, items)
+        bar = tqdm(results, total=len(items), desc=what, unit="video", dynamic_ncols=True, disable=not items)
+        return list(bar)

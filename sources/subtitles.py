@@ -11,14 +11,14 @@ import json
 import re
 
 from common import read_text
-from sources.shapes import plain_value, seconds
+from sources.shapes import RowFault, plain_value, seconds
 
 TIMES = re.compile(r"^\s*([\d:.,]+)\s*-->\s*([\d:.,]+).*$", re.MULTILINE)
 
 
 def read_subtitles(path, begin_s=0.0, duration_s=None):
     """The subtitles in a file that are on screen between `begin_s`, which becomes 0, and `duration_s` later.
-    Raises ValueError(reason, details), UserError where it cannot be read."""
+    Raises RowFault, UserError where it cannot be read."""
     text = read_text(path)
     lines = read_json(text, begin_s, duration_s) if str(path).lower().endswith(".json") else read_srt(text)
     lines = [[start_s - begin_s, end_s - begin_s, " ".join(line.split())] for start_s, end_s, line in lines]
@@ -33,7 +33,7 @@ def read_srt(text):
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     times = list(TIMES.finditer(text))
     if not times:
-        raise ValueError("subtitles cannot be read", "no line with times in them")
+        raise RowFault("subtitles cannot be read", "no line with times in them")
     for match, following in zip(times, times[1:] + [None]):
         block = text[match.end():following.start() if following else None]
         if following:  # before its times stands the number of the next one
@@ -52,4 +52,4 @@ def read_json(text, begin_s, duration_s):
                 end = begin_s + duration_s if duration_s else start
             yield seconds(start), seconds(end), str(row["text"] if "text" in row else row["line"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError("subtitles cannot be read", f"{type(error).__name__}: {error}") from None
+        raise RowFault("subtitles cannot be read", f"{type(error).__name__}: {error}") from None

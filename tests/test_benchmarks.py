@@ -15,18 +15,18 @@ import pytest
 
 import data_prep
 import eval as evaluation
-from common import UserError, write_jsonl
-from sources.rows import question_error, trajectory_error
+from common import RunConfig, UserError, write_jsonl
 from demo.synthetic import write_video
 from grading import grade
 from sources.benchmarks import FORMATS, convert, open_answer
 from sources.files import VIDEOS, FileIndex, read_annotations
 from sources.images import place_images
 from sources.overlap import overlap
-from training.environment import use_overview
+from sources.rows import question_error
 from sources.shapes import read_answer, read_options, read_segments, split_options
 from sources.stats import stats
 from sources.subtitles import read_subtitles
+from training.environment import with_chosen_frames
 from zoom_env import EnvConfig, ZoomEnv
 
 ROOT = Path(data_prep.__file__).parent
@@ -71,7 +71,7 @@ def write(path, value, ascii=False):
 def run_convert(name, annotations, videos, out, **more):
     """(rows, [(row, reason, kept)]) as they stand in the files."""
     annotations = annotations if isinstance(annotations, list) else [annotations]
-    convert(name, annotations, videos, out, question_error=question_error, **more)
+    convert(name, annotations, videos, out, **more)
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
     rows, named = read(out), read(out.with_suffix(".skipped.jsonl"))
     assert not any(map(question_error, rows)) and len({row["id"] for row in rows}) == len(rows)
@@ -273,7 +273,7 @@ def test_a_file_of_chosen_frames_fits_the_converted_rows(videos, tmp_path):
     raw = RAW["mlvu_dev"][:1]
     chosen = write(tmp_path / "frames.json", [raw[0] | {"frame_idx": [3.0, 9.0]}])
     rows, _ = run_convert("mlvu_dev", write(tmp_path / "a.json", raw), videos(), tmp_path / "o.jsonl")
-    _, known, bad = use_overview(EnvConfig(), rows, str(chosen), 0)
+    known, bad = with_chosen_frames(rows, RunConfig(overview=str(chosen), max_bad=0))
     assert known[0]["overview_frames"] == [3.0, 9.0] and not bad
 
 
@@ -637,30 +637,29 @@ def test_overlap_names_the_same_videos_and_questions(videos, clip, tmp_path, cap
     write_jsonl(tmp_path / "one.jsonl", [question("1", "videos/a.mp4", "What is red?"),
                                          question("2", "videos/b.mp4", "Who?"),
                                          question("3", "old/gone.mp4", "When?")])
-    assert not any(overlap(tmp_path / "one.jsonl", tmp_path / "same_words.jsonl", question_error).values())
+    assert not any(overlap(tmp_path / "one.jsonl", tmp_path / "same_words.jsonl").values())
     trajectory = {"question": question("4", "videos/copy.mp4", "what is RED", options=["y", "x"]),
                   "kind": "exemplar", "turns": ["t"], "learn": [True]}
     write_jsonl(tmp_path / "two.jsonl", [trajectory])
-    found = overlap(tmp_path / "one.jsonl", tmp_path / "two.jsonl", question_error)
+    found = overlap(tmp_path / "one.jsonl", tmp_path / "two.jsonl")
     assert {what: len(pairs) for what, pairs in found.items()} == {
         "the same video by content": 1, "the same video by name": 0, "the same question and options": 1}
     assert found["the same question and options"] == [("1", "4")]
     write_jsonl(tmp_path / "three.jsonl", [question("5", "new/gone.webm", "Where?", options=["x", "z"])])
-    found = overlap(tmp_path / "one.jsonl", tmp_path / "three.jsonl", question_error)
+    found = overlap(tmp_path / "one.jsonl", tmp_path / "three.jsonl")
     assert found["the same video by name"] == [("old/gone.mp4", "new/gone.webm")]
     assert not found["the same video by content"] and not found["the same question and options"]
     assert "old/gone.mp4  new/gone.webm" in capsys.readouterr().out
 
 
 def test_stats_of_questions_and_trajectories(data, videos, tmp_path, capsys):
-    checks = {"question_error": question_error, "trajectory_error": trajectory_error}
     videos("a.mp4")
     write_jsonl(tmp_path / "q.jsonl", [
         question("1", "videos/a.mp4", "What?", meta={"kind": "count"}),
         question("2", "videos/gone.mp4", "Who?", answer="B",
                  meta={"kind": "order", "duration_s": 100, "duration_group": "long"}),
         question("3", "videos/a.mp4", "Why?", evidence=[[0, 1]], meta={"kind": "count"}), "no row"])
-    found = stats(tmp_path / "q.jsonl", **checks)
+    found = stats(tmp_path / "q.jsonl")
     assert found["counts"] == {"questions": 3, "rows": 3, "unusable": 1, "videos": 2, "videos missing": 1,
                                "with evidence": 1, "with images": 0, "with subtitles": 0}
     assert found["letters"] == {"A": 2, "B": 1} and found["answer types"] == {"multiple_choice": 3}
@@ -668,7 +667,7 @@ def test_stats_of_questions_and_trajectories(data, videos, tmp_path, capsys):
     assert (count["name"], count["n"], count["mean"]) == ("count", 2, SECONDS)
     assert (order["name"], order["most"]) == ("order", 100) and found["duration groups"][0]["name"] == "long"
     folder, _, trajectories = data
-    found = stats(folder / "sft.jsonl", ROOT / "demo" / "tiny_base", **checks)
+    found = stats(folder / "sft.jsonl", ROOT / "demo" / "tiny_base")
     turns = [len(row["turns"]) for row in trajectories]
     assert found["rounds"] == {n: turns.count(n) for n in sorted(set(turns))}
     tokens, = found["tokens"]
