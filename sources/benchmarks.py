@@ -460,13 +460,10 @@ def skipped_file(out):
 def show_counts(name, num_found, rows, named, out):
     """What came out, what did not, and whether it is as many as were published."""
     sizes = FORMATS[name].sizes
-    published = " or ".join(f"{size} ({what})" for size, what in sizes.items()) or "no exact number"
+    published = [f"{size} ({what}; difference {num_found - size:+d})" for size, what in sizes.items()]
     videos = len({row["video"] for row in rows})
     print(f"{name}: {len(rows)} of {num_found} questions on {videos} videos -> {out}")
-    print(f"found {num_found} / published {published}; {FORMATS[name].source}")
-    if sizes and num_found not in sizes:
-        nearest = min(sizes, key=lambda size: abs(size - num_found))
-        print(f"difference: {num_found - nearest:+d} against {nearest} ({sizes[nearest]})")
+    print(f"found {num_found} / published {' or '.join(published) or 'no exact number'}; {FORMATS[name].source}")
     for kept, what in ((False, "left out"), (True, "kept, but")):
         reasons = Counter(line["reason"] for line in named if line["kept"] == kept)
         if reasons:

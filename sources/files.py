@@ -43,7 +43,7 @@ def read_file(path):
     if kind == ".parquet":
         return read_parquet(path)
     if kind not in ANNOTATIONS:
-        raise UserError(f"--annotations {path}: what it is must show in its name: {', '.join(ANNOTATIONS)}")
+        raise UserError(f"{path}: what it is must show in its name: {', '.join(ANNOTATIONS)}")
     text = read_text(path)
     if kind in (".tsv", ".csv"):
         csv.field_size_limit(1 << 30)
@@ -52,27 +52,23 @@ def read_file(path):
             return [{key: value for key, value in row.items() if key} for row in rows]
         except csv.Error as error:
             raise UserError(f"cannot read {path}: {error}") from None
+    if kind == ".jsonl":
+        return [json_line(line) for line in text.split("\n") if line.strip()]
     try:
         return list(json_rows(json.loads(text)))
     except (ValueError, RecursionError) as error:
-        if kind == ".json" and "Extra data" not in str(error):
-            raise UserError(f"cannot read {path}: {error}") from None
-    return [json_line(line) for line in text.split("\n") if line.strip()]
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
-def json_rows(value, group=None):
-    """Rows of a JSON file: a list; or objects whose lists or objects are rows, each of which gets the outer
-    key as its "_group"."""
-    if isinstance(value, list):
-        yield from (row | {"_group": group} if group and isinstance(row, dict) else row for row in value)
-    elif value and all(isinstance(inside, dict | list) for inside in value.values()):
+def json_rows(value, group=""):
+    """The rows of a JSON file: of a list, or of objects of lists or objects, whose keys on the way to a row become
+    its "_group"."""
+    if isinstance(value, dict) and value and all(isinstance(inside, dict | list) for inside in value.values()):
         for key, inside in value.items():
-            if isinstance(inside, dict) and not all(isinstance(v, dict) for v in inside.values()):
-                yield inside | ({"_group": group} if group else {})
-            else:
-                yield from json_rows(inside, key)
-    else:
-        yield value
+            yield from json_rows(inside, f"{group}/{key}")
+        return
+    for row in value if isinstance(value, list) else [value]:
+        yield {"_group": group} | row if isinstance(row, dict) else row
 
 
 def json_line(line):
@@ -122,10 +118,9 @@ class FileIndex:
         parents = [part for part in name.parts[:-1] if part not in (".", "..", "/")]
 
         def fit(path):
-            own = path.relative_to(self.folder).parts[:-1]
-            same = next((i for i, (a, b) in enumerate(zip(reversed(own), reversed(parents))) if a != b),
-                        min(len(own), len(parents)))
-            return same, path.suffix == name.suffix, bool(folder) and any(folder in part for part in own)
+            own = list(path.relative_to(self.folder).parts[:-1])
+            same = os.path.commonprefix([own[::-1], parents[::-1]])
+            return len(same), path.suffix == name.suffix, bool(folder) and any(folder in part for part in own)
 
         found = sorted(self.by_stem.get(stem, []), key=fit)
         if len(found) > 1 and fit(found[-1]) == fit(found[-2]):

@@ -14,7 +14,7 @@ SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RI
 def place_images(question, images):
     """(question with <image> for each, the images in order, notes) of a text with <image 1> or <image>.
 
-    images: {number: file, bytes or {"bytes", "path"}}. One that the text does not mention comes before it. A
+    images: {number: a file's path or {"bytes", "path"}}. One that the text does not mention comes before it. A
     text that mentions images where there are none stays as it is, and a note says so. Raises RowFault where
     some are missing."""
     images = {number: image for number, image in images.items() if image}
@@ -31,10 +31,11 @@ def place_images(question, images):
 def save_image(image, annotations, out, name):
     """The path of an image as rows of `out` have it: of a file beside the annotations, or of its bytes, which
     are written beside `out`. Raises RowFault."""
-    path = image.get("path") if isinstance(image, dict) else image
-    content = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
+    if isinstance(image, str):
+        image = {"path": image}
+    content = image.get("bytes")
     if not content:
-        file = Path(annotations).parent / str(path)
+        file = Path(annotations).parent / str(image.get("path"))
         if not os.path.isfile(file):
             raise RowFault("an image of the question is missing", str(file)[:200])
         return relative_to_file(file, out)

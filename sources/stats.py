@@ -19,6 +19,9 @@ from training.checkpoints import load_policy
 from training.tables import kind_of, text_table
 from video import VideoError, open_video
 
+COLUMNS = {"name": "{name}", "n": "{n}", "least": "{least:.1f}", "median": "{median:.1f}",
+           "mean": "{mean:.1f}", "most": "{most:.1f}"}
+
 
 def stats(path, model=None):
     """Prints the tables and returns them as {name: a dict, or a list of dicts}. Raises UserError.
@@ -51,7 +54,11 @@ def stats(path, model=None):
     if model:
         found["tokens"] = [token_lengths(model, rows, folder)]
     for name, table in found.items():
-        show(name, table)
+        if isinstance(table, dict):
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in table.items()))
+        else:
+            print(name if name == "tokens" else f"{name}, seconds of their videos")
+            print(text_table(COLUMNS, table))
     return found
 
 
@@ -111,15 +118,3 @@ def token_lengths(model, rows, folder):
         lengths.append(len(dialogue.ids))
     what = "dialogue" if is_trajectory(rows[0]) else "prompt"
     return {"name": f"tokens of a {what}", "n": len(lengths)} | spread(lengths)
-
-
-def show(name, table):
-    """Prints a table: a dict in a line, a list of dicts as columns."""
-    if isinstance(table, dict):
-        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in table.items()))
-        return
-    unit = "" if name == "tokens" else ", s"
-    columns = {name: "{name}", "n": "{n}"}
-    for column in ("least", "median", "mean", "most"):
-        columns[column + unit] = "{" + column + ":.1f}"
-    print(text_table(columns, table))

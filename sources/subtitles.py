@@ -8,6 +8,7 @@ Format: https://github.com/longvideobench/LongVideoBench longvideobench/longvide
 
 import html
 import json
+import math
 import re
 
 from common import read_text
@@ -21,11 +22,12 @@ def read_subtitles(path, begin_s=0.0, duration_s=None):
     Raises RowFault, UserError where it cannot be read."""
     text = read_text(path)
     lines = read_json(text, begin_s, duration_s) if str(path).lower().endswith(".json") else read_srt(text)
-    lines = [[start_s - begin_s, end_s - begin_s, " ".join(line.split())] for start_s, end_s, line in lines]
-    end = float("inf") if duration_s is None else duration_s
-    lines = [[round(max(0.0, start_s), 3), round(min(end, end_s), 3), line] for start_s, end_s, line in lines
-             if line and start_s <= end_s and end_s >= 0 and start_s < end]
-    return sorted(lines)
+    last_s, shown = math.inf if duration_s is None else duration_s, []
+    for start_s, end_s, line in lines:
+        start_s, end_s, line = start_s - begin_s, end_s - begin_s, " ".join(line.split())
+        if line and start_s <= end_s and end_s >= 0 and start_s < last_s:
+            shown.append([round(max(0.0, start_s), 3), round(min(last_s, end_s), 3), line])
+    return sorted(shown)
 
 
 def read_srt(text):
