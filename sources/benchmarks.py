@@ -135,21 +135,22 @@ def lvbench(raw):
 def videommmu(raw):
     """Its question in three tracks; in one of them an image belongs to the question. Where the file has none,
     it is the last frame of the benchmark's own videos."""
-    places = raw.get("_group"), raw.get("category"), raw["_path"].parent.name, raw["_path"].name
-    tracks = [track for place in places for track in ("Perception", "Comprehension", "Adaptation")
-              if track.lower() in str(place).lower()]
-    if not tracks:
+    places = f"{raw.get('_group')} {raw.get('category')} {raw['_path'].parent.name} {raw['_path'].name}"
+    named = re.search("perception|comprehension|adaptation", places, re.IGNORECASE)
+    if not named:
         raise RowFault("its track is not known", "name it by the file or its folder: Perception, ...")
+    track = named[0].lower()
     numbered = {int(key[-1]): raw[key] for key in raw if re.fullmatch(r"image.?\d", key)}
     return Given(
-        id=f"{raw['id']}_{tracks[0].lower()}",
+        id=f"{raw['id']}_{track}",
         video=raw.get("video") or raw["id"],
         question=raw["question"],
         options=raw.get("options"),
         answer=raw["answer"],
         open="number or text",
         images={1: raw.get("image")} | numbered,
-        meta=keep(raw, "question_type") | {"kind": tracks[0], "subject": "_".join(raw["id"].split("_")[1:-1])})
+        meta=keep(raw, "question_type") | {
+            "kind": track.capitalize(), "subject": "_".join(raw["id"].split("_")[1:-1])})
 
 
 def videommlu(raw):

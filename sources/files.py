@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from common import UserError, read_text
-from sources.shapes import RowFault, plain_value
+from sources.shapes import RowFault, without_nan
 
 ANNOTATIONS = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -34,7 +34,7 @@ def read_annotations(paths):
             where = f"{path.name} row {number}"
             if not isinstance(row, dict | RowFault):
                 row = RowFault("not a row", str(row)[:60])
-            yield path, where, plain_value(row)
+            yield path, where, without_nan(row)
 
 
 def read_file(path):

@@ -56,7 +56,7 @@ def is_frame_number(value):
 
 def is_span(value):
     """[start_s, end_s]; the two may be equal."""
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 <= value[0] <= value[1]
+    return is_list_of(is_number, value) and len(value) == 2 and 0 <= value[0] <= value[1]
 
 
 def is_segment(value):
@@ -75,6 +75,10 @@ LISTS = {  # fields that may be null: what each element must be, and in words
     "images": (is_path, "paths"),
     "subtitles": (is_subtitle, "[start_s, end_s, text]"),
 }
+
+
+def is_list_of(is_element, value):
+    return isinstance(value, list) and all(map(is_element, value))
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -98,7 +102,7 @@ def question_error(question):
     # lists
     for key, (is_element, words) in LISTS.items():
         value = question.get(key)
-        if value is not None and not (isinstance(value, list) and all(map(is_element, value))):
+        if value is not None and not is_list_of(is_element, value):
             return f"{key} is not a list of {words}"
     images, marks = question.get("images"), question["question"].count("<image>")
     if images is not None and len(images) != marks:
@@ -158,9 +162,9 @@ def trajectory_error(row):
     if reason := question_error(row.get("question")) or unwritable(row):
         return reason
     turns, learn, provenance = row.get("turns"), row.get("learn"), row.get("provenance")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+    if not is_list_of(lambda turn: isinstance(turn, str), turns) or not turns:
         return "turns must be texts"
-    if not isinstance(learn, list) or not all(isinstance(x, bool) for x in learn) or len(learn) != len(turns):
+    if not is_list_of(lambda flag: isinstance(flag, bool), learn) or len(learn) != len(turns):
         return "learn must be true or false for each turn"
     if not isinstance(provenance, dict | None):
         return "provenance is not an object"

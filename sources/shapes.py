@@ -1,6 +1,6 @@
 """Options, answers and times in the shapes of annotation files, brought to ours; what is not clear is named.
 
-    options    ["a", "b"]   ["A. a", "B. b"]   {"A": "a", "B": "b"}   "['a', 'b']"   an array of Parquet
+    options    ["a", "b"]   ["A. a", "B. b"]   {"A": "a", "B": "b"}   "['a', 'b']"
                or at the end of the question's text: (A) a, A) a, A. a, A.a, A：a, a line each or in one line
     answer     B   b   B.   (B)   <answer>B</answer>   B. b   the text of an option
 
@@ -31,14 +31,12 @@ class RowFault(ValueError):
         return ": ".join(filter(None, self.args))
 
 
-def plain_value(value):
-    """A value as JSON has it: arrays as lists, nan as None, in all that it holds."""
-    if hasattr(value, "tolist"):  # of numpy
-        value = value.tolist()
+def without_nan(value):
+    """A value in which nan is None, at any depth: Parquet and JSON files of pandas have it where nothing is."""
     if isinstance(value, dict):
-        return {key: plain_value(inside) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(inside) for inside in value]
+        return {key: without_nan(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [without_nan(inside) for inside in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -72,7 +70,7 @@ def read_list(value):
 
 def read_options(value):
     """The options' texts without their letters, [] where there are none."""
-    text, value = value, read_list(plain_value(value))
+    text, value = value, read_list(value)
     joined = isinstance(text, str) and isinstance(value, list) and len(value) < 2  # texts without commas
     if joined and re.search(r"['\"]\s+['\"]", text):
         raise RowFault("options are an array as NumPy prints it", text[:60])
@@ -164,7 +162,6 @@ def unwrap(answer):
 def read_answer(answer, options, is_letter=False):
     """The letter of the right option, which the answer names by its letter, its text, or both. is_letter: a
     letter is one, and not the text of an option: of A. C, B. B, C. A it means the third."""
-    answer = plain_value(answer)
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     said = "" if answer is None else unwrap(answer)

@@ -31,12 +31,13 @@ def stats(path, model=None):
     rows, bad = read_either(path)
     folder, questions = Path(path).parent, [question_of(row) for row in rows]
     trajectories = [row for row in rows if is_trajectory(row)]
-    videos = {q["video"] for q in questions}
-    there = [name for name in videos if os.path.isfile(folder / name)]
-    durations = video_durations(questions, folder, there)
+    by_video = {q["video"]: q for q in questions}
+    durations_s = in_threads(lambda question: duration_of(question, folder), by_video.values(), "videos")
+    durations = dict(zip(by_video, durations_s))
     with_letters = [q["answer"].strip().upper() for q in questions if q["answer_type"] == "multiple_choice"]
     counts = {"questions": len({q["id"] for q in questions}), "rows": len(rows), "unusable": len(bad),
-              "videos": len(videos), "videos missing": len(videos) - len(there)}
+              "videos": len(by_video),
+              "videos missing": sum(not os.path.isfile(folder / name) for name in by_video)}
     for field in ("evidence", "images", "subtitles"):
         counts[f"with {field}"] = sum(bool(q.get(field)) for q in questions)
     found = {
@@ -45,9 +46,8 @@ def stats(path, model=None):
         "answer types": dict(Counter(q["answer_type"] for q in questions)),
         "letters": dict(sorted(Counter(with_letters).items())),
     }
-    grouped = [q for q in questions if duration_group(q)]
-    if grouped:
-        found["duration groups"] = by_group(grouped, duration_group, durations)
+    if groups := by_group(questions, duration_group, durations):
+        found["duration groups"] = groups
     if trajectories:
         found["rounds"] = dict(sorted(Counter(len(row["turns"]) for row in trajectories).items()))
         found["kinds of trajectory"] = dict(Counter(str(row.get("kind")) for row in trajectories))
@@ -66,34 +66,27 @@ def duration_group(question):
     return str((question.get("meta") or {}).get("duration_group") or "")
 
 
-def video_durations(questions, folder, there):
-    """{video: seconds}, from meta, or from the file where that is there and can be read."""
-    durations = {q["video"]: (q.get("meta") or {}).get("duration_s") for q in questions}
-    durations = {name: duration_s for name, duration_s in durations.items() if is_number(duration_s)}
-
-    def look(name):
-        try:
-            return open_video(str(folder / name)).duration_s
-        except VideoError:
-            return None
-
-    unknown = [name for name in there if name not in durations]
-    for name, duration_s in zip(unknown, in_threads(look, unknown, "videos")):
-        if duration_s is not None:
-            durations[name] = duration_s
-    return durations
+def duration_of(question, folder):
+    """Seconds that a question's video lasts, by its meta or else by the file; None where neither says."""
+    duration_s = (question.get("meta") or {}).get("duration_s")
+    if is_number(duration_s):
+        return duration_s
+    try:
+        return open_video(str(folder / question["video"])).duration_s
+    except VideoError:
+        return None
 
 
 def by_group(questions, group_of, durations):
     """A row for each group, the largest first: how many questions it has, and how long their videos are, each
-    video once."""
+    video once. Questions whose group is "" are in none."""
     groups = defaultdict(list)
     for question in questions:
-        groups[group_of(question)].append(question)
+        if group := group_of(question):
+            groups[group].append(question["video"])
     rows = []
     for name in sorted(groups, key=lambda name: -len(groups[name])):
-        videos = {q["video"] for q in groups[name]}
-        durations_s = [durations[video] for video in videos if video in durations]
+        durations_s = [durations[video] for video in set(groups[name]) if durations[video] is not None]
         rows.append({"name": name, "n": len(groups[name])} | spread(durations_s))
     return rows
 

@@ -12,7 +12,7 @@ import math
 import re
 
 from common import read_text
-from sources.shapes import RowFault, plain_value, seconds
+from sources.shapes import RowFault, seconds, without_nan
 
 TIMES = re.compile(r"^\s*([\d:.,]+)\s*-->\s*([\d:.,]+).*$", re.MULTILINE)
 
@@ -47,7 +47,7 @@ def read_srt(text):
 def read_json(text, begin_s, duration_s):
     """(start_s, end_s, text) of LongVideoBench's lists. An end that is missing is the video's."""
     try:
-        rows = plain_value(json.loads(text))
+        rows = without_nan(json.loads(text))
         for row in rows:
             start, end = row["timestamp"] if "timestamp" in row else (row["start"], row["end"])
             if end is None:
