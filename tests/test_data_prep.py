@@ -113,7 +113,7 @@ def test_the_overview_is_the_flags_or_else_the_checkpoints():
         assert run_environment(CHECKPOINT, RunConfig(overview=name)) == replace(trained, overview=name)
         assert with_chosen_frames([GOOD], RunConfig(overview=name)) == ({0: GOOD}, [])
     for name in ("keyframes", "", "frames.txt"):
-        with pytest.raises(UserError, match=r"--overview must be auto, uniform or nearest_keyframe.*\.json"):
+        with pytest.raises(UserError, match="--overview must be auto, uniform or nearest_keyframe"):
             run_environment(CHECKPOINT, RunConfig(overview=name))
 
 
