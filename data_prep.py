@@ -2,7 +2,7 @@
 
     python data_prep.py synthetic --out runs/data     videos, questions, trajectories (demo/synthetic.py)
     python data_prep.py tiny_base --out tiny_base     the model that the demo starts from (demo/tiny_base.py)
-    python data_prep.py convert --dataset ...         a public benchmark as a question file (sources/benchmarks.py)
+    python data_prep.py convert --dataset ...         a benchmark as a question file (sources/benchmarks.py)
     python data_prep.py protocol --official DIR       the released protocol's sentences (sources/official.py)
     python data_prep.py overlap FILE FILE             what two files share (sources/overlap.py)
     python data_prep.py stats FILE                    what a file holds (sources/stats.py)
@@ -42,10 +42,11 @@ def add_commands(commands, show):
     official.add_command(commands, show)
     flag = add("convert", run_convert, "a public data set as a question file")
     flag("--dataset", required=True, choices=FORMATS, help="which one it is")
-    flag("--annotations", required=True, nargs="+", help="its .json, .jsonl, .tsv, .csv or .parquet files, or "
-         "folders with them")
+    flag("--annotations", required=True, nargs="+", help="its .json, .jsonl, .tsv, .csv or .parquet files, "
+         "or folders with them")
     flag("--videos", required=True, help="folder with its videos, also in subfolders")
-    flag("--out", required=True, help=".jsonl file to write; what is left out or lacks something is named beside it")
+    flag("--out", required=True, help=".jsonl file to write; what is left out or lacks something is named "
+         "beside it")
     flag("--subtitles", help="folder with subtitles: .srt, .vtt, or LongVideoBench's .json")
     flag("--check_videos", action="store_true", help="open each video, and name those that cannot be read")
     flag = add("overlap", run_overlap, "videos and questions that two files share; status 1 if any")

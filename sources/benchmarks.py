@@ -140,7 +140,6 @@ def videommmu(raw):
     if not named:
         raise RowFault("its track is not known", "name it by the file or its folder: Perception, ...")
     track = named[0].lower()
-    numbered = {int(key[-1]): raw[key] for key in raw if re.fullmatch(r"image.?\d", key)}
     return Given(
         id=f"{raw['id']}_{track}",
         video=raw.get("video") or raw["id"],
@@ -148,7 +147,7 @@ def videommmu(raw):
         options=raw.get("options"),
         answer=raw["answer"],
         open="number or text",
-        images={1: raw.get("image")} | numbered,
+        images={1: raw.get("image")},
         meta=keep(raw, "question_type") | {
             "kind": track.capitalize(), "subject": "_".join(raw["id"].split("_")[1:-1])})
 
@@ -245,13 +244,13 @@ FORMATS = {
 }
 
 
-def questions_in(raw, list_key):
-    """The questions of a raw row, each with what the row says of all: those in a list of it, else the row itself."""
-    for key, value in raw.items():
-        if list_key and key.startswith(list_key) and isinstance(value, list) and value:
-            return [{**raw, **question} if isinstance(question, dict) else RowFault("not a row", str(question)[:60])
-                    for question in value]
-    return [raw]
+def parts_of(raw, list_key):
+    """What each question of a raw row has beside what the row says of all: [{}] for a row that is one."""
+    if list_key and isinstance(raw, dict):
+        for key, value in raw.items():
+            if key.startswith(list_key) and isinstance(value, list) and value:
+                return value
+    return [{}]
 
 
 # ---------------------------------------------------------------------------------------------------- one row
@@ -259,13 +258,16 @@ NUMBER = re.compile(r"[-+]?((\d{1,3}(,\d{3})+|\d+)(\.\d+)?|\.\d+)")
 
 
 def finish(given, source):
-    """(our row without its files, [(reason, details)] of what it lacks) of what a format found. Raises RowFault."""
+    """(our row, without its files; [(reason, details)] of what it lacks) of what a format found. Raises
+    RowFault."""
     question, options = str(given.question).strip(), read_options(given.options)
     # options: given, or in the question's text
     if options:
         question = without_options(question, options)
     elif given.options_inside:
-        question, options = split_options(question)
+        question, options, after = split_options(question)
+        if after:
+            raise RowFault("text follows the options in the question", repr(after[:60]))
         options = read_options(options)
         if not options and re.fullmatch(r"\(?[A-Z]\)?\.?", unwrap(given.answer)):
             raise RowFault("no options in its question", question[-60:])
@@ -403,13 +405,13 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False):
     open_folder(out.parent)
     rows, frames, named, num_found = {}, {}, [], 0  # rows, and frames that are their evidence, by id
     for path, where, raw in read_annotations(annotations):
-        questions = questions_in(raw, form.list_key) if isinstance(raw, dict) else [raw]
-        for number, question in enumerate(questions, 1):
+        parts = parts_of(raw, form.list_key)
+        for number, part in enumerate(parts, 1):
             num_found += 1
             try:
-                if isinstance(question, RowFault):
-                    raise question
-                given = form.read(question | {"_path": path})
+                if isinstance(raw, RowFault):
+                    raise raw
+                given = form.read(raw | part | {"_path": path})
                 row, lacks = finish(given, name)
                 if row["id"] in rows:
                     raise RowFault("duplicate id", row["id"])
@@ -417,7 +419,7 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False):
                 if reason := question_error(row):
                     raise RowFault(reason)
             except FAULTS as error:
-                here = f"{where}.{number}" if len(questions) > 1 else where
+                here = f"{where}.{number}" if len(parts) > 1 else where
                 named.append(skipped_line(here, False, *reason_of(error)))
                 continue
             rows[row["id"]] = row
@@ -425,17 +427,18 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False):
                 frames[row["id"]] = given.frames
             named += [skipped_line(row["id"], True, *lack) for lack in lacks]
     if not rows:
-        first = "; ".join(f"{line['row']}: {line['reason']} {line['details']}" for line in named[:3])
-        raise UserError(f"no row of {', '.join(map(str, annotations))} is one of {name} ({first or 'it is empty'})")
+        first = "{row}: {reason} {details}".format(**named[0]) if named else "it is empty"
+        raise UserError(f"no row of {', '.join(map(str, annotations))} is one of {name} ({first})")
     looked_at = [row for row in rows.values() if check_videos or row["id"] in frames]
     look = lambda row: look_at_video(row, out.parent, frames.get(row["id"], ()))
     for row, lack in zip(looked_at, in_threads(look, looked_at, "videos")):
         if lack:
             named.append(skipped_line(row["id"], True, *lack))
-    rows = list(rows.values())
+    rows, skipped_file = list(rows.values()), out.with_suffix(".skipped.jsonl")
     write_jsonl(out, rows)
-    write_jsonl(skipped_file(out), named)
-    show_counts(name, num_found, rows, named, out)
+    write_jsonl(skipped_file, named)
+    show_counts(name, num_found, rows, named)
+    print(f"{out}, and what was left out or lacks something: {skipped_file}")
     return rows, named
 
 
@@ -454,20 +457,15 @@ def skipped_line(where, kept, reason, details=""):
     return {"row": where, "reason": reason, "details": details, "kept": kept}
 
 
-def skipped_file(out):
-    return Path(out).with_suffix(".skipped.jsonl")
-
-
-def show_counts(name, num_found, rows, named, out):
+def show_counts(name, num_found, rows, named):
     """What came out, what did not, and whether it is as many as were published."""
     sizes = FORMATS[name].sizes
     published = [f"{size} ({what}; difference {num_found - size:+d})" for size, what in sizes.items()]
     videos = len({row["video"] for row in rows})
-    print(f"{name}: {len(rows)} of {num_found} questions on {videos} videos -> {out}")
-    print(f"found {num_found} / published {' or '.join(published) or 'no exact number'}; {FORMATS[name].source}")
+    print(f"{name}: {len(rows)} of {num_found} questions on {videos} videos")
+    published = " or ".join(published) or "no exact number"
+    print(f"found {num_found} / published {published}; {FORMATS[name].source}")
     for kept, what in ((False, "left out"), (True, "kept, but")):
         reasons = Counter(line["reason"] for line in named if line["kept"] == kept)
         if reasons:
             print(f"{what}: " + ", ".join(f"{reason} {number}" for reason, number in reasons.most_common()))
-    if named:
-        print(f"each is named in {skipped_file(out)}")

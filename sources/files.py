@@ -61,9 +61,10 @@ def read_file(path):
 
 
 def json_rows(value, group=""):
-    """The rows of a JSON file: of a list, or of objects of lists or objects, whose keys on the way to a row become
-    its "_group"."""
-    if isinstance(value, dict) and value and all(isinstance(inside, dict | list) for inside in value.values()):
+    """The rows of a JSON file: of a list, or of objects of lists or objects, whose keys on the way to a row
+    become its "_group"."""
+    is_group = isinstance(value, dict) and all(isinstance(inside, dict | list) for inside in value.values())
+    if is_group and value:
         for key, inside in value.items():
             yield from json_rows(inside, f"{group}/{key}")
         return
@@ -73,7 +74,7 @@ def json_rows(value, group=""):
 
 def json_line(line):
     try:
-        return json.loads(line.strip().removeprefix("\ufeff"), strict=False)
+        return json.loads(line, strict=False)
     except (ValueError, RecursionError) as error:
         return RowFault("not JSON", str(error))
 
@@ -113,7 +114,7 @@ class FileIndex:
         """The file that a row calls `name`: with or without folders and suffix. Of several with this name the
         one with the most of its folders, its suffix, and a folder with `folder` in its name. None where there
         is none; RowFault where two fit."""
-        name = PurePosixPath(str(name).replace("\\", "/"))
+        name = PurePosixPath(str(name))
         stem = name.stem if name.suffix.lower() in self.suffixes else name.name
         parents = [part for part in name.parts[:-1] if part not in (".", "..", "/")]
 
@@ -129,7 +130,7 @@ class FileIndex:
 
     def expected(self, name):
         """Where a file that is missing would be."""
-        name = str(name).replace("\\", "/").lstrip("/")
+        name = str(name).lstrip("/")
         return self.folder / (name if name.lower().endswith(self.suffixes) else name + self.suffixes[0])
 
 

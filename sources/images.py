@@ -14,8 +14,8 @@ SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RI
 def place_images(question, images):
     """(question with <image> for each, the images in order, notes) of a text with <image 1> or <image>.
 
-    images: {number: a file's path or {"bytes", "path"}}. One that the text does not mention comes before it. A
-    text that mentions images where there are none stays as it is, and a note says so. Raises RowFault where
+    images: {number: a file's path or {"bytes", "path"}}. One that the text does not mention comes before it.
+    A text that mentions images where there are none stays as it is, and a note says so. Raises RowFault where
     some are missing."""
     images = {number: image for number, image in images.items() if image}
     marks = [int(mark or place) for place, mark in enumerate(MARK.findall(question), 1)]

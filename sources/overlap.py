@@ -14,8 +14,8 @@ from training.run_folder import hash_file
 
 
 def overlap(first, second):
-    """{what is the same: [(of the first file, of the second)]}, and prints counts with the first ones. The files
-    hold questions or trajectories. Raises UserError."""
+    """{what is the same: [(of the first file, of the second)]}, and prints counts with the first ones. The
+    files hold questions or trajectories. Raises UserError."""
     first, second = questions_with_files(first), questions_with_files(second)
     hashes = content_hashes(first, second)
     found = {
@@ -31,19 +31,23 @@ def overlap(first, second):
 
 
 def questions_with_files(path):
-    """The questions of a file, each with its video's path as "file"; says how many rows cannot be used, as these
-    may hold a video all the same."""
+    """The questions of a file, each with its video's path and size in bytes as "file" and "size". Says how
+    many rows cannot be used, as these may hold a video all the same."""
     rows, bad = read_either(path)
     if bad:
         line, reason = bad[0]
         print(f"{path}: {len(bad)} rows cannot be used ({line}: {reason})")
-    questions = [question_of(row) for row in rows]
-    return [q | {"file": os.path.realpath(Path(path).parent / q["video"])} for q in questions]
+    questions = []
+    for question in map(question_of, rows):
+        file = os.path.realpath(Path(path).parent / question["video"])
+        size = os.path.getsize(file) if os.path.isfile(file) else None
+        questions.append(question | {"file": file, "size": size})
+    return questions
 
 
 def in_both(first, second, name, key):
-    """[(name in the first, name in the second)] of questions with the same `key`, one pair a key; None is none.
-    name: the field that is shown."""
+    """[(name in the first, name in the second)] of questions with the same `key`, one pair a key; None is
+    none. name: the field that is shown."""
     of_first, of_second = names_by_key(first, name, key), names_by_key(second, name, key)
     return [(of_first[k], of_second[k]) for k in of_first if k in of_second and k is not None]
 
@@ -67,11 +71,6 @@ def question_key(question):
 def content_hashes(first, second):
     """{file: hash} of the videos that can be the same: only those of a size that is there on both sides are
     read."""
-    of_first, of_second = file_sizes(first), file_sizes(second)
-    both = set(of_first.values()) & set(of_second.values())
-    files = [file for file, size in (of_first | of_second).items() if size in both]
+    sizes = {q["size"] for q in first} & {q["size"] for q in second} - {None}
+    files = list({q["file"] for q in [*first, *second] if q["size"] in sizes})
     return dict(zip(files, in_threads(hash_file, files, "hashes")))
-
-
-def file_sizes(questions):
-    return {q["file"]: os.path.getsize(q["file"]) for q in questions if os.path.isfile(q["file"])}

@@ -16,7 +16,8 @@ def read_questions(path, max_bad):
 
 
 def read_trajectories(path, max_bad):
-    """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises UserError."""
+    """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises
+    UserError."""
     if Path(path).suffix in SUFFIXES:
         return read_released_messages(path, max_bad)
     return read_rows(path, max_bad, trajectory_error)
@@ -25,4 +26,5 @@ def read_trajectories(path, max_bad):
 def read_either(path):
     """The rows of a .jsonl file of questions or of trajectories, and [(line, reason)] of those that cannot be
     used, however many. Raises UserError."""
-    return read_rows(path, 1.0, lambda row: trajectory_error(row) if is_trajectory(row) else question_error(row))
+    check = lambda row: trajectory_error(row) if is_trajectory(row) else question_error(row)
+    return read_rows(path, 1.0, check)

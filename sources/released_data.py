@@ -1,14 +1,14 @@
 """The paper's released data sets, read as they are.
 
-    RL     a JSON list of {"videos": [path], "problem", "solution", "data_source", "extra_info"}, or a yaml with
-           datasets: [{json_path, sampling_strategy}], each all, first:N, end:N or random:N, N perhaps N%.
+    RL     a JSON list of {"videos": [path], "problem", "solution", "data_source", "extra_info"}, or a yaml
+           with datasets: [{json_path, sampling_strategy}], each all, first:N, end:N or random:N, N perhaps N%.
            `problem` has <image> where the frames go, and the options in its text; "solution" may be "A."
     SFT    a JSON list of {"messages": [{"role", "content"}, ...], "images": [path, ...]}: each <image> is the
            next image file. Encoded as stored, since no video is named
 
 Facts: the public repository zsgvivo/VideoZoomer, verl/utils/dataset/multimodal_dataset.py and
-scripts/sft.yaml. Paths are relative to the file that is named (the yaml, too), or as given. A row of questions
-keeps its `problem` in meta, for the released protocol; ours shows question and options apart.
+scripts/sft.yaml. Paths are relative to the file that is named (the yaml, too), or as given. A row of
+questions keeps its `problem` in meta, for the released protocol; ours shows question and options apart.
 """
 
 import math
@@ -31,7 +31,7 @@ from zoom_env import Message, ZoomEnv
 SUFFIXES = (".json", ".yaml", ".yml")  # of files in these formats
 
 
-# ------------------------------------------------------------------------------------------------ both formats
+# ----------------------------------------------------------------------------------------------- both formats
 def read_each(path, rows, max_bad, read):
     """What `read(row, number)` makes of the rows of a file, and [(row, reason)] of those of which it raises
     RowFault, LookupError, TypeError or AttributeError. Raises UserError."""
@@ -51,8 +51,8 @@ def read_each(path, rows, max_bad, read):
 
 # --------------------------------------------------------------------------------------------------------- RL
 def read_released_questions(path, max_bad):
-    """Question rows of an RL set, their videos relative to the file's folder, and [(row, reason)] of those left
-    out. Raises UserError."""
+    """Question rows of an RL set, their videos relative to the file's folder, and [(row, reason)] of those
+    left out. Raises UserError."""
     path = Path(path)
     rows = read_file(path) if path.suffix == ".json" else read_mixture(path)
     return read_each(path, rows, max_bad, lambda row, number: released_question(row, number, path))
@@ -102,12 +102,12 @@ def released_question(row, number, path):
     if not os.path.exists(path.parent / video) and os.path.exists(video):
         video = os.path.abspath(video)  # as given
     text = problem.replace("<image>", "").strip()
-    question, options = split_problem(text)
+    question, options, after = split_options(text)
     answer, answer_type = row["solution"], extra.get("answer_type")
     if not answer_type:
         answer_type = "multiple_choice" if options else "open_ended"
     if answer_type == "multiple_choice":
-        answer = read_answer(str(answer), options)
+        answer, question = read_answer(str(answer), options), f"{question}\n{after}".strip()
     else:
         question, options = text, []
     meta = {key: value for key, value in extra.items() if key != "answer_type"} | {"problem": problem}
@@ -122,21 +122,10 @@ def released_question(row, number, path):
     return made
 
 
-def split_problem(text):
-    """(question, options) of a problem, whose options may have lines behind them: these go to the question."""
-    lines, after = text.split("\n"), []
-    while True:
-        try:
-            question, options = split_options("\n".join(lines))
-            return "\n".join([question, *after]).strip(), options
-        except RowFault:  # text behind the options
-            after.insert(0, lines.pop())
-
-
 # -------------------------------------------------------------------------------------------------------- SFT
 class AsStored(ZoomEnv):
-    """How rows of messages are encoded: Qwen's chat template, each end token of the assistant trained (the line
-    break after it, which LLaMA-Factory trains, too, is not)."""
+    """How rows of messages are encoded: Qwen's chat template, each end token of the assistant trained (the
+    line break after it, which LLaMA-Factory trains, too, is not)."""
 
     trains_appended_end = True
 
@@ -145,10 +134,10 @@ def read_released_messages(path, max_bad):
     """Rows {"question": {"id"}, "messages", "images"} of an SFT set, and [(row, reason)] of those left out.
     Raises UserError."""
     path = Path(path)
-    return read_each(path, read_file(path), max_bad, lambda row, number: message_row(row, f"{path.stem}_{number}"))
+    return read_each(path, read_file(path), max_bad, lambda row, number: message_row(row, number, path))
 
 
-def message_row(row, row_id):
+def message_row(row, number, path):
     """A row of messages, checked. Raises RowFault, LookupError, TypeError, AttributeError."""
     messages, images = row["messages"], row.get("images") or []
     if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
@@ -165,11 +154,13 @@ def message_row(row, row_id):
     marks = sum(m["content"].count("<image>") for m in messages)
     if marks != len(images):
         raise RowFault(f"{marks} <image>, {len(images)} images")
-    return {"question": {"id": row_id}, "messages": messages, "images": images}
+    return {"question": {"id": f"{path.stem}_{number}"}, "messages": messages, "images": images}
 
 
 def is_message(value):
-    return isinstance(value, dict) and isinstance(value.get("content"), str) and isinstance(value.get("role"), str)
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("content"), str) and isinstance(value.get("role"), str)
 
 
 def encode_stored(policy, row, root):

@@ -24,15 +24,15 @@ NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|{MAR
 
 
 class RowFault(ValueError):
-    """RowFault(reason, details): what is wrong with a row. Rows with the same fault have the same reason, as they
-    are counted by it."""
+    """RowFault(reason, details): what is wrong with a row. Rows with the same fault have the same reason, as
+    they are counted by it."""
 
     def __str__(self):
         return ": ".join(filter(None, self.args))
 
 
 def without_nan(value):
-    """A value in which nan is None, at any depth: Parquet and JSON files of pandas have it where nothing is."""
+    """A value in which nan is None, at any depth: files that pandas wrote have it where nothing is."""
     if isinstance(value, dict):
         return {key: without_nan(inside) for key, inside in value.items()}
     if isinstance(value, list):
@@ -77,9 +77,9 @@ def read_options(value):
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
-        before, value = split_options("?\n" + value)
-        if not value or before != "?":
-            raise RowFault("options are not a list", repr(before[:60]))
+        before, value, after = split_options("?\n" + value)
+        if not value or before != "?" or after:
+            raise RowFault("options are not a list", repr(text[:60]))
     if isinstance(value, dict):
         by_letter = {str(key).strip(" .()").upper(): text for key, text in value.items() if text is not None}
         if sorted(by_letter) != list(LETTERS[:len(by_letter)]):
@@ -97,10 +97,10 @@ def read_options(value):
 
 
 def split_options(text):
-    """(question, options) of a text that ends with its options, A first; (text, []) where it does not.
+    """(question, options, after) of a text with its options, A first; (text, [], "") where there are none.
 
-    They stand a line each, or in one line, where each letter's mark is there once. Raises RowFault where
-    something else follows an option in lines of its own."""
+    They stand a line each, with nothing between them; `after` are the lines behind the last one. Or they end
+    the text in one line, where each letter's mark is there once."""
     text = text.rstrip()
     # a line each: from the last A on
     marks = list(LINE_MARK.finditer(text))
@@ -108,13 +108,14 @@ def split_options(text):
     marks = marks[firsts[-1]:] if firsts else []
     if len(marks) > 1 and in_order(marks):
         question, pieces = cut(text, marks)
-        options = []
+        options, behind = [], []
         for piece in pieces:
             option, _, more = piece.partition("\n")
-            if more.strip():
-                raise RowFault("text follows the options in the question", repr(more.strip()[:60]))
             options.append(option.strip())
-        return question, options
+            behind.append(more.strip())
+        if any(behind[:-1]):
+            return text.strip(), [], ""
+        return question, options, behind[-1]
     # in one line: (A) a (B) b, or A. a B. b C. c
     marks = list(WORD_MARK.finditer(text))
     brackets = all(mark[0][0] in "([（【" for mark in marks)
@@ -122,8 +123,8 @@ def split_options(text):
         question, pieces = cut(text, marks)
         options = [piece.strip() for piece in pieces]
         if all(options):
-            return question, options
-    return text.strip(), []
+            return question, options, ""
+    return text.strip(), [], ""
 
 
 def in_order(marks):
@@ -140,12 +141,9 @@ def cut(text, marks):
 
 def without_options(text, options):
     """The question's text without the options, where it ends with the same ones as are given."""
-    try:
-        question, inside = split_options(text)
-    except RowFault:
-        return text.strip()
+    question, inside, after = split_options(text)
     same = [normalise(option) for option in inside] == [normalise(option) for option in options]
-    return question if question and same else text.strip()
+    return question if question and same and not after else text.strip()
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -202,7 +200,8 @@ def seconds(text):
 
 
 def read_segments(value):
-    """[[start_s, end_s], ...] of "00:15-00:19", of several of these with commas between, or of a list of pairs."""
+    """[[start_s, end_s], ...] of "00:15-00:19", of several of these with commas between, or of a list of
+    pairs."""
     if not isinstance(value, list):
         parts = re.split(r"\s*[,;、]\s*", str(value).strip())
         value = [re.split(r"\s*[-–—~]\s*", part) for part in parts]

@@ -353,16 +353,25 @@ SPLIT = [
     ("Is vitamin A. like B. here?", "Is vitamin A. like B. here?", []),
     ("Who?\nC. But the question needs more.", "Who?\nC. But the question needs more.", []),
     ("Who?\nA. Ann\nC. Cy", "Who?\nA. Ann\nC. Cy", []),
+    ("Who?\nA. Ann\nor\nB. Bob", "Who?\nA. Ann\nor\nB. Bob", []),
+    ("Who?\nA. Ann\nB. Bob\nor\nC. Cy", "Who?\nA. Ann\nB. Bob\nor\nC. Cy", []),
+    ("Who?\nA.\nAnn\nB. Bob", "Who?\nA.\nAnn\nB. Bob", []),
 ]
 
 
 def test_options_at_the_end_of_a_question_are_split_off():
     def holds(text, question, options):
-        assert split_options(text) == (question, options)
+        assert split_options(text) == (question, options, "")
 
     all_hold(holds, SPLIT)
-    for text in ("Who?\nA. Ann\nB. Bob\nAnswer with the letter.", "Who?\nA.\nAnn\nB. Bob"):
-        named_as("text follows", split_options, text)
+
+
+def test_text_behind_the_options_is_not_taken_for_one(videos, tmp_path):
+    text = "Who?\nA. Ann\nB. Bob\nAnswer with the letter."
+    assert split_options(text) == ("Who?", ["Ann", "Bob"], "Answer with the letter.")
+    raw = RAW["longvideoreason_eval"] + [RAW["longvideoreason_eval"][0] | {"problem_id": 6, "problem": text}]
+    _, named = run_convert("longvideoreason_eval", write(tmp_path / "a.json", raw), videos("v2.webm"), tmp_path / "o.jsonl")
+    assert named == [("a.json row 2", "text follows the options in the question", False)]
 
 
 def test_time_references():
