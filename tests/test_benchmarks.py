@@ -4,7 +4,6 @@ import base64
 import copy
 import json
 import random
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -648,7 +647,8 @@ def test_overlap_names_the_same_videos_and_questions(videos, clip, tmp_path, cap
     write_jsonl(tmp_path / "same_words.jsonl", [question("0", "z.mp4", "Who?", options=["v", "w"])])
     write_jsonl(tmp_path / "one.jsonl", [question("1", "videos/a.mp4", "What is red?"),
                                          question("2", "videos/b.mp4", "Who?"),
-                                         question("3", "old/gone.mp4", "When?")])
+                                         question("3", "old/gone.mp4", "When?"),
+                                         question("9", "again/gone.mp4", "Whence?")])
     assert not any(overlap(tmp_path / "one.jsonl", tmp_path / "same_words.jsonl").values())
     trajectory = {"question": question("4", "videos/copy.mp4", "what is RED", options=["y", "x"]),
                   "kind": "exemplar", "turns": ["t"], "learn": [True]}
@@ -670,13 +670,14 @@ def test_stats_of_questions_and_trajectories(data, videos, tmp_path, capsys):
         question("1", "videos/a.mp4", "What?", meta={"kind": "count"}),
         question("2", "videos/gone.mp4", "Who?", answer="B",
                  meta={"kind": "order", "duration_s": 100, "duration_group": "long"}),
-        question("3", "videos/a.mp4", "Why?", evidence=[[0, 1]], meta={"kind": "count"}), "no row"])
+        question("3", "videos/a.mp4", "Why?", evidence=[[0, 1]], meta={"kind": "count"}),
+        question("4", "videos/b.mp4", "When?", answer="B", meta={"kind": "count", "duration_s": 10}), "no row"])
     found = stats(tmp_path / "q.jsonl")
-    assert found["counts"] == {"questions": 3, "rows": 3, "unusable": 1, "videos": 2, "videos missing": 1,
+    assert found["counts"] == {"questions": 4, "rows": 4, "unusable": 1, "videos": 3, "videos missing": 2,
                                "with evidence": 1, "with images": 0, "with subtitles": 0}
-    assert found["letters"] == {"A": 2, "B": 1} and found["answer types"] == {"multiple_choice": 3}
+    assert found["letters"] == {"A": 2, "B": 2} and found["answer types"] == {"multiple_choice": 4}
     count, order = found["kinds"]
-    assert (count["name"], count["n"], count["mean"]) == ("count", 2, SECONDS)
+    assert (count["name"], count["n"], count["mean"]) == ("count", 3, (SECONDS + 10) / 2)  # each video once
     assert (order["name"], order["most"]) == ("order", 100) and found["duration groups"][0]["name"] == "long"
     folder, _, trajectories = data
     found = stats(folder / "sft.jsonl", ROOT / "demo" / "tiny_base")

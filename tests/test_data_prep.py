@@ -61,7 +61,7 @@ def test_what_is_wrong_with_a_question_is_named():
         (GOOD | {"answer_type": "segment", "answer": [3, 2]}, r"answer '\[3, 2\]'"),
         (GOOD | {"answer_type": "segment", "answer": 3}, "answer '3'.*segment"),
         (GOOD | {"answer_type": "open_ended", "answer": "?!"}, r"answer '\?!'.*open_ended"),
-        (GOOD | {"evidence": [[15.5, 12]]}, "evidence"), (GOOD | {"evidence": "12-15"}, "evidence"),
+        (GOOD | {"evidence": [[15.5, 12]]}, "evidence"), (GOOD | {"evidence": [[-1, 2]]}, "evidence"), (GOOD | {"evidence": "12-15"}, "evidence"),
         (GOOD | {"overview_frames": ["first"]}, "overview_frames"), (GOOD | {"meta": "none"}, "meta"),
     ])
 
