@@ -2,7 +2,7 @@
 
     python data_prep.py synthetic --out runs/data     videos, questions, trajectories (demo/synthetic.py)
     python data_prep.py tiny_base --out tiny_base     the model that the demo starts from (demo/tiny_base.py)
-    python data_prep.py convert --dataset ...         a public benchmark as a question file (sources/benchmarks.py)
+    python data_prep.py convert --dataset ...         a benchmark as a question file (sources/benchmarks.py)
     python data_prep.py protocol --official DIR       the released protocol's sentences (sources/official.py)
     python data_prep.py overlap FILE FILE             what two files share (sources/overlap.py)
     python data_prep.py stats FILE                    what a file holds (sources/stats.py)
@@ -13,7 +13,7 @@ sources/rows.py says what a row of questions or of trajectories holds.
 import argparse
 import sys
 
-from common import UserError, fail, open_folder, run_main
+from common import fail, open_folder, run_main
 from demo.synthetic import NUM_TEST, NUM_TRAIN, synthetic
 from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
 from sources import official
@@ -24,50 +24,52 @@ from sources.stats import stats
 
 def add_commands(commands, show):
     """Adds the commands; each has its function as `run`. show: settings of all parsers."""
-    sub = commands.add_parser("synthetic", help="videos, questions and trajectories of the demo", **show)
-    sub.add_argument("--out", default="runs/data", help="folder to write")
-    sub.add_argument("--train", type=int, default=NUM_TRAIN, help="number of training questions")
-    sub.add_argument("--test", type=int, default=NUM_TEST, help="number of held-out questions")
-    sub.add_argument("--seed", type=int, default=0, help="seed of videos, questions and the teacher")
-    sub.set_defaults(run=run_demo)
-    sub = commands.add_parser("tiny_base", help="pretrain the tiny base model", **show)
-    sub.add_argument("--out", default=TINY_BASE, help="checkpoint folder to write")
-    sub.add_argument("--steps", type=int, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
-    sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
-    sub.add_argument("--init", help="checkpoint folder to begin the last part from")
-    sub.set_defaults(run=run_demo)
+    def add(name, run, help):
+        parser = commands.add_parser(name, help=help, **show)
+        parser.set_defaults(run=run)
+        return parser.add_argument
+
+    flag = add("synthetic", run_synthetic, "videos, questions and trajectories of the demo")
+    flag("--out", default="runs/data", help="folder to write")
+    flag("--train", type=at_least_one, default=NUM_TRAIN, help="number of training questions")
+    flag("--test", type=at_least_one, default=NUM_TEST, help="number of held-out questions")
+    flag("--seed", type=int, default=0, help="seed of videos, questions and the teacher")
+    flag = add("tiny_base", run_tiny_base, "pretrain the tiny base model")
+    flag("--out", default=TINY_BASE, help="checkpoint folder to write")
+    flag("--steps", type=at_least_one, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
+    flag("--seed", type=int, default=0, help="seed of weights and lessons")
+    flag("--init", help="checkpoint folder to begin the last part from")
     official.add_command(commands, show)
-    sub = commands.add_parser("convert", help="a public data set as a question file", **show)
-    sub.add_argument("--dataset", required=True, choices=FORMATS, help="which one it is")
-    sub.add_argument("--annotations", required=True, nargs="+", help="its .json, .jsonl, .tsv, .csv or "
-                     ".parquet files, or folders with them")
-    sub.add_argument("--videos", required=True, help="folder with its videos, also in subfolders")
-    sub.add_argument("--out", required=True, help=".jsonl file to write; what is left out or lacks something "
-                     "is named beside it")
-    sub.add_argument("--subtitles", help="folder with subtitles: .srt, .vtt, or LongVideoBench's .json")
-    sub.add_argument("--check_videos", action="store_true", help="open each video, and name those that "
-                     "cannot be read")
-    sub.set_defaults(run=run_convert)
-    sub = commands.add_parser("overlap", help="videos and questions that two files share; status 1 if any",
-                              **show)
-    sub.add_argument("first", help="file of questions or trajectories")
-    sub.add_argument("second", help="another one")
-    sub.set_defaults(run=run_overlap)
-    sub = commands.add_parser("stats", help="what is in a file of questions or trajectories", **show)
-    sub.add_argument("file", help="file of questions or trajectories")
-    sub.add_argument("--model", help="checkpoint folder, for token lengths")
-    sub.set_defaults(run=run_stats)
+    flag = add("convert", run_convert, "a public data set as a question file")
+    flag("--dataset", required=True, choices=FORMATS, help="which one it is")
+    flag("--annotations", required=True, nargs="+", help="its .json, .jsonl, .tsv, .csv or .parquet files, "
+         "or folders with them")
+    flag("--videos", required=True, help="folder with its videos, also in subfolders")
+    flag("--out", required=True, help=".jsonl file to write; what is left out or lacks something is named "
+         "beside it")
+    flag("--subtitles", help="folder with subtitles: .srt, .vtt, or LongVideoBench's .json")
+    flag("--check_videos", action="store_true", help="open each video, and name those that cannot be read")
+    flag = add("overlap", run_overlap, "videos and questions that two files share; status 1 if any")
+    flag("first", help="file of questions or trajectories")
+    flag("second", help="another one")
+    flag = add("stats", run_stats, "what is in a file of questions or trajectories")
+    flag("file", help="file of questions or trajectories")
+    flag("--model", help="checkpoint folder, for token lengths")
 
 
-def run_demo(args):
-    for name in ("train", "test", "steps"):
-        if getattr(args, name, 1) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    open_folder(args.out)
-    if args.command == "synthetic":
-        synthetic(args.out, args.train, args.test, args.seed)
-    else:
-        tiny_base(args.out, args.steps, args.seed, args.init)
+def at_least_one(text):
+    """Type of a flag."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def run_synthetic(args):
+    synthetic(open_folder(args.out), args.train, args.test, args.seed)
+
+
+def run_tiny_base(args):
+    tiny_base(open_folder(args.out), args.steps, args.seed, args.init)
 
 
 def run_convert(args):
@@ -83,7 +85,9 @@ def run_stats(args):
     stats(args.file, args.model)
 
 
-class Parser(argparse.ArgumentParser):  # errors of the commands are one line, too
+class Parser(argparse.ArgumentParser):
+    """Its errors, and those of the commands' parsers, are one line."""
+
     def error(self, message):
         fail(f"{message} (see --help)")
 
@@ -91,8 +95,7 @@ class Parser(argparse.ArgumentParser):  # errors of the commands are one line, t
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    show = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_commands(commands, show)
+    add_commands(commands, dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     args = parser.parse_args()
     args.run(args)
 

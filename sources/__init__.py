@@ -1,1 +1,1 @@
-"""What other people write: answers of models, data sets, frames that another selector chose."""
+"""Files of questions and trajectories: our formats, public benchmarks, released data, subtitles; what is in them."""

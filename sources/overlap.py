@@ -4,68 +4,73 @@
 """
 
 import os
-from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
-from common import read_rows
 from grading import normalise
-from sources.rows import question_error
+from sources.files import in_threads
+from sources.read import read_either
+from sources.rows import question_of
 from training.run_folder import hash_file
 
 
-def question_of(row):
-    """The question of a row: itself, or that of a trajectory."""
-    return row["question"] if isinstance(row.get("question"), dict) else row
-
-
-def read_any(path):
-    """(questions, rows) of a file of questions or of trajectories; rows that cannot be used are left out and
-    counted, as they may hold a video all the same. Raises UserError."""
-    rows, bad = read_rows(path, 1.0, lambda row: question_error(question_of(row)))
-    if bad:
-        print(f"{path}: {len(bad)} rows cannot be used ({bad[0][0]}: {bad[0][1]})")
-    return [question_of(row) for row in rows], rows
-
-
 def overlap(first, second):
-    """{what is the same: [(of the first file, of the second)]}, and prints counts with the first ones."""
-    sides = [(Path(path).parent, read_any(path)[0]) for path in (first, second)]
+    """{what is the same: [(of the first file, of the second)]}, and prints counts with the first ones. The
+    files hold questions or trajectories. Raises UserError."""
+    first, second = questions_with_files(first), questions_with_files(second)
+    hashes = content_hashes(first, second)
     found = {
-        "the same video by content": same_content(*[{root / q["video"] for q in questions}
-                                                    for root, questions in sides]),
-        "the same video by name": in_both(*[{q["video"]: PurePosixPath(q["video"]).stem.casefold()
-                                             for q in questions} for _, questions in sides]),
-        "the same question and options": in_both(*[{q["id"]: question_key(q) for q in questions}
-                                                   for _, questions in sides])}
+        "the same video by content": in_both(first, second, "video", lambda q: hashes.get(q["file"])),
+        "the same video by name": in_both(first, second, "video", video_name),
+        "the same question and options": in_both(first, second, "id", question_key),
+    }
     for what, pairs in found.items():
         print(f"{what}: {len(pairs)}")
-        print(*(f"    {a}  {b}\n" for a, b in pairs[:5]), sep="", end="")
+        for of_first, of_second in pairs[:5]:
+            print(f"    {of_first}  {of_second}")
     return found
 
 
+def questions_with_files(path):
+    """The questions of a file, each with its video's path and size in bytes as "file" and "size". Says how
+    many rows cannot be used, as these may hold a video all the same."""
+    rows, bad = read_either(path)
+    if bad:
+        line, reason = bad[0]
+        print(f"{path}: {len(bad)} rows cannot be used ({line}: {reason})")
+    questions = []
+    for question in map(question_of, rows):
+        file = os.path.realpath(Path(path).parent / question["video"])
+        size = os.path.getsize(file) if os.path.isfile(file) else None
+        questions.append(question | {"file": file, "size": size})
+    return questions
+
+
+def in_both(first, second, name, key):
+    """[(name in the first, name in the second)] of questions with the same `key`, one pair a key; None is
+    none. name: the field that is shown."""
+    of_first, of_second = names_by_key(first, name, key), names_by_key(second, name, key)
+    return [(of_first[k], of_second[k]) for k in of_first if k in of_second and k is not None]
+
+
+def names_by_key(questions, name, key):
+    names = {}
+    for question in questions:
+        names.setdefault(key(question), question[name])
+    return names
+
+
+def video_name(question):
+    return PurePosixPath(question["video"]).stem.casefold()
+
+
 def question_key(question):
-    return normalise(question["question"]), tuple(sorted(map(normalise, question.get("options") or [])))
+    options = question.get("options") or []
+    return normalise(question["question"]), tuple(sorted(map(normalise, options)))
 
 
-def in_both(first, second):
-    """[(name in the first, name in the second)] of what has the same key; one pair a key."""
-    by_key = {key: name for name, key in reversed(second.items())}
-    pairs = {key: (name, by_key[key]) for name, key in reversed(first.items()) if key in by_key}
-    return list(pairs.values())[::-1]
-
-
-def same_content(first, second):
-    """Pairs of files with the same bytes. Only files of a size that is there on both sides are hashed."""
-    by_size = [defaultdict(set), defaultdict(set)]
-    for sizes, paths in zip(by_size, (first, second)):
-        for path in paths:
-            if os.path.isfile(path):
-                sizes[path.stat().st_size].add(path.resolve())
-    both = by_size[0].keys() & by_size[1].keys()
-    files = sorted({path for sizes in by_size for size in both for path in sizes[size]})
-    bar = tqdm(files, desc="hashes", unit="video", dynamic_ncols=True, disable=not files)
-    hashes = {path: hash_file(path) for path in bar}
-    sides = [{str(path): hashes[path] for size in both for path in sorted(sizes[size])} for sizes in by_size]
-    return in_both(*sides)
+def content_hashes(first, second):
+    """{file: hash} of the videos that can be the same: only those of a size that is there on both sides are
+    read."""
+    sizes = {q["size"] for q in first} & {q["size"] for q in second} - {None}
+    files = list({q["file"] for q in [*first, *second] if q["size"] in sizes})
+    return dict(zip(files, in_threads(hash_file, files, "hashes")))

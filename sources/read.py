@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common import read_rows
 from sources.released_data import SUFFIXES, read_released_messages, read_released_questions
-from sources.rows import question_error, trajectory_error
+from sources.rows import is_trajectory, question_error, trajectory_error
 
 
 def read_questions(path, max_bad):
@@ -16,7 +16,15 @@ def read_questions(path, max_bad):
 
 
 def read_trajectories(path, max_bad):
-    """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises UserError."""
+    """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises
+    UserError."""
     if Path(path).suffix in SUFFIXES:
         return read_released_messages(path, max_bad)
     return read_rows(path, max_bad, trajectory_error)
+
+
+def read_either(path):
+    """The rows of a .jsonl file of questions or of trajectories, and [(line, reason)] of those that cannot be
+    used, however many. Raises UserError."""
+    check = lambda row: trajectory_error(row) if is_trajectory(row) else question_error(row)
+    return read_rows(path, 1.0, check)

@@ -32,66 +32,117 @@ import json
 
 from grading import LETTERS, normalise, option_texts
 
+ANSWER_TYPES = ("multiple_choice", "number", "segment", "open_ended")
 
+
+# ---------------------------------------------------------------------------------------------------- values
+def is_text(value):
+    """A text that says something."""
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_path(value):
+    return is_text(value) and "\0" not in value
+
+
+def is_number(value):
+    """A finite number, within what a float holds; nan is none."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def is_frame_number(value):
+    return is_number(value) and value >= 0
+
+
+def is_span(value):
+    """[start_s, end_s]; the two may be equal."""
+    return is_list_of(is_number, value) and len(value) == 2 and 0 <= value[0] <= value[1]
+
+
+def is_segment(value):
+    """[start_s, end_s] that lasts."""
+    return is_span(value) and value[0] < value[1]
+
+
+def is_subtitle(value):
+    return isinstance(value, list) and len(value) == 3 and is_span(value[:2]) and is_text(value[2])
+
+
+LISTS = {  # fields that may be null: what each element must be, and in words
+    "options": (is_text, "texts"),
+    "evidence": (is_segment, "[start_s, end_s]"),
+    "overview_frames": (is_frame_number, "frame numbers"),
+    "images": (is_path, "paths"),
+    "subtitles": (is_subtitle, "[start_s, end_s, text]"),
+}
+
+
+def is_list_of(is_element, value):
+    return isinstance(value, list) and all(map(is_element, value))
+
+
+# ------------------------------------------------------------------------------------------------------ rows
 def question_error(question):
     """Why a question row cannot be used, or None: one line. What passes can be shown, graded and written."""
     if not isinstance(question, dict):
         return "not a JSON object"
     if reason := unwritable(question):
         return reason
-    for key in ("id", "video", "question", "answer", "answer_type"):
-        if question.get(key) in (None, ""):
-            return f'no "{key}"'
-        if key != "answer" and not (isinstance(question[key], str) and question[key].strip()):
-            return f'"{key}" is not a text'
-    is_number = lambda x: type(x) in (int, float) and abs(x) < 1e300  # no nan, no integer beyond floats
-    is_segment = lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_number, x)) and 0 <= x[0] < x[1]
-    kind, answer = question["answer_type"], question["answer"]
-    options, evidence, chosen, meta = map(question.get, ("options", "evidence", "overview_frames", "meta"))
-    images, subtitles = question.get("images"), question.get("subtitles")
-    if "\0" in question["video"]:
+    # what each row has
+    for key in ("id", "video", "question", "answer_type"):
+        if not is_text(question.get(key)):
+            return f'no "{key}", or it is not a text'
+    if not is_path(question["video"]):
         return "video is not a path"
-    options = [] if options is None else options
-    if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
-        return "options are not a list of texts"
-    if not 2 * (kind == "multiple_choice") <= len(options) <= len(LETTERS):
-        return f"multiple_choice needs 2 to {len(LETTERS)} options"
-    try:
-        fits = {
-            "multiple_choice": lambda: answer.strip().upper() in list(LETTERS[:len(options)]),
-            "number": lambda: is_number(float(answer) if isinstance(answer, str) else answer),
-            "segment": lambda: is_segment(answer),
-            "open_ended": lambda: (isinstance(answer, str) or is_number(answer)) and normalise(answer),
-        }[kind]()
-    except KeyError:
-        return f"unknown answer_type {kind[:60]!r}"
-    except (ValueError, AttributeError):
-        fits = False
-    texts = [option.strip() for option in option_texts(options)]
-    if fits and kind == "multiple_choice" and texts.count(texts[LETTERS.index(answer.strip().upper())]) > 1:
-        return "two options are the same, and right"
-    if not fits:
-        return f"answer {str(answer)[:60]!r} cannot be right: its type is {kind}"
-    if evidence is not None and not (isinstance(evidence, list) and all(map(is_segment, evidence))):
-        return "evidence is not a list of [start_s, end_s]"
-    if chosen is not None and not (isinstance(chosen, list) and all(is_number(n) and n >= 0 for n in chosen)):
-        return "overview_frames is not a list of frame numbers"
-    is_path = lambda x: isinstance(x, str) and x.strip() and "\0" not in x
-    if images is not None and not (isinstance(images, list) and all(map(is_path, images))):
-        return "images is not a list of paths"
-    if images is not None and len(images) != (marks := question["question"].count("<image>")):
+    answer, answer_type = question.get("answer"), question["answer_type"]
+    if answer in (None, ""):
+        return 'no "answer"'
+    if answer_type not in ANSWER_TYPES:
+        return f"unknown answer_type {answer_type[:60]!r}"
+    # lists
+    for key, (is_element, words) in LISTS.items():
+        value = question.get(key)
+        if value is not None and not is_list_of(is_element, value):
+            return f"{key} is not a list of {words}"
+    images, marks = question.get("images"), question["question"].count("<image>")
+    if images is not None and len(images) != marks:
         return f"there are {len(images)} images, and {marks} <image> in the question"
-    is_line = lambda x: isinstance(x, list) and len(x) == 3 and isinstance(x[2], str) and x[2].strip() and (
-        all(map(is_number, x[:2])) and 0 <= x[0] <= x[1])
-    if subtitles is not None and not (isinstance(subtitles, list) and all(map(is_line, subtitles))):
-        return "subtitles is not a list of [start_s, end_s, text]"
-    if not isinstance(meta, dict | None):
+    # options and answer
+    options = question.get("options") or []
+    least = 2 if answer_type == "multiple_choice" else 0
+    if not least <= len(options) <= len(LETTERS):
+        return f"there must be {least} to {len(LETTERS)} options"
+    if not answer_fits(answer, answer_type, options):
+        return f"answer {str(answer)[:60]!r} cannot be right: its type is {answer_type}"
+    if answer_type == "multiple_choice":
+        texts = [option.strip() for option in option_texts(options)]
+        if texts.count(texts[LETTERS.index(answer.strip().upper())]) > 1:
+            return "two options are the same, and right"
+    # meta and source
+    meta = question.get("meta")
+    if meta is None:
+        meta = {}
+    if not isinstance(meta, dict):
         return "meta is not an object"
-    if not all(isinstance(name, str | None) for name in (question.get("source"), (meta or {}).get("kind"))):
+    if not isinstance(question.get("source"), str | None) or not isinstance(meta.get("kind"), str | None):
         return "source or meta's kind is not a text"
-    if "uniform_accuracy" in (meta or {}) and not (meta.get("kind") and is_number(meta.get("duration_s"))):
+    if "uniform_accuracy" in meta and not (meta.get("kind") and is_number(meta.get("duration_s"))):
         return "meta has uniform_accuracy, but no kind or duration_s"
     return None
+
+
+def answer_fits(answer, answer_type, options):
+    """Whether a question of this type can have this answer."""
+    if answer_type == "multiple_choice":
+        return isinstance(answer, str) and answer.strip().upper() in list(LETTERS[:len(options)])
+    if answer_type == "segment":
+        return is_segment(answer)
+    if answer_type == "open_ended":
+        return (isinstance(answer, str) or is_number(answer)) and normalise(answer) != ""
+    try:
+        return is_number(float(answer) if isinstance(answer, str) else answer)
+    except ValueError:
+        return False
 
 
 def unwritable(row):
@@ -111,9 +162,9 @@ def trajectory_error(row):
     if reason := question_error(row.get("question")) or unwritable(row):
         return reason
     turns, learn, provenance = row.get("turns"), row.get("learn"), row.get("provenance")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+    if not is_list_of(lambda turn: isinstance(turn, str), turns) or not turns:
         return "turns must be texts"
-    if not isinstance(learn, list) or not all(isinstance(x, bool) for x in learn) or len(learn) != len(turns):
+    if not is_list_of(lambda flag: isinstance(flag, bool), learn) or len(learn) != len(turns):
         return "learn must be true or false for each turn"
     if not isinstance(provenance, dict | None):
         return "provenance is not an object"
@@ -121,3 +172,13 @@ def trajectory_error(row):
     if type(max_zooms) is not int or max_zooms < 0:
         return "provenance's max_zooms is not a number of zooms"
     return None
+
+
+def is_trajectory(row):
+    """Whether a row is meant as a trajectory: it holds a question."""
+    return isinstance(row, dict) and isinstance(row.get("question"), dict)
+
+
+def question_of(row):
+    """The question of a row: itself, or that of a trajectory."""
+    return row["question"] if is_trajectory(row) else row

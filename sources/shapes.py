@@ -1,11 +1,10 @@
 """Options, answers and times in the shapes of annotation files, brought to ours; what is not clear is named.
 
-    options    ["a", "b"]   ["A. a", "B. b"]   {"A": "a", "B": "b"}   "['a', 'b']"   an array of Parquet
+    options    ["a", "b"]   ["A. a", "B. b"]   {"A": "a", "B": "b"}   "['a', 'b']"
                or at the end of the question's text: (A) a, A) a, A. a, A.a, A：a, a line each or in one line
     answer     B   b   B.   (B)   <answer>B</answer>   B. b   the text of an option
 
-Everything here raises ValueError(reason, details): the reason is the same for all rows with the same fault,
-as they are counted by it.
+What cannot be read raises RowFault.
 """
 
 import ast
@@ -16,20 +15,28 @@ import re
 from grading import LETTERS, normalise, option_texts
 
 MARK = r"[(\[（【]?([A-Z])[.)\]:、．）：】]"  # of an option: (A), A), A., A：
-MARKED_LINE = re.compile(rf"\s*{MARK}(?![A-Z]\.)\s*(.*)")
+MARKED = re.compile(rf"\s*{MARK}(?![A-Z]\.)\s*(.*)")  # an option with its letter
+LINE_MARK = re.compile(rf"^[^\S\n]*{MARK}(?![A-Z]\.)", re.MULTILINE)  # at the beginning of a line
+WORD_MARK = re.compile(rf"(?:^|(?<=\s)){MARK}(?=\s*\S)")  # anywhere, with a text behind it
 HEADER = re.compile(r"(?:\n\s*(?i:options?|choices|candidates)\s*[:：]?"
                     r"|\s(?:Options?|Choices|Candidates)[:：])\s*$")  # before the options in the question
 NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|{MARK}\s*(\S.*)""", re.DOTALL)
 
 
-def plain_value(value):
-    """A value as JSON has it: arrays as lists, nan as None, in all that it holds."""
-    if hasattr(value, "tolist"):  # of numpy
-        value = value.tolist()
+class RowFault(ValueError):
+    """RowFault(reason, details): what is wrong with a row. Rows with the same fault have the same reason, as
+    they are counted by it."""
+
+    def __str__(self):
+        return ": ".join(filter(None, self.args))
+
+
+def without_nan(value):
+    """A value in which nan is None, at any depth: files that pandas wrote have it where nothing is."""
     if isinstance(value, dict):
-        return {key: plain_value(inside) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(inside) for inside in value]
+        return {key: without_nan(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [without_nan(inside) for inside in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -43,8 +50,8 @@ def first_of(raw, *keys):
 
 def letter_at(index):
     """The letter of an option that is counted from 0."""
-    if not re.fullmatch(r"\d+(\.0)?", str(index)) or float(index) >= len(LETTERS):
-        raise ValueError("no right option", f"its number is {str(index)[:60]}")
+    if not re.fullmatch(r"1?\d(\.0)?", str(index)):
+        raise RowFault("no right option", f"its number is {str(index)[:60]}")
     return LETTERS[int(float(index))]
 
 
@@ -63,70 +70,80 @@ def read_list(value):
 
 def read_options(value):
     """The options' texts without their letters, [] where there are none."""
-    text, value = value, read_list(plain_value(value))
+    text, value = value, read_list(value)
     joined = isinstance(text, str) and isinstance(value, list) and len(value) < 2  # texts without commas
     if joined and re.search(r"['\"]\s+['\"]", text):
-        raise ValueError("options are an array as NumPy prints it", text[:60])
+        raise RowFault("options are an array as NumPy prints it", text[:60])
     if value in (None, "", [], {}):
         return []
-    if isinstance(value, str):  # a line each
-        before, value = split_options("?\n" + value)
-        if not value or before != "?":
-            raise ValueError("options are not a list", repr(before[:60]))
+    if isinstance(value, str):
+        before, value, after = split_options("?\n" + value)
+        if not value or before != "?" or after:
+            raise RowFault("options are not a list", repr(text[:60]))
     if isinstance(value, dict):
-        value = {str(key).strip(" .()").upper(): text for key, text in value.items() if text is not None}
-        if sorted(value) != list(LETTERS[:len(value)]):
-            raise ValueError("options have other keys than letters", ", ".join(value)[:60])
-        value = [value[letter] for letter in sorted(value)]
+        by_letter = {str(key).strip(" .()").upper(): text for key, text in value.items() if text is not None}
+        if sorted(by_letter) != list(LETTERS[:len(by_letter)]):
+            raise RowFault("options have other keys than letters", ", ".join(by_letter)[:60])
+        value = [by_letter[letter] for letter in sorted(by_letter)]
     if not isinstance(value, list):
-        raise ValueError("options are not a list", str(value)[:60])
+        raise RowFault("options are not a list", str(value)[:60])
     options = ["" if option is None else str(option).strip() for option in value]
     # a letter alone is an option without text where the others have letters and texts
-    alone = [i for i, option in enumerate(options) if re.fullmatch(MARK, option) or not option]
-    rest = [option for i, option in enumerate(options) if i not in alone]
-    lettered = all(MARKED_LINE.fullmatch(option) for option in rest)
-    if "" in options or alone and rest and lettered:
-        raise ValueError("an option is empty", str(options)[:60])
+    marked = [match[2] for match in map(MARKED.fullmatch, options) if match]
+    lettered = len(marked) == len(options) and any(marked)
+    if "" in options or lettered and "" in marked:
+        raise RowFault("an option is empty", str(options)[:60])
     return [option.strip() for option in option_texts(options)]
 
 
 def split_options(text):
-    """(question, options) of a text that ends with its options, A first; (text, []) where it does not.
+    """(question, options, after) of a text with its options, A first; (text, [], "") where there are none.
 
-    They stand a line each, or in one line, where each letter's mark is there once. Raises ValueError where
-    something else follows an option in lines of its own."""
+    They stand a line each, with nothing between them; `after` are the lines behind the last one. Or they end
+    the text in one line, where each letter's mark is there once."""
+    text = text.rstrip()
     # a line each: from the last A on
-    lines = text.rstrip().split("\n")
-    marked = [MARKED_LINE.fullmatch(line) for line in lines]
-    starts = [i for i, match in enumerate(marked) if match and match[1] == "A"]
-    if starts:
-        found = [match for match in marked[starts[-1]:] if match]
-        other = [line for line, match in zip(lines[starts[-1]:], marked[starts[-1]:])
-                 if not match and line.strip()]
-        if len(found) > 1 and "".join(match[1] for match in found) == LETTERS[:len(found)]:
-            if other:
-                raise ValueError("text follows the options in the question", repr(other[0][:60]))
-            return HEADER.sub("", "\n".join(lines[:starts[-1]])).strip(), [m[2].strip() for m in found]
+    marks = list(LINE_MARK.finditer(text))
+    firsts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
+    marks = marks[firsts[-1]:] if firsts else []
+    if len(marks) > 1 and in_order(marks):
+        question, pieces = cut(text, marks)
+        options, behind = [], []
+        for piece in pieces:
+            option, _, more = piece.partition("\n")
+            options.append(option.strip())
+            behind.append(more.strip())
+        if any(behind[:-1]):
+            return text.strip(), [], ""
+        return question, options, behind[-1]
     # in one line: (A) a (B) b, or A. a B. b C. c
-    marks = list(re.finditer(rf"(?:^|(?<=\s)){MARK}(?=\s*\S)", text.rstrip()))
-    letters = "".join(match[1] for match in marks)
-    brackets = all(match[0][0] in "([（【" for match in marks)
-    if len(marks) >= (2 if brackets else 3) and letters == LETTERS[:len(marks)]:
-        ends = [match.start() for match in marks[1:]] + [len(text)]
-        options = [text[match.end():end].strip() for match, end in zip(marks, ends)]
+    marks = list(WORD_MARK.finditer(text))
+    brackets = all(mark[0][0] in "([（【" for mark in marks)
+    if len(marks) >= (2 if brackets else 3) and in_order(marks):
+        question, pieces = cut(text, marks)
+        options = [piece.strip() for piece in pieces]
         if all(options):
-            return HEADER.sub("", text[:marks[0].start()]).strip(), options
-    return text.strip(), []
+            return question, options, ""
+    return text.strip(), [], ""
+
+
+def in_order(marks):
+    """Whether these matches of MARK are A, B, C, ..."""
+    return "".join(mark[1] for mark in marks) == LETTERS[:len(marks)]
+
+
+def cut(text, marks):
+    """(the text before the first mark, the texts behind each mark)."""
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    pieces = [text[mark.end():end] for mark, end in zip(marks, ends)]
+    return HEADER.sub("", text[:marks[0].start()]).strip(), pieces
 
 
 def without_options(text, options):
     """The question's text without the options, where it ends with the same ones as are given."""
-    try:
-        question, inside = split_options(text)
-    except ValueError:
-        return text.strip()
+    question, inside, after = split_options(text)
     same = [normalise(option) for option in inside] == [normalise(option) for option in options]
-    return question if question and same else text.strip()
+    return question if question and same and not after else text.strip()
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -143,12 +160,9 @@ def unwrap(answer):
 def read_answer(answer, options, is_letter=False):
     """The letter of the right option, which the answer names by its letter, its text, or both. is_letter: a
     letter is one, and not the text of an option: of A. C, B. B, C. A it means the third."""
-    answer = plain_value(answer)
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
-    if answer is None or isinstance(answer, list | dict) or not str(answer).strip():
-        raise ValueError("no right option", f"the answer is {str(answer)[:60]!r}")
-    said = unwrap(answer)
+    said = "" if answer is None else unwrap(answer)
     letters = LETTERS[:len(options)]
     # a letter, with what stands around it, and perhaps the option's text
     fits = set()
@@ -159,9 +173,9 @@ def read_answer(answer, options, is_letter=False):
     if not (fits and is_letter):
         fits |= texts_that_fit(said, options)
     if len(fits) > 1:
-        raise ValueError("the answer fits two options", f"{said[:60]!r} fits {', '.join(sorted(fits))}")
+        raise RowFault("the answer fits two options", f"{said[:60]!r} fits {', '.join(sorted(fits))}")
     if not fits:
-        raise ValueError("no right option", f"the answer is {said[:60]!r}, of {len(options)} options")
+        raise RowFault("no right option", f"the answer is {said[:60]!r}, of {len(options)} options")
     return fits.pop()
 
 
@@ -180,25 +194,25 @@ def seconds(text):
     """Seconds of a time as 1:02:03.5, 02:03 or 123, also with a comma."""
     match = re.fullmatch(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:[.,]\d+)?)\s*", str(text))
     if not match:
-        raise ValueError("a time cannot be read", repr(str(text)[:60]))
+        raise RowFault("a time cannot be read", repr(str(text)[:60]))
     hours, minutes, rest = match.groups()
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(rest.replace(",", "."))
 
 
-def read_segments(text):
-    """[[start_s, end_s], ...] of "00:15-00:19", or several of these with commas between."""
+def read_segments(value):
+    """[[start_s, end_s], ...] of "00:15-00:19", of several of these with commas between, or of a list of
+    pairs."""
+    if not isinstance(value, list):
+        parts = re.split(r"\s*[,;、]\s*", str(value).strip())
+        value = [re.split(r"\s*[-–—~]\s*", part) for part in parts]
     segments = []
-    for part in re.split(r"\s*[,;、]\s*", str(text).strip()):
-        ends = re.split(r"\s*[-–—~]\s*", part)
+    for ends in value:
         if len(ends) != 2:
-            raise ValueError("a time reference cannot be read", repr(part[:60]))
-        segments.append(check_segment(*map(seconds, ends)))
+            raise RowFault("a time reference cannot be read", repr(ends)[:60])
+        start_s, end_s = map(seconds, ends)
+        if start_s > end_s:
+            raise RowFault("a time reference is reversed", f"{start_s:g} s to {end_s:g} s")
+        if start_s == end_s:
+            raise RowFault("a time reference is empty", f"{start_s:g} s to {end_s:g} s")
+        segments.append([start_s, end_s])
     return segments
-
-
-def check_segment(start_s, end_s):
-    if start_s > end_s:
-        raise ValueError("a time reference is reversed", f"{start_s:g} s to {end_s:g} s")
-    if start_s == end_s:
-        raise ValueError("a time reference is empty", f"{start_s:g} s to {end_s:g} s")
-    return [start_s, end_s]

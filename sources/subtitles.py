@@ -8,24 +8,26 @@ Format: https://github.com/longvideobench/LongVideoBench longvideobench/longvide
 
 import html
 import json
+import math
 import re
 
 from common import read_text
-from sources.shapes import plain_value, seconds
+from sources.shapes import RowFault, seconds, without_nan
 
 TIMES = re.compile(r"^\s*([\d:.,]+)\s*-->\s*([\d:.,]+).*$", re.MULTILINE)
 
 
 def read_subtitles(path, begin_s=0.0, duration_s=None):
     """The subtitles in a file that are on screen between `begin_s`, which becomes 0, and `duration_s` later.
-    Raises ValueError(reason, details), UserError where it cannot be read."""
+    Raises RowFault, UserError where it cannot be read."""
     text = read_text(path)
     lines = read_json(text, begin_s, duration_s) if str(path).lower().endswith(".json") else read_srt(text)
-    lines = [[start_s - begin_s, end_s - begin_s, " ".join(line.split())] for start_s, end_s, line in lines]
-    end = float("inf") if duration_s is None else duration_s
-    lines = [[round(max(0.0, start_s), 3), round(min(end, end_s), 3), line] for start_s, end_s, line in lines
-             if line and start_s <= end_s and end_s >= 0 and start_s < end]
-    return sorted(lines)
+    last_s, shown = math.inf if duration_s is None else duration_s, []
+    for start_s, end_s, line in lines:
+        start_s, end_s, line = start_s - begin_s, end_s - begin_s, " ".join(line.split())
+        if line and start_s <= end_s and end_s >= 0 and start_s < last_s:
+            shown.append([round(max(0.0, start_s), 3), round(min(last_s, end_s), 3), line])
+    return sorted(shown)
 
 
 def read_srt(text):
@@ -33,7 +35,7 @@ def read_srt(text):
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     times = list(TIMES.finditer(text))
     if not times:
-        raise ValueError("subtitles cannot be read", "no line with times in them")
+        raise RowFault("subtitles cannot be read", "no line with times in them")
     for match, following in zip(times, times[1:] + [None]):
         block = text[match.end():following.start() if following else None]
         if following:  # before its times stands the number of the next one
@@ -45,11 +47,11 @@ def read_srt(text):
 def read_json(text, begin_s, duration_s):
     """(start_s, end_s, text) of LongVideoBench's lists. An end that is missing is the video's."""
     try:
-        rows = plain_value(json.loads(text))
+        rows = without_nan(json.loads(text))
         for row in rows:
             start, end = row["timestamp"] if "timestamp" in row else (row["start"], row["end"])
             if end is None:
                 end = begin_s + duration_s if duration_s else start
             yield seconds(start), seconds(end), str(row["text"] if "text" in row else row["line"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError("subtitles cannot be read", f"{type(error).__name__}: {error}") from None
+        raise RowFault("subtitles cannot be read", f"{type(error).__name__}: {error}") from None

@@ -4,29 +4,28 @@ import base64
 import copy
 import json
 import random
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import all_hold
 
 import data_prep
 import eval as evaluation
-from common import UserError, write_jsonl
-from sources.rows import question_error, trajectory_error
+from common import RunConfig, UserError, write_jsonl
 from demo.synthetic import write_video
 from grading import grade
-from sources.benchmarks import FORMATS, convert, open_answer
+from sources.benchmarks import FORMATS, Given, convert, open_answer
 from sources.files import VIDEOS, FileIndex, read_annotations
 from sources.images import place_images
 from sources.overlap import overlap
-from training.environment import use_overview
+from sources.rows import question_error
 from sources.shapes import read_answer, read_options, read_segments, split_options
 from sources.stats import stats
 from sources.subtitles import read_subtitles
+from training.environment import with_chosen_frames
 from zoom_env import EnvConfig, ZoomEnv
 
 ROOT = Path(data_prep.__file__).parent
@@ -71,7 +70,7 @@ def write(path, value, ascii=False):
 def run_convert(name, annotations, videos, out, **more):
     """(rows, [(row, reason, kept)]) as they stand in the files."""
     annotations = annotations if isinstance(annotations, list) else [annotations]
-    convert(name, annotations, videos, out, question_error=question_error, **more)
+    convert(name, annotations, videos, out, **more)
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
     rows, named = read(out), read(out.with_suffix(".skipped.jsonl"))
     assert not any(map(question_error, rows)) and len({row["id"] for row in rows}) == len(rows)
@@ -222,23 +221,29 @@ def same_but_made_ids(row, expected):
     assert row == expected
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_rows_of_each_format_equal_those_written_by_hand(name, videos, tmp_path, capsys):
-    path = write(tmp_path / f"{name}.json", RAW[name])
-    rows, named = run_convert(name, path, videos(*FILES[name]), tmp_path / "out.jsonl")
-    expected, expected_named = EXPECTED[name]
-    assert named == expected_named and len(rows) == len(expected)
-    for row, by_hand in zip(rows, expected):
-        same_but_made_ids(row, by_hand)
-        assert (tmp_path / row["video"]).is_file()
-    found = len(expected) + sum(not kept for _, _, kept in expected_named)
-    said = capsys.readouterr().out
-    assert f"{len(expected)} of {found} questions" in said and f"found {found} / published" in said
-    assert ("difference" in said) == bool(FORMATS[name].sizes)  # these files are not as large as published
-    for _, reason, _ in named:
-        assert f"{reason} 1" in said
+def test_rows_of_each_format_equal_those_written_by_hand(videos, tmp_path, capsys):
+    folder = videos(*sum(FILES.values(), []))
+
+    def holds(name):
+        path = write(tmp_path / f"{name}.json", RAW[name])
+        rows, named = run_convert(name, path, folder, tmp_path / "out.jsonl")
+        expected, expected_named = EXPECTED[name]
+        assert named == expected_named and len(rows) == len(expected)
+        for row, by_hand in zip(rows, expected):
+            same_but_made_ids(row, by_hand)
+            assert (tmp_path / row["video"]).is_file()
+        found = len(expected) + sum(not kept for _, _, kept in expected_named)
+        said = capsys.readouterr().out
+        assert f"{len(expected)} of {found} questions" in said and f"found {found} / published" in said
+        for size in FORMATS[name].sizes:
+            assert f"{size} " in said and f"difference {found - size:+d}" in said
+        for _, reason, _ in named:
+            assert f"{reason} 1" in said
+
+    all_hold(holds, [[name] for name in FORMATS])
 
 
+@pytest.mark.slow
 def test_all_formats_are_played_graded_and_reported_by_kind(videos, tmp_path, monkeypatch, capsys):
     folder, questions = videos(*sum(FILES.values(), [])), []
     for name in FORMATS:
@@ -273,35 +278,34 @@ def test_a_file_of_chosen_frames_fits_the_converted_rows(videos, tmp_path):
     raw = RAW["mlvu_dev"][:1]
     chosen = write(tmp_path / "frames.json", [raw[0] | {"frame_idx": [3.0, 9.0]}])
     rows, _ = run_convert("mlvu_dev", write(tmp_path / "a.json", raw), videos(), tmp_path / "o.jsonl")
-    _, known, bad = use_overview(EnvConfig(), rows, str(chosen), 0)
+    known, bad = with_chosen_frames(rows, RunConfig(overview=str(chosen), max_bad=0))
     assert known[0]["overview_frames"] == [3.0, 9.0] and not bad
 
 
 # -------------------------------------------------------------------------------------- options and answers
-@pytest.mark.parametrize("value", [
-    ["red", "blue"], ["A. red", "B. blue"], ["(A) red", "(B) blue"], ["A) red", "B) blue"],
-    ["A.red", "B.blue"], ["A：red", "B：blue"], ["a. red", "b. blue"], {"A": "red", "B": "blue"},
-    {"(B)": "blue", "a.": "red"}, np.array(["red", "blue"], dtype=object), ("A. red", "B. blue"),
-    "['red', 'blue']", '["A. red", "B. blue"]', "A. red\nB. blue", "(A) red (B) blue", ["red ", " blue\n"],
-])
-def test_options_in_every_shape(value):
-    assert read_options(value) == ["red", "blue"]
-
-
-@pytest.mark.parametrize("value, reason", [
-    (["A. red", "B."], "an option is empty"), (["red", ""], "an option is empty"),
-    (["red", None], "an option is empty"), ({"A": "red", "C": "blue"}, "options have other keys"),
-    ("red or blue", "options are not a list"), (7, "options are not a list"),
-    ("['red' 'blue']", "as NumPy prints it"), ("['A. red'\n 'B. blue']", "as NumPy prints it"),
-])
-def test_unclear_options_are_named(value, reason):
+def named_as(reason, function, *arguments):
     with pytest.raises(ValueError, match=reason):
-        read_options(value)
+        function(*arguments)
 
 
-@pytest.mark.parametrize("value", [None, [], "", float("nan"), {}, np.array([])])
-def test_no_options_are_none(value):
-    assert read_options(value) == []
+def test_options_in_every_shape():
+    def holds(value, options):
+        assert read_options(value) == options
+
+    all_hold(holds, [(value, ["red", "blue"]) for value in (
+        ["red", "blue"], ["A. red", "B. blue"], ["(A) red", "(B) blue"], ["A) red", "B) blue"],
+        ["A.red", "B.blue"], ["A：red", "B：blue"], ["a. red", "b. blue"], {"A": "red", "B": "blue"},
+        {"(B)": "blue", "a.": "red"}, "['red', 'blue']", '["A. red", "B. blue"]', "A. red\nB. blue",
+        "(A) red (B) blue", ["red ", " blue\n"])])
+    all_hold(holds, [(value, []) for value in (None, [], "", {})])
+
+
+def test_unclear_options_are_named():
+    all_hold(lambda value, reason: named_as(reason, read_options, value), [
+        (["A. red", "B."], "an option is empty"), (["red", ""], "an option is empty"),
+        (["red", None], "an option is empty"), ({"A": "red", "C": "blue"}, "options have other keys"),
+        ("red or blue", "options are not a list"), (7, "options are not a list"),
+        ("['red' 'blue']", "as NumPy prints it"), ("['A. red'\n 'B. blue']", "as NumPy prints it")])
 
 
 def test_options_that_are_letters_or_numbers_stay():
@@ -310,25 +314,22 @@ def test_options_that_are_letters_or_numbers_stay():
     assert read_options(["I. and II.", "II. only"]) == ["I. and II.", "II. only"]
 
 
-@pytest.mark.parametrize("answer", [
-    "B", "b", "B.", "(B)", "B)", "[B]", " B \n", "<answer>B</answer>", "<answer> (B) </answer>", "\\boxed{B}",
-    "B. a bus", "(B) a bus", "B：a bus", "a bus", "A BUS.", "bus", "<answer>a bus</answer>", ["B"],
-    np.array(["B"]), np.str_("B"),
-])
-def test_answers_in_every_shape(answer):
-    assert read_answer(answer, ["a car", "a bus", "a tram"]) == "B"
+def test_answers_in_every_shape():
+    def holds(answer):
+        assert read_answer(answer, ["a car", "a bus", "a tram"]) == "B"
+
+    all_hold(holds, [[answer] for answer in (
+        "B", "b", "B.", "(B)", "B)", "[B]", " B \n", "<answer>B</answer>", "<answer> (B) </answer>", "\\boxed{B}",
+        "B. a bus", "(B) a bus", "B：a bus", "a bus", "A BUS.", "bus", "<answer>a bus</answer>", ["B"])])
 
 
-@pytest.mark.parametrize("answer, options, reason", [
-    ("D", ["x", "y", "z"], "no right option"), ("", ["x", "y"], "no right option"),
-    (None, ["x", "y"], "no right option"), ("@", ["x", "y"], "no right option"),
-    (["A", "B"], ["x", "y"], "no right option"), ("red", ["green", "blue"], "no right option"),
-    ("B. x", ["x", "y"], "no right option"), ("A or B", ["x", "y"], "no right option"),
-    ("B", ["B", "A"], "fits two options"), ("the car", ["a car", "Car!"], "fits two options"),
-])
-def test_no_answer_is_guessed(answer, options, reason):
-    with pytest.raises(ValueError, match=reason):
-        read_answer(answer, options)
+def test_no_answer_is_guessed():
+    all_hold(lambda answer, options, reason: named_as(reason, read_answer, answer, options), [
+        ("D", ["x", "y", "z"], "no right option"), ("", ["x", "y"], "no right option"),
+        (None, ["x", "None"], "no right option"), ("@", ["x", "y"], "no right option"),
+        (["A", "B"], ["x", "y"], "no right option"), ("red", ["green", "blue"], "no right option"),
+        ("B. x", ["x", "y"], "no right option"), ("A or B", ["x", "y"], "no right option"),
+        ("B", ["B", "A"], "fits two options"), ("the car", ["a car", "Car!"], "fits two options")])
 
 
 def test_the_exact_text_wins_and_a_data_set_may_say_that_answers_are_letters():
@@ -339,7 +340,7 @@ def test_the_exact_text_wins_and_a_data_set_may_say_that_answers_are_letters():
     assert read_answer("a tram", ["a car", "a tram"], is_letter=True) == "B"
 
 
-@pytest.mark.parametrize("text, question, options", [
+SPLIT = [
     ("Who?\n(A) Ann\n(B) Bob", "Who?", ["Ann", "Bob"]),
     ("Who?\nA. Ann\nB. Bob\n", "Who?", ["Ann", "Bob"]),
     ("Who?\nOptions:\nA) Ann\n\nB) Bob", "Who?", ["Ann", "Bob"]),
@@ -351,41 +352,48 @@ def test_the_exact_text_wins_and_a_data_set_may_say_that_answers_are_letters():
     ("Is vitamin A. like B. here?", "Is vitamin A. like B. here?", []),
     ("Who?\nC. But the question needs more.", "Who?\nC. But the question needs more.", []),
     ("Who?\nA. Ann\nC. Cy", "Who?\nA. Ann\nC. Cy", []),
-])
-def test_options_at_the_end_of_a_question_are_split_off(text, question, options):
-    assert split_options(text) == (question, options)
+    ("Who?\nA. Ann\nor\nB. Bob", "Who?\nA. Ann\nor\nB. Bob", []),
+    ("Who?\nA. Ann\nB. Bob\nor\nC. Cy", "Who?\nA. Ann\nB. Bob\nor\nC. Cy", []),
+    ("Who?\nA.\nAnn\nB. Bob", "Who?\nA.\nAnn\nB. Bob", []),
+]
 
 
-def test_text_behind_the_options_is_not_taken_for_one():
-    with pytest.raises(ValueError, match="text follows"):
-        split_options("Who?\nA. Ann\nB. Bob\nAnswer with the letter.")
+def test_options_at_the_end_of_a_question_are_split_off():
+    def holds(text, question, options):
+        assert split_options(text) == (question, options, "")
+
+    all_hold(holds, SPLIT)
 
 
-@pytest.mark.parametrize("text, segments", [
-    ("00:15-00:19", [[15, 19]]), ("1:00:00 - 1:01:30", [[3600, 3690]]), ("61:05–62:00", [[3665, 3720]]),
-    ("00:01-00:02, 00:05-00:09", [[1, 2], [5, 9]]),
-])
-def test_time_references(text, segments):
-    assert read_segments(text) == segments
+def test_text_behind_the_options_is_not_taken_for_one(videos, tmp_path):
+    text = "Who?\nA. Ann\nB. Bob\nAnswer with the letter."
+    assert split_options(text) == ("Who?", ["Ann", "Bob"], "Answer with the letter.")
+    raw = RAW["longvideoreason_eval"] + [RAW["longvideoreason_eval"][0] | {"problem_id": 6, "problem": text}]
+    _, named = run_convert("longvideoreason_eval", write(tmp_path / "a.json", raw), videos("v2.webm"), tmp_path / "o.jsonl")
+    assert named == [("a.json row 2", "text follows the options in the question", False)]
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("33:52-33:46", "reversed"), ("00:10-00:10", "empty"), ("soon", "cannot be read"), ("1-2-3", "cannot")])
-def test_time_references_that_cannot_be(text, reason):
-    with pytest.raises(ValueError, match=reason):
-        read_segments(text)
+def test_time_references():
+    def holds(text, segments):
+        assert read_segments(text) == segments
+
+    all_hold(holds, [
+        ("00:15-00:19", [[15, 19]]), ("1:00:00 - 1:01:30", [[3600, 3690]]), ("61:05–62:00", [[3665, 3720]]),
+        ("00:01-00:02, 00:05-00:09", [[1, 2], [5, 9]]), ([["00:00:01", "00:00:03"], [4, 5.5]], [[1, 3], [4, 5.5]])])
+    all_hold(lambda text, reason: named_as(reason, read_segments, text), [
+        ("33:52-33:46", "reversed"), ("00:10-00:10", "empty"), ("soon", "cannot be read"), ("1-2-3", "cannot")])
 
 
 def test_several_right_texts_are_kept_and_a_broken_list_is_named():
-    meta, given = {}, {"open": "number or text"}
-    assert open_answer(given | {"answer": "['24/7', '3.43']"}, meta) == ("24/7", "open_ended")
+    given = lambda answer: Given("x.mp4", "Why?", answer, open="number or text")
+    meta = {}
+    assert open_answer(given("['24/7', '3.43']"), meta) == ("24/7", "open_ended")
     assert meta == {"also_right": ["3.43"]}
-    assert open_answer(given | {"answer": "[0, 5]"}, {}) == ("[0, 5]", "open_ended")
+    assert open_answer(given("[0, 5]"), {}) == ("[0, 5]", "open_ended")
     for answer, expected in (("-.5", -0.5), ("1,250", 1250), ("-", "-"), ("12,5", "12,5"), ("4 m", "4 m")):
-        assert open_answer(given | {"answer": answer}, {})[0] == expected
+        assert open_answer(given(answer), {})[0] == expected
     for answer, reason in (("['a', 'b]", "list"), ("", "no answer"), (None, "no answer")):
-        with pytest.raises(ValueError, match=reason):
-            open_answer(given | {"answer": answer}, {})
+        named_as(reason, open_answer, given(answer), {})
 
 
 # ---------------------------------------------------------------------------------- rows that are left out
@@ -426,6 +434,7 @@ def spoil(rng, value):
     value[key] = copy.deepcopy(rng.choice(ODD))
 
 
+@pytest.mark.slow
 def test_rows_of_any_content_come_out_usable_or_are_named(videos, tmp_path):
     folder, rng, came_out = videos("qq1.mp4", "aB-3_c.mp4"), random.Random(0), 0
     for _ in range(150):
@@ -567,17 +576,19 @@ def test_each_mention_of_an_image_is_its_place():
         "<image> or <image>, <image>?", ["b", "a", "b"], [])
 
 
-@pytest.mark.parametrize("change, named", [
-    ({}, None), ({"images": ["a.png"], "question": "What is <image>?"}, None), ({"images": None}, None),
-    ({"images": ["a.png"]}, "1 images, and 0 <image>"), ({"images": "a.png"}, "images is not a list"),
-    ({"images": [3], "question": "<image>"}, "images is not a list"),
-    ({"subtitles": [[0, 1.5, "hello"], [1.5, 1.5, "x"]]}, None), ({"subtitles": []}, None),
-    ({"subtitles": [[2, 1, "x"]]}, "subtitles"), ({"subtitles": [[0, 1]]}, "subtitles"),
-    ({"subtitles": [[0, 1, ""]]}, "subtitles"), ({"subtitles": "hello"}, "subtitles"),
-])
-def test_images_and_subtitles_of_a_row_are_checked(change, named):
-    reason = question_error(EXPECTED["videomme"][0][0] | change)
-    assert reason is None if named is None else named in reason
+def test_images_and_subtitles_of_a_row_are_checked():
+    def holds(change, named):
+        reason = question_error(EXPECTED["videomme"][0][0] | change)
+        assert reason is None if named is None else named in reason
+
+    all_hold(holds, [
+        ({}, None), ({"images": ["a.png"], "question": "What is <image>?"}, None), ({"images": None}, None),
+        ({"images": ["a.png"]}, "1 images, and 0 <image>"), ({"images": "a.png"}, "images is not a list"),
+        ({"images": [3], "question": "<image>"}, "images is not a list"),
+        ({"images": ["a\0"], "question": "<image>"}, "images is not a list"),
+        ({"subtitles": [[0, 1.5, "hello"], [1.5, 1.5, "x"]]}, None), ({"subtitles": []}, None),
+        ({"subtitles": [[2, 1, "x"]]}, "subtitles"), ({"subtitles": [[0, 1]]}, "subtitles"),
+        ({"subtitles": [[0, 1, ""]]}, "subtitles"), ({"subtitles": "hello"}, "subtitles")])
 
 
 SRT = """\ufeff1\r
@@ -636,39 +647,40 @@ def test_overlap_names_the_same_videos_and_questions(videos, clip, tmp_path, cap
     write_jsonl(tmp_path / "same_words.jsonl", [question("0", "z.mp4", "Who?", options=["v", "w"])])
     write_jsonl(tmp_path / "one.jsonl", [question("1", "videos/a.mp4", "What is red?"),
                                          question("2", "videos/b.mp4", "Who?"),
-                                         question("3", "old/gone.mp4", "When?")])
-    assert not any(overlap(tmp_path / "one.jsonl", tmp_path / "same_words.jsonl", question_error).values())
+                                         question("3", "old/gone.mp4", "When?"),
+                                         question("9", "again/gone.mp4", "Whence?")])
+    assert not any(overlap(tmp_path / "one.jsonl", tmp_path / "same_words.jsonl").values())
     trajectory = {"question": question("4", "videos/copy.mp4", "what is RED", options=["y", "x"]),
                   "kind": "exemplar", "turns": ["t"], "learn": [True]}
     write_jsonl(tmp_path / "two.jsonl", [trajectory])
-    found = overlap(tmp_path / "one.jsonl", tmp_path / "two.jsonl", question_error)
+    found = overlap(tmp_path / "one.jsonl", tmp_path / "two.jsonl")
     assert {what: len(pairs) for what, pairs in found.items()} == {
         "the same video by content": 1, "the same video by name": 0, "the same question and options": 1}
     assert found["the same question and options"] == [("1", "4")]
     write_jsonl(tmp_path / "three.jsonl", [question("5", "new/gone.webm", "Where?", options=["x", "z"])])
-    found = overlap(tmp_path / "one.jsonl", tmp_path / "three.jsonl", question_error)
+    found = overlap(tmp_path / "one.jsonl", tmp_path / "three.jsonl")
     assert found["the same video by name"] == [("old/gone.mp4", "new/gone.webm")]
     assert not found["the same video by content"] and not found["the same question and options"]
     assert "old/gone.mp4  new/gone.webm" in capsys.readouterr().out
 
 
 def test_stats_of_questions_and_trajectories(data, videos, tmp_path, capsys):
-    checks = {"question_error": question_error, "trajectory_error": trajectory_error}
     videos("a.mp4")
     write_jsonl(tmp_path / "q.jsonl", [
         question("1", "videos/a.mp4", "What?", meta={"kind": "count"}),
         question("2", "videos/gone.mp4", "Who?", answer="B",
                  meta={"kind": "order", "duration_s": 100, "duration_group": "long"}),
-        question("3", "videos/a.mp4", "Why?", evidence=[[0, 1]], meta={"kind": "count"}), "no row"])
-    found = stats(tmp_path / "q.jsonl", **checks)
-    assert found["counts"] == {"questions": 3, "rows": 3, "unusable": 1, "videos": 2, "videos missing": 1,
+        question("3", "videos/a.mp4", "Why?", evidence=[[0, 1]], meta={"kind": "count"}),
+        question("4", "videos/b.mp4", "When?", answer="B", meta={"kind": "count", "duration_s": 10}), "no row"])
+    found = stats(tmp_path / "q.jsonl")
+    assert found["counts"] == {"questions": 4, "rows": 4, "unusable": 1, "videos": 3, "videos missing": 2,
                                "with evidence": 1, "with images": 0, "with subtitles": 0}
-    assert found["letters"] == {"A": 2, "B": 1} and found["answer types"] == {"multiple_choice": 3}
+    assert found["letters"] == {"A": 2, "B": 2} and found["answer types"] == {"multiple_choice": 4}
     count, order = found["kinds"]
-    assert (count["name"], count["n"], count["mean"]) == ("count", 2, SECONDS)
+    assert (count["name"], count["n"], count["mean"]) == ("count", 3, (SECONDS + 10) / 2)  # each video once
     assert (order["name"], order["most"]) == ("order", 100) and found["duration groups"][0]["name"] == "long"
     folder, _, trajectories = data
-    found = stats(folder / "sft.jsonl", ROOT / "demo" / "tiny_base", **checks)
+    found = stats(folder / "sft.jsonl", ROOT / "demo" / "tiny_base")
     turns = [len(row["turns"]) for row in trajectories]
     assert found["rounds"] == {n: turns.count(n) for n in sorted(set(turns))}
     tokens, = found["tokens"]
@@ -677,17 +689,18 @@ def test_stats_of_questions_and_trajectories(data, videos, tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------- commands
-def test_the_shell_converts(videos, tmp_path):
-    """All flags, in a process of its own."""
+def run_command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["data_prep.py", *map(str, flags)])
+    data_prep.run_main(data_prep.main)
+
+
+def test_all_flags_of_convert(videos, tmp_path, monkeypatch, capsys):
     (tmp_path / "subs").mkdir()
     (tmp_path / "subs" / "aB-3_c.srt").write_bytes(SRT.encode())
-    flags = {"--dataset": "videomme", "--annotations": write(tmp_path / "a.json", RAW["videomme"]),
-             "--videos": videos("aB-3_c.mp4"), "--out": tmp_path / "new" / "o.jsonl",
-             "--subtitles": tmp_path / "subs"}
-    done = subprocess.run([sys.executable, str(ROOT / "data_prep.py"), "convert", "--check_videos",
-                           *[str(part) for pair in flags.items() for part in pair]],
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "found 1 / published 2700" in done.stdout, done.stderr
+    run_command(monkeypatch, "convert", "--check_videos", "--dataset", "videomme", "--annotations",
+                write(tmp_path / "a.json", RAW["videomme"]), "--videos", videos("aB-3_c.mp4"),
+                "--out", tmp_path / "new" / "o.jsonl", "--subtitles", tmp_path / "subs")
+    assert "found 1 / published 2700" in capsys.readouterr().out
     row, = map(json.loads, (tmp_path / "new" / "o.jsonl").read_text().splitlines())
     assert row["video"] == "../videos/aB-3_c.mp4" and len(row["subtitles"]) == 2
     assert row["meta"]["duration_s"] == SECONDS
@@ -697,31 +710,29 @@ def test_the_shell_sees_what_overlaps(tmp_path, monkeypatch, capsys):
     one, two = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     write_jsonl(one, [question("1", "a.mp4", "What?")])
     write_jsonl(two, [question("1", "b.mp4", "Who?")])
-    monkeypatch.setattr(sys, "argv", ["data_prep.py", "overlap", str(one), str(two)])
-    assert not data_prep.run_main(data_prep.main)
-    monkeypatch.setattr(sys, "argv", ["data_prep.py", "overlap", str(one), str(one)])
+    run_command(monkeypatch, "overlap", one, two)
     with pytest.raises(SystemExit) as raised:
-        data_prep.run_main(data_prep.main)
+        run_command(monkeypatch, "overlap", one, one)
     assert raised.value.code == 1
-    monkeypatch.setattr(sys, "argv", ["data_prep.py", "stats", str(one)])
-    data_prep.run_main(data_prep.main)
+    run_command(monkeypatch, "stats", one)
     assert "questions 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"--dataset": "mine"}, "videomme"), ({"--videos": "nowhere"}, "nowhere"),
-    ({"--annotations": "no.json"}, "no.json"), ({"--annotations": "data_prep.py"}, ".parquet"),
-    ({"--out": "x.txt"}, ".jsonl"), ({"--out": None}, "--out"),
-    ({"--dataset": "lvbench"}, 'no "answer"|no "'), ({"--subtitles": "nowhere"}, "nowhere"),
-])
-def test_wrong_input_ends_with_one_line(videos, tmp_path, monkeypatch, capsys, change, named):
-    path = write(tmp_path / "a.json", [{"videoID": "x", "task_type": "t"}])
-    flags = {"--dataset": "videomme", "--annotations": path, "--videos": videos(),
-             "--out": tmp_path / "o.jsonl"} | change
-    flags = [part for key, value in flags.items() if value is not None for part in (key, str(value))]
-    monkeypatch.setattr(sys, "argv", ["data_prep.py", "convert", *flags])
-    with pytest.raises(SystemExit) as raised:
-        data_prep.run_main(data_prep.main)
-    message = capsys.readouterr().err.strip()
-    assert raised.value.code == 2 and re.search(named, message) and len(message.splitlines()) == 1
-    assert not (tmp_path / "o.jsonl").exists()
+def test_wrong_input_ends_with_one_line(videos, tmp_path, monkeypatch, capsys):
+    given = {"--dataset": "videomme", "--annotations": write(tmp_path / "a.json", [{"videoID": "x"}]),
+             "--videos": videos(), "--out": tmp_path / "o.jsonl"}
+    number = write(tmp_path / "3.json", 3)
+
+    def holds(change, named):
+        flags = [part for flag in (given | change).items() if flag[1] is not None for part in flag]
+        with pytest.raises(SystemExit) as raised:
+            run_command(monkeypatch, "convert", *flags)
+        message = capsys.readouterr().err.strip()
+        assert raised.value.code == 2 and named in message and len(message.splitlines()) == 1
+        assert not (tmp_path / "o.jsonl").exists()
+
+    all_hold(holds, [
+        ({"--dataset": "mine"}, "videomme"), ({"--videos": "nowhere"}, "nowhere"),
+        ({"--annotations": "no.json"}, "no.json"), ({"--annotations": "data_prep.py"}, ".parquet"),
+        ({"--annotations": number}, "not a row 3"), ({"--out": "x.txt"}, ".jsonl"), ({"--out": None}, "--out"),
+        ({"--dataset": "lvbench"}, 'no "'), ({"--subtitles": "nowhere"}, "nowhere")])

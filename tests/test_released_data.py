@@ -6,17 +6,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from cases import all_hold
 from PIL import Image
-from test_protocols import PROBLEM, folder, official, policy  # noqa: F401: fixtures
 from tiny import random_policy
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import sft
 from common import UserError
+from demo.synthetic import write_video
+from protocols import make_env
+from protocols.released import TEXTS
 from sources.read import read_questions, read_trajectories
 from sources.released_data import encode_stored
 from zoom_env import EnvConfig, ZoomEnv
 
+PROBLEM = "Look:\n<image>\nWhat is it?\nA. a cat\nB. a dog"
 ROW = {"videos": ["tiny.mp4"], "problem": PROBLEM, "solution": "B.", "data_source": "LongVideo-Reason/longvideo",
        "extra_info": {"answer_type": "multiple_choice", "problem_type": "spatial"}}
 
@@ -43,14 +47,19 @@ def test_questions_of_a_list(tmp_path):
     assert question["meta"]["problem"] == told
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"videos": []}, "not one video"), ({"solution": "E"}, ""), ({"solution": "a bird"}, ""), ({"problem": "<image>Which?"}, "no options"),
-    ({"problem": None}, "AttributeError"), ({"videos": None}, "not one video")])
-def test_a_bad_question_is_named(tmp_path, row, reason):
-    questions, bad = read_questions(write(tmp_path / "rl.json", [ROW, ROW | row]), 0.5)
-    assert len(questions) == 1 and len(bad) == 1 and bad[0][0] == "row 1" and bad[0][1] and reason in bad[0][1]
-    with pytest.raises(UserError, match="rl.json: 1 of 2 rows"):
-        read_questions(tmp_path / "rl.json", 0.1)
+def test_a_bad_question_is_named(tmp_path):
+    def holds(row, reason):
+        questions, bad = read_questions(write(tmp_path / "rl.json", [ROW, ROW | row]), 0.5)
+        assert len(questions) == 1 and len(bad) == 1 and bad[0][0] == "row 1" and reason in bad[0][1]
+        with pytest.raises(UserError, match="rl.json: 1 of 2 rows"):
+            read_questions(tmp_path / "rl.json", 0.1)
+
+    all_hold(holds, [
+        ({"videos": []}, "not one video"), ({"videos": None}, "not one video"), ({"solution": "E"}, "no right option"),
+        ({"solution": "a bird"}, "no right option"), ({"problem": "<image>Which?"}, "of 0 options"),
+        ({"problem": None}, "AttributeError"), ({"videos": ["x" * 3000], "solution": "E"}, "no right option")])
+    with pytest.raises(UserError, match="rl.json: 1 of 1 rows"):
+        read_questions(write(tmp_path / "rl.json", 3), 0)
 
 
 def test_questions_of_a_yaml(tmp_path):
@@ -69,13 +78,15 @@ def test_questions_of_a_yaml(tmp_path):
             read_questions(write(tmp_path / "rl.yaml", text), 0)
 
 
-def test_its_own_text_is_what_the_released_protocol_shows(tmp_path, folder, policy):  # noqa: F811
+def test_its_own_text_is_what_the_released_protocol_shows(tmp_path):
     """Options inside, frames where <image> stands; ours has question and options apart, and frames behind them."""
+    write_video(tmp_path / "tiny.mp4", (np.full((144, 176, 3), n, np.uint8) for n in range(120)), 10)
     (question,), _ = read_questions(write(tmp_path / "rl.json", [ROW]), 0)
     words = lambda env: "".join(i if isinstance(i, str) else "[]" for i in env.reset()[1].content)
-    text = words(ZoomEnv.protocols["released"](question, policy.env_config, folder))
+    texts = dict.fromkeys(TEXTS, "") | {"frame": "<frame{index}_at{time}>"}
+    text = words(make_env(question, EnvConfig(protocol="released", texts=texts, frame_unit=28), tmp_path))
     assert text == "Look:\n" + "".join(f"<frame{i}_at{2 * i}.00>[]" for i in range(6)) + "\nWhat is it?\nA. a cat\nB. a dog"
-    assert words(ZoomEnv(question, EnvConfig(frame_unit=28), folder)).startswith("Look:\n\nWhat is it?\nA. a cat\nB. a dog\nThe video")
+    assert words(ZoomEnv(question, EnvConfig(frame_unit=28), tmp_path)).startswith("Look:\n\nWhat is it?\nA. a cat\nB. a dog\nThe video")
 
 
 # -------------------------------------------------------------------------------------------------------- messages
@@ -108,7 +119,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_ids_are_those_of_the_chat_template(place, number):
     """Qwen2_5_VLProcessor lays the messages out, sizes the images and expands their tokens; pixels are equal, too."""
     policy = random_policy()
@@ -129,14 +140,16 @@ def test_ids_are_those_of_the_chat_template(place, number):
     assert said == ZOOM + "<|im_end|>" + MESSAGES[-1]["content"] + "<|im_end|>"  # each turn with its end
 
 
-@pytest.mark.parametrize("messages, images, reason", [
-    (MESSAGES, ["0.png"], "5 <image>, 1 images"), (MESSAGES[:2], ["0.png"] * 2, "take turns"), (MESSAGES[2:], ["0.png"] * 3, "take turns"),
-    ([], [], "not a list"), ([{"role": "user"}], [], "not a list"), (MESSAGES, "0.png", "not a list of paths"),
-    ([MESSAGES[1], {"role": "assistant", "content": "<image>"}], ["0.png"] * 3, "in an assistant's turn")])
-def test_a_bad_row_of_messages_is_named(place, tmp_path, messages, images, reason):
-    good = {"messages": MESSAGES, "images": [f"{n}.png" for n in range(5)]}
-    rows, bad = read_trajectories(write(tmp_path / "sft.json", [good, {"messages": messages, "images": images}]), 0.5)
-    assert len(rows) == 1 and len(bad) == 1 and reason in bad[0][1]
+def test_a_bad_row_of_messages_is_named(tmp_path):
+    def holds(messages, images, reason):
+        good = {"messages": MESSAGES, "images": [f"{n}.png" for n in range(5)]}
+        rows, bad = read_trajectories(write(tmp_path / "sft.json", [good, {"messages": messages, "images": images}]), 0.5)
+        assert len(rows) == 1 and len(bad) == 1 and reason in bad[0][1]
+
+    all_hold(holds, [
+        (MESSAGES, ["0.png"], "5 <image>, 1 images"), (MESSAGES[:2], ["0.png"] * 2, "take turns"), (MESSAGES[2:], ["0.png"] * 3, "take turns"),
+        ([], [], "not a list"), ([{"role": "user"}], [], "not a list"), (MESSAGES, "0.png", "not a list of paths"),
+        ([MESSAGES[1], {"role": "assistant", "content": "<image>"}], ["0.png"] * 3, "in an assistant's turn")])
 
 
 def test_images_that_cannot_be_read_leave_their_row_out(place, tmp_path):
