@@ -34,7 +34,6 @@ def add_commands(commands, show):
     sub.add_argument("--out", default=TINY_BASE, help="checkpoint folder to write")
     sub.add_argument("--steps", type=int, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
     sub.add_argument("--seed", type=int, default=0, help="seed of weights and lessons")
-    sub.add_argument("--init", help="checkpoint folder to begin the last part from")
     sub.set_defaults(run=run_demo)
     official.add_command(commands, show)
     sub = commands.add_parser("convert", help="a public data set as a question file", **show)
@@ -67,7 +66,7 @@ def run_demo(args):
     if args.command == "synthetic":
         synthetic(args.out, args.train, args.test, args.seed)
     else:
-        tiny_base(args.out, args.steps, args.seed, args.init)
+        tiny_base(args.out, args.steps, args.seed)
 
 
 def run_convert(args):

@@ -150,8 +150,8 @@ def summarise(written, plays, questions, bad, config):
         raise no_question(config.data, skipped)
     for name, mode in plays:
         some = [e for e in episodes if (e["policy"], e["mode"]) == (name, mode)]
-        kinds, durations = tables.figures(name, mode, some, questions, len(bad))
-        kinds[0]["settings"] = tables.settings(config, run.get(f"environment of {name}, {mode}") or {})
+        kinds, durations = tables.table_rows(name, mode, some, questions, len(bad))
+        kinds[0]["settings"] = tables.run_settings(config, run.get(f"environment of {name}, {mode}") or {})
         asked = [questions[e["number"]] for e in some]
         if asked and mode != "zoom off" and all("uniform_accuracy" in (q.get("meta") or {}) for q in asked):
             kinds.append(synthetic.uniform_bound(kinds[0], asked))
@@ -266,7 +266,7 @@ def main():
         for mode, share in shares.items():
             env_config = replace(policy.env_config, max_zooms=0) if mode == "zoom off" else policy.env_config
             if rank == 0:
-                runs.note(config.out, **{f"environment of {name}, {mode}": tables.environment(env_config)})
+                runs.note(config.out, **{f"environment of {name}, {mode}": tables.environment_settings(env_config)})
             evaluate(engine, name, mode, share, root, env_config, written.write, show=rank == 0)
         del policy, engine  # before the next one loads
     written.wait()

@@ -34,7 +34,7 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError, read_text, write_jsonl
-from video import Frame
-from zoom_env import LAST_TURN, EnvConfig, ZoomEnv
+from zoom_env import EnvConfig, ZoomEnv
 
 NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
 MADE = "data.json"  # file of a data folder that remembers its seed and numbers
@@ -147,15 +146,17 @@ def paint(picture):
     image = np.empty((SIDE, SIDE, 3), np.uint8)
     image[:] = PALETTE.get(picture.background, GREY)
     if picture.figure:
+        right, down = picture.offset
         y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
-        x, y = x - picture.offset[0], y - picture.offset[1]
+        x, y = x - right, y - down
+        nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
         inside = {
             "circle": x * x + y * y <= 64,
-            "square": (abs(x) <= 8) & (abs(y) <= 8),
+            "square": farther <= 8,
             "triangle": (y <= 8) & (abs(x) <= (y + 8) / 1.8),
-            "cross": ((abs(x) <= 2.5) | (abs(y) <= 2.5)) & (abs(x) <= 9) & (abs(y) <= 9),
+            "cross": (nearer <= 2.5) & (farther <= 9),
         }[picture.figure.shape]
-        image[(abs(x) <= 11) & (abs(y) <= 11)] = 0  # a black card, on which shapes are easy to tell apart
+        image[farther <= 11] = 0  # a black card, on which shapes are easy to tell apart
         image[inside] = PALETTE[picture.figure.colour]
     return image
 
@@ -184,8 +185,8 @@ def write_video(path, frames, fps=VIDEO_FPS):
     options = {"crf": "16", "preset": "ultrafast", "g": "16", "threads": "1"}
     temporary = Path(path).with_suffix(".tmp.mp4")
     with av.open(str(temporary), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream = container.add_stream("libx264", fps, options=options, pix_fmt="yuv420p",
+                                      height=height, width=width)
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())  # what the encoder still holds
@@ -401,115 +402,87 @@ def chosen(options, right):
     return f"so {right} {'ABCD'[options.index(right)]}"
 
 
-class Teacher:
-    """Plays a synthetic question through the environment; the module's docstring says how. It knows the video
-    (`scenes`), so it finds the scene and reads every frame right. With probability HASTE it zooms at 0.5
-    frames a second, which can miss a flash, else at 1, which cannot.
+# ------------------------------------------------------------------------------------------------ the teacher
+def teach(question, scenes, rng, root, wrong_first=False, **settings):
+    """Plays a synthetic question through the environment; the module's docstring says how. The teacher knows
+    the video (`scenes`), so it finds the scene and reads every frame right.
 
-    wrong_zooms: zooms into wrong scenes before the right one (a reflection trajectory has 1)."""
-
-    def __init__(self, question, scenes, rng, wrong_zooms=0):
-        self.question, self.scenes, self.rng, self.wrong_zooms = question, scenes, rng, wrong_zooms
-        self.kind = question["meta"]["kind"]
-        self.colours = [scene.colour for scene in scenes]
-        self.order_clauses, self.to_visit = [], []  # to_visit: each Visit that is not yet made
-        if self.kind != "holistic":
-            named = [word for word in question["question"].replace("?", "").split() if word in COLOURS]
-            self.order_clauses, self.to_visit = order_visits(self.colours, named)
-        self.found = []  # for each scene visited, its flashes' figures
-        self.thoughts = []  # clauses of this turn
-
-    def turn(self, messages):
-        """The next assistant text for what the environment showed, a list of Message."""
-        frames = [item for item in messages[-1].content if isinstance(item, Frame)]
-        if messages[0].role == "system":  # the overview
-            self.times_s = [frame.time_s for frame in frames]
-            self.thoughts = [survey(self.colours)]
-            if messages[-1].content[-1].endswith(LAST_TURN):
-                return self.answer()
-            self.thoughts += self.order_clauses
-        else:
-            self.read(frames)
-        return self.zoom() if self.to_visit else self.answer()
-
-    def zoom(self):
-        """A call of the tool for the next scene, or for a wrong one."""
-        visit = self.to_visit[0]
-        fps = "0.50" if self.rng.random() < HASTE else "1.00"
-        if self.wrong_zooms:
-            right = ["grey", *(to_visit.scene for to_visit in self.to_visit)]
-            visit = Visit(self.rng.choice([colour for colour in self.colours if colour not in right]), "")
-        self.looked_at = visit.scene
-        thoughts = "; ".join([*self.thoughts, place(self.colours, visit, self.times_s)])
-        i = self.colours.index(visit.scene)
-        segment = f"[{self.times_s[i]:.2f}, {self.times_s[i + 1]:.2f}]"
-        call = f'{{"segment": {segment}, "fps": {fps}}}'
-        return f"<think>{thoughts}</think><video_zoom>{call}</video_zoom>"
-
-    def read(self, frames):
-        """Writes down what a clip shows. Where a right scene shows nothing, it looks again or lets it be."""
-        figures = [on_screen(self.scenes, frame.time_s).figure for frame in frames]
-        clause, flashes = transcript(self.looked_at, figures)
-        self.thoughts = [clause]
-        if self.wrong_zooms:
-            self.wrong_zooms -= 1
-            self.thoughts.append("not found")
-        elif flashes or self.rng.random() < 0.5:
-            self.found.append(flashes)
-            self.to_visit.pop(0)
-        else:
-            self.thoughts.append("not found")
-
-    def answer(self):
-        """The answer that what was found supports, a guess where nothing was."""
-        options = self.question["options"]
-        text = None
-        if self.kind == "holistic":
-            text = options["ABCD".index(self.question["answer"])]
-            self.thoughts.append(neighbours(self.colours, text, self.question["question"]))
-        elif self.found and all(self.found):
-            text = self.conclude(options)
-        if text not in options:  # it saw nothing, or missed a flash
-            text = self.rng.choice(options)
-        thoughts = "; ".join(self.thoughts) + choose(options, text)
-        # " B" with a space, so that it is the same token as in the thoughts
-        return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"
-
-    def conclude(self, options):
-        """What the flashes that were found say."""
-        if self.kind == "count":
-            return str(len(self.found[0]))
-        if self.kind == "order":
-            text = " then ".join(flashes[0].colour for flashes in self.found)
-            self.thoughts.append(text)
-            return text
-        colour, shape = self.found[0][0]
-        return shape if shape in options else colour
-
-
-# ------------------------------------------------------------------------------------------------- data files
-def teach(question, scenes, rng, root, wrong_zooms=0, **settings):
-    """One trajectory row, or None if the environment does not grade it right and well formed. settings: of
-    the environment, in place of TINY_ENV's; they stand in the row so that a replay has them, too."""
+    wrong_first: whether its first zoom goes to a wrong scene. settings: of the environment, in place of
+    TINY_ENV's; they stand in the row so that a replay has them, too.
+    Returns a trajectory row, or None if the environment does not grade it right and well formed."""
     env = ZoomEnv(question, replace(TINY_ENV, **settings), root)
-    teacher, turns = Teacher(question, scenes, rng, wrong_zooms), []
-    messages = env.reset()
-    while not env.done:
-        turns.append(teacher.turn(messages))
-        messages = env.step(turns[-1])
+    env.reset()
+    colours = [scene.colour for scene in scenes]
+    times_s = [frame.time_s for frame in env.watched[0]]  # of the overview's frames
+    turns, thoughts = [], [survey(colours)]  # thoughts: clauses of the next turn
+    to_visit, found = [], []  # found: for each scene that was visited, its flashes' figures
+    if question["evidence"] and env.config.max_zooms > 0:
+        named = [word for word in question["question"].replace("?", "").split() if word in COLOURS]
+        order_clauses, to_visit = order_visits(colours, named)
+        thoughts += order_clauses
+    while to_visit:
+        # look at the next scene, or at a wrong one
+        visit = to_visit[0]
+        fps = "0.50" if rng.random() < HASTE else "1.00"  # 0.5 frames a second can miss a flash, 1 cannot
+        if wrong_first and not turns:
+            right = ["grey", *(visit.scene for visit in to_visit)]
+            visit = Visit(rng.choice([colour for colour in colours if colour not in right]), "")
+        thoughts.append(place(colours, visit, times_s))
+        i = colours.index(visit.scene)
+        call = f'{{"segment": [{times_s[i]:.2f}, {times_s[i + 1]:.2f}], "fps": {fps}}}'
+        turns.append(f"<think>{'; '.join(thoughts)}</think><video_zoom>{call}</video_zoom>")
+        env.step(turns[-1])
+        if env.done:  # no zoom was left
+            return None
+        # write down what the clip shows; where a right scene shows nothing, look again or let it be
+        figures = [on_screen(scenes, frame.time_s).figure for frame in env.watched[-1]]
+        clause, flashes = transcript(visit.scene, figures)
+        thoughts = [clause]
+        if visit in to_visit and (flashes or rng.random() < 0.5):
+            found.append(flashes)
+            to_visit.pop(0)
+        else:
+            thoughts.append("not found")
+    # answer what was found, or guess
+    kind, options = question["meta"]["kind"], question["options"]
+    text = None
+    if kind == "holistic":
+        text = options["ABCD".index(question["answer"])]
+        thoughts.append(neighbours(colours, text, question["question"]))
+    elif found and all(found):
+        text = conclude(kind, options, found)
+        if kind == "order":
+            thoughts.append(text)
+    if text not in options:  # it saw nothing, or missed a flash
+        text = rng.choice(options)
+    said = "; ".join(thoughts) + choose(options, text)
+    # " B" with a space, so that it is the same token as in the thoughts
+    turns.append(f"<think>{said}</think><answer> {said[-1]}</answer>")
+    env.step(turns[-1])
     if env.rewards["accuracy"] < 1 or env.rewards["format"] < 1:
         return None
-    return {"question": question, "kind": "reflection" if wrong_zooms else "exemplar", "turns": turns,
+    return {"question": question, "kind": "reflection" if wrong_first else "exemplar", "turns": turns,
             "learn": [True] * len(turns), "provenance": {"teacher": "scripted", **settings}}
 
 
+def conclude(kind, options, found):
+    """The answer that the flashes found in each scene, lists of Figure, support."""
+    if kind == "count":
+        return str(len(found[0]))
+    if kind == "order":
+        return " then ".join(flashes[0].colour for flashes in found)
+    colour, shape = found[0][0]
+    return shape if shape in options else colour
+
+
+# ------------------------------------------------------------------------------------------------- data files
 def teach_all(questions, scenes, rng, root, seed):
     """The trajectory rows of a video's questions: each plain, about half of them in another way, too."""
     trajectories = []
     for question in questions:
         plays = [{}]
         if question["evidence"] and rng.random() < 0.5:
-            plays.append({"wrong_zooms": 1})
+            plays.append({"wrong_first": True})
         if rng.random() < 0.5:
             plays.append({"max_zooms": 0})
         for play in plays:

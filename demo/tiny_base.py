@@ -194,8 +194,9 @@ def make_frame_bank():
     rng, pictures = random.Random(0), []
     for background in ["grey", *COLOURS]:
         figures = [None] * 8
-        if background != "grey":
-            figures += [Figure(colour, shape) for colour, shape in product(COLOURS, SHAPES) if colour != background]
+        for colour, shape in product(COLOURS, SHAPES):
+            if background not in ("grey", colour):
+                figures.append(Figure(colour, shape))
         for figure in figures:
             for _ in range(3):
                 pictures.append(Picture(background, figure, (rng.randint(-2, 2), rng.randint(-2, 2))))
@@ -233,12 +234,13 @@ class Overview:
     times_s: list  # of the frames
     items: list  # tags and Frames, as in a Message
 
-    def head(self):
-        """The line before the frames, as the environment has it."""
+    def after(self, question):
+        """A user's items: the question, and the frames, as the environment has them."""
         duration_s = self.times_s[-1] + self.times_s[0]
-        return f"\nThe video lasts {duration_s:.2f} seconds. {len(self.times_s)} frames of it:\n"
+        head = f"\nThe video lasts {duration_s:.2f} seconds. {len(self.times_s)} frames of it:\n"
+        return [question + head, *self.items]
 
-    def where(self, visit):
+    def locate(self, visit):
         """Where a scene's flashes are, in two clauses: as tags, in seconds."""
         i = self.colours.index(visit.scene)
         return [place(self.colours, visit, self.times_s),
@@ -270,20 +272,20 @@ class Lessons:
         return encode(policy, messages)
 
     def lesson(self, kind, level):
-        """One lesson, a list of Exchange. kind: the skill, which is the name of its method; level: 0 short,
-        1 any length, 2 as long as in the demo."""
+        """One lesson, a list of Exchange. kind: the skill; level: 0 short, 1 any length, 2 as long as
+        in the demo."""
         rng = self.rng
         num_slots = (4, rng.randint(4, NUM_SLOTS), NUM_SLOTS)[level]
         num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 13, 14, 15]))[level]  # of a clip
-        return getattr(self, kind)(num_slots, num_frames)
+        return getattr(self, f"{kind}_lesson")(num_slots, num_frames)
 
     # The skills, in the order of the module's docstring.
-    def repeat(self, num_slots, num_frames):
+    def repeat_lesson(self, num_slots, num_frames):
         words = self.rng.choices(COLOURS + SHAPES + list("ABCD1234"), k=self.rng.randint(8, 24))
         text = " ".join(words)
         return [Exchange([f"Repeat: {text}."], f"It is {text}.")]
 
-    def letter(self, num_slots, num_frames):
+    def letter_lesson(self, num_slots, num_frames):
         rng = self.rng
         # options as questions have them
         if rng.random() < 0.5:
@@ -291,13 +293,13 @@ class Lessons:
             texts = [f"{a} then {b}", f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
         else:
             texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
-        lines, options = self.draw_lines(Draft("", texts[0], texts[1:]))
+        options = draw_options(rng, Draft("", texts[0], texts[1:]))
         # all of them are asked for, one after another; the list of options is said once
         asked = rng.sample(texts, 4)
         said = [choose(options, asked[0])[1:], *(chosen(options, text) for text in asked[1:])]
-        return [Exchange([f"Which option is: {'; '.join(asked)}?{lines}"], "\n".join(said))]
+        return [Exchange([f"Which option is: {'; '.join(asked)}?" + option_lines(options)], "\n".join(said))]
 
-    def caption(self, num_slots, num_frames):
+    def caption_lesson(self, num_slots, num_frames):
         rng = self.rng
         pictures = [rng.choice(list(self.bank)) for _ in range(num_frames)]
         times_s = [round((i + rng.random()) * 80) / 8 for i in range(num_frames)]
@@ -307,40 +309,39 @@ class Lessons:
             captions.append(f"{picture.background} {figure}.")
         return [Exchange(["Describe each frame.\n", *self.show(pictures, times_s)], " ".join(captions))]
 
-    def scenes(self, num_slots, num_frames):
+    def scenes_lesson(self, num_slots, num_frames):
         overview = self.draw_overview(num_slots)
         return [Exchange(["Name the scene of each frame.\n", *overview.items], survey(overview.colours))]
 
-    def where(self, num_slots, num_frames):
+    def where_lesson(self, num_slots, num_frames):
         overview = self.draw_overview(num_slots)
         named = self.draw_named(overview)
         order_clauses, visits = order_visits(overview.colours, named)
         clauses = [survey(overview.colours), *order_clauses]
         for visit in visits:
-            clauses += overview.where(visit)
+            clauses += overview.locate(visit)
         scenes = " and ".join(f"the {scene} scene" for scene in named)
-        return [Exchange([f"Where is {scenes}?{overview.head()}", *overview.items], "; ".join(clauses))]
+        return [Exchange(overview.after(f"Where is {scenes}?"), "; ".join(clauses))]
 
-    def whole(self, num_slots, num_frames):
+    def whole_lesson(self, num_slots, num_frames):
         overview = self.draw_overview(num_slots)
         colours = overview.colours
         first, last, after = ask_scene(colours[:-1], self.rng.randrange(len(colours) - 2), COLOURS)
         draft = self.rng.choice([first, last, after, after])
-        lines, options = self.draw_lines(draft)
-        said = f"{survey(colours)}; {neighbours(colours, draft.right, draft.text)}{choose(options, draft.right)}"
-        return [Exchange([draft.text + lines + overview.head(), *overview.items], said)]
+        question, choice = self.pose(draft)
+        said = f"{survey(colours)}; {neighbours(colours, draft.right, draft.text)}{choice}"
+        return [Exchange(overview.after(question), said)]
 
-    def clip(self, num_slots, num_frames):
+    def clip_lesson(self, num_slots, num_frames):
         rng = self.rng
         scene = rng.choice(COLOURS)
         clip = self.draw_clip(scene, rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4]), num_frames)
         if not clip.flashes or rng.random() < 0.3:
             return [Exchange([f"What flashes in the {scene} scene?\n", *clip.items], clip.clause)]
-        draft = self.draw_question(scene, clip.flashes)
-        lines, options = self.draw_lines(draft)
-        return [Exchange([f"{draft.text}{lines}\n", *clip.items], clip.clause + choose(options, draft.right))]
+        question, choice = self.pose(self.draw_draft(scene, clip.flashes))
+        return [Exchange([question + "\n", *clip.items], clip.clause + choice)]
 
-    def visit(self, num_slots, num_frames):
+    def visit_lesson(self, num_slots, num_frames):
         rng = self.rng
         overview = self.draw_overview(num_slots)
         colours, named = overview.colours, self.draw_named(overview)
@@ -352,16 +353,15 @@ class Lessons:
         # a clip of each scene, and the question on them
         if len(named) == 1:
             clips = [draw_clip(named[0], rng.choice([1, 1, 1, 2, 3, 4]))]
-            draft = self.draw_question(named[0], clips[0].flashes)
+            draft = self.draw_draft(named[0], clips[0].flashes)
         else:
             clips = [draw_clip(visit.scene, 1) for visit in visits]
             draft = ask_order(rng, named, *(clip.flashes[0].colour for clip in clips))
-        lines, options = self.draw_lines(draft)
+        question, choice = self.pose(draft)
         # a turn says what the frames before it show, and where to look next
-        exchanges, user = [], [draft.text + lines + overview.head(), *overview.items]
-        clauses = [survey(colours), *order_clauses]
+        exchanges, user, clauses = [], overview.after(question), [survey(colours), *order_clauses]
         for visit, clip in zip(visits, clips):
-            there = overview.where(visit)
+            there = overview.locate(visit)
             exchanges.append(Exchange(user, "; ".join(clauses + there)))
             if rng.random() < 0.2:  # a clip that shows nothing comes first: look again
                 empty = draw_clip(visit.scene, 0)
@@ -370,8 +370,7 @@ class Lessons:
         # the last one answers
         if len(named) == 2:
             clauses.append(draft.right)
-        exchanges.append(Exchange(user, "; ".join(clauses) + choose(options, draft.right)))
-        return exchanges
+        return [*exchanges, Exchange(user, "; ".join(clauses) + choice)]
 
     # What lessons are made of.
     def show(self, pictures, times_s):
@@ -404,7 +403,7 @@ class Lessons:
         after = rng.choice([0, 1, 1, 2, 3]) if num_frames > 5 else 0  # frames of the next scene
         length = num_frames - after
         # a flash is seen in one frame or in two
-        figures, colour = [None] * num_frames, background
+        figures, colour = [None] * length, background
         starts = sorted(rng.sample(range(length), min(num_flashes, length)))
         for start in starts:
             figures[start] = draw_figure(rng, background, colour)
@@ -414,19 +413,20 @@ class Lessons:
         step_s = rng.uniform(0.5, 2.2)
         times_s = [round((start_s + (i + 0.5) * step_s) * 8) / 8 for i in range(num_frames)]
         next_scene = rng.choice(["grey", *(c for c in COLOURS if c != background)])
-        pictures = [Picture(background, figure) for figure in figures[:length]] + [Picture(next_scene)] * after
-        clause, flashes = transcript(background, figures)
+        pictures = [Picture(background, figure) for figure in figures] + [Picture(next_scene)] * after
+        clause, flashes = transcript(background, figures + [None] * after)
         return Clip(self.show(pictures, times_s), clause, flashes)
 
-    def draw_question(self, scene, flashes):
+    def draw_draft(self, scene, flashes):
         """A Draft on one clip. flashes: its figures."""
-        return self.rng.choice([ask_count(scene, len(flashes)), ask_colour(scene, flashes[0].colour),
-                                ask_shape(scene, flashes[0].shape)])
+        colour, shape = flashes[0]
+        return self.rng.choice([
+            ask_count(scene, len(flashes)), ask_colour(scene, colour), ask_shape(scene, shape)])
 
-    def draw_lines(self, draft):
-        """(the options' lines, the options in their order)."""
+    def pose(self, draft):
+        """(the question with its options, the thoughts that choose the right one)."""
         options = draw_options(self.rng, draft)
-        return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options)), options
+        return draft.text + option_lines(options), choose(options, draft.right)
 
     def random_text(self, policy, most):
         """Up to `most` random tokens as text, sometimes none; "" if lessons do not stand amid text. A model
@@ -436,6 +436,11 @@ class Lessons:
         ids = self.rng.choices(range(len(policy.tokenizer)), k=self.rng.randint(1, most))
         text = policy.tokenizer.decode(ids, skip_special_tokens=True)
         return "".join(c for c in text if c.isascii() and (c.isprintable() or c == "\n"))
+
+
+def option_lines(options):
+    """The options as the environment has them."""
+    return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options))
 
 
 # ------------------------------------------------------------------------------------------------ pretraining
@@ -449,14 +454,11 @@ def tiny_base(out, steps, seed):
     torch.manual_seed(seed)
     lessons = Lessons(make_frame_bank(), seed)
     policy = make_tiny_model(make_tokenizer(tokenizer_texts(lessons)))
-    if rank == 0:
-        num_parameters = sum(p.numel() for p in policy.parameters())
-        print(f"tiny base: {num_parameters:,} parameters, {len(policy.tokenizer)} tokens")
-    pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed, out)
+    pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed)
     lessons.in_tags = True
-    pretrain(policy, lessons, [LAST_STAGE], steps // 10, 1e-3, seed + 1, out)
+    pretrain(policy, lessons, [LAST_STAGE], steps // 10, 1e-3, seed + 1)
     lessons.amid_text = True
-    pretrain(policy, lessons, [LAST_STAGE], steps // 5, 1e-3, seed + 2, out)
+    pretrain(policy, lessons, [LAST_STAGE], steps // 5, 1e-3, seed + 2)
     if rank == 0:
         policy.to(torch.bfloat16)
         save_policy(policy, out)
@@ -476,8 +478,8 @@ def tokenizer_texts(lessons):
     return texts + protocol * 300
 
 
-def pretrain(policy, lessons, curriculum, steps, lr, seed, out):
-    """Trains all weights of a policy on lessons, in place; saves to the folder `out` every 100 steps.
+def pretrain(policy, lessons, curriculum, steps, lr, seed):
+    """Trains all weights of a policy on lessons, in place.
 
     AdamW; the learning rate rises for 50 steps, is `lr` until half of the steps, and then falls to almost 0.
     curriculum: a list of Stage, the last of which goes on to the end."""
@@ -515,8 +517,6 @@ def pretrain(policy, lessons, curriculum, steps, lr, seed, out):
                            f"probability of the whole answer: {shown}")
             if min(right.values()) >= stage.enough or step + 1 - began >= stage.most_steps:
                 number, began = number + 1, step + 1
-        if rank == 0 and (step + 1) % 100 == 0:
-            save_policy(policy, out)
 
 
 def lesson_log_probs(policy, dialogues):

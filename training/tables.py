@@ -22,8 +22,9 @@ from training.environment import ANY_FPS, chosen_by_file
 
 # {title: what a cell says, with fields of a row}
 COLUMNS = {
-    "policy": "{policy}", "mode": "{mode}", "kind": "{kind:s}", "duration": "{duration}", "n": "{num_questions}",
-    "skipped": "{skipped:d}", "for a judge": "{waits_for_judge:d}", "right": "{accuracy:.1%}",
+    "policy": "{policy}", "mode": "{mode}", "kind": "{kind:s}", "duration": "{duration}",
+    "n": "{num_questions}", "skipped": "{skipped:d}", "for a judge": "{waits_for_judge:d}",
+    "right": "{accuracy:.1%}",
     "95% interval": "{accuracy_low:.1%} - {accuracy_high:.1%}", "skips wrong": "{accuracy_skipped_wrong:.1%}",
     "frames": "{frames_per_question:.1f}", "zooms": "{zooms_per_question:.2f}", "hit": "{hit_rate:.1%}",
     "invalid": "{invalid_call_rate:.1%}", "no tool": "{calls_without_tool:d}",
@@ -147,39 +148,44 @@ def table_rows(name, mode, episodes, questions, num_bad=0):
 
 def figures(episodes, skipped, num_bad, seconds):
     """The numbers in a row. skipped: the questions without an episode. seconds: a question's."""
-    graded = [e["right"] >= 0.5 for e in episodes if e["right"] is not None]
+    graded = [grade >= 0.5 for grade in known(e["right"] for e in episodes)]
     low, high = interval(sum(graded), len(graded)) if graded else (None, None)
     skipped_wrong = num_bad + sum(not waits_for_judge(question) for question in skipped)
-    zooms, invalid = total(episodes, "zooms"), total(episodes, "invalid")
+    zooms, invalid = known_sum(episodes, "zooms"), known_sum(episodes, "invalid")
     return {
         "num_questions": len(episodes), "skipped": len(skipped) + num_bad,
         "accuracy": ratio(sum(graded), len(graded)), "accuracy_low": low, "accuracy_high": high,
         "invalid_call_rate": None if invalid is None else invalid / max(1, invalid + zooms),
-        "hit_rate": ratio(total(episodes, "hits"), total(episodes, "hits_known")),
-        "untagged": total(episodes, "untagged"), "calls_without_tool": total(episodes, "calls_without_tool"),
+        "hit_rate": ratio(known_sum(episodes, "hits"), known_sum(episodes, "hits_known")),
+        "untagged": known_sum(episodes, "untagged"),
+        "calls_without_tool": known_sum(episodes, "calls_without_tool"),
         "seconds_per_question": seconds if episodes else None,
-        "frames_per_question": ratio(total(episodes, "frames"), len(episodes)),
+        "frames_per_question": ratio(known_sum(episodes, "frames"), len(episodes)),
         "zooms_per_question": ratio(zooms, len(episodes)),
-        "tokens_per_question": ratio(total(episodes, "tokens"), len(episodes)),
+        "tokens_per_question": ratio(known_sum(episodes, "tokens"), len(episodes)),
         "waits_for_judge": len(episodes) - len(graded),
         "accuracy_skipped_wrong": ratio(sum(graded), len(graded) + skipped_wrong)}
 
 
-def total(episodes, key):
+def known(values):
+    return [value for value in values if value is not None]
+
+
+def known_sum(episodes, key):
     """The sum over the episodes that have a number there; None where none has."""
-    known = [e[key] for e in episodes if e[key] is not None]
-    return sum(known) if known else None
+    values = known(e[key] for e in episodes)
+    return sum(values) if values else None
+
+
+def mean(values):
+    """Of those that are not None."""
+    values = known(values)
+    return ratio(sum(values), len(values))
 
 
 def ratio(part, whole):
     """None where nothing is divided by."""
     return part / whole if whole else None
-
-
-def mean(values):
-    """Of those that are not None."""
-    known = [value for value in values if value is not None]
-    return ratio(sum(known), len(known))
 
 
 # -------------------------------------------------------------------------------------------------- settings
@@ -234,11 +240,11 @@ def skipped_lines(skipped):
         by_reason[row["reason"]].append(row["row"])
     lines = []
     for reason, names in by_reason.items():
-        lines.append(f"skipped {', '.join(first(names, '{} more'))}: {reason}")
-    return first(lines, "and {} more reasons, see skipped.jsonl")
+        lines.append(f"skipped {', '.join(shortened(names, '{} more'))}: {reason}")
+    return shortened(lines, "and {} more reasons, see skipped.jsonl")
 
 
-def first(items, more):
+def shortened(items, more):
     """The first MOST_SHOWN items; then, where some are left, the text `more` with their number."""
     left = len(items) - MOST_SHOWN
     return [*items[:MOST_SHOWN], more.format(left)] if left > 0 else items
@@ -259,8 +265,12 @@ def text_table(columns, rows):
     """Dicts as an aligned table, the first three columns to the left. columns: as COLUMNS."""
     lines = [list(columns)] + [[cell_text(words, row) for words in columns.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    align = lambda i, text: text.ljust(widths[i]) if i < 3 else text.rjust(widths[i])
-    return "\n".join("  ".join(align(i, text) for i, text in enumerate(line)) for line in lines)
+    texts = []
+    for line in lines:
+        left = [text.ljust(width) for text, width in zip(line[:3], widths[:3])]
+        right = [text.rjust(width) for text, width in zip(line[3:], widths[3:])]
+        texts.append("  ".join(left + right))
+    return "\n".join(texts)
 
 
 def cell_text(words, row):
