@@ -38,7 +38,6 @@ def add_commands(commands, show):
     flag("--out", default=TINY_BASE, help="checkpoint folder to write")
     flag("--steps", type=at_least_one, default=BASE_STEPS, help="in the curriculum; 3/10 as many follow")
     flag("--seed", type=int, default=0, help="seed of weights and lessons")
-    flag("--init", help="checkpoint folder to begin the last part from")
     official.add_command(commands, show)
     flag = add("convert", run_convert, "a public data set as a question file")
     flag("--dataset", required=True, choices=FORMATS, help="which one it is")
@@ -69,7 +68,7 @@ def run_synthetic(args):
 
 
 def run_tiny_base(args):
-    tiny_base(open_folder(args.out), args.steps, args.seed, args.init)
+    tiny_base(open_folder(args.out), args.steps, args.seed)
 
 
 def run_convert(args):

@@ -154,8 +154,8 @@ def summarise(written, plays, questions, bad, config):
     by_kind, by_duration, run = [], [], run_folder.note(out)
     for play in plays:
         played = [e for e in episodes if (e["policy"], e["mode"]) == play]
-        kinds, durations = tables.figures(*play, played, questions, len(bad))
-        kinds[0]["settings"] = tables.settings(config, run.get(environment_key(play)) or {})
+        kinds, durations = tables.table_rows(*play, played, questions, len(bad))
+        kinds[0]["settings"] = tables.run_settings(config, run.get(environment_key(play)) or {})
         asked = [questions[e["number"]] for e in played]
         synthetic_ones = all("uniform_accuracy" in (q.get("meta") or {}) for q in asked)
         if asked and play.mode != "zoom off" and synthetic_ones:
@@ -262,7 +262,7 @@ def play_share(name, env_config, modes, questions, done, written, config, rank, 
         if play.mode == "zoom off":
             env_config = replace(env_config, max_zooms=0)
         if rank == 0:
-            run_folder.note(config.out, **{environment_key(play): tables.environment(env_config)})
+            run_folder.note(config.out, **{environment_key(play): tables.environment_settings(env_config)})
         evaluate(engine, play, share, Path(config.data).parent, env_config, written.write, show=rank == 0)
 
 

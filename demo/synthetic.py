@@ -28,14 +28,14 @@ are plays whose first zoom goes to a wrong scene (reflection trajectories), and 
 show how to answer when none is left.
 """
 
-import itertools
 import json
 import math
 import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,12 +44,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError, read_text, write_jsonl
-from video import Frame
-from zoom_env import LAST_TURN, EnvConfig, ZoomEnv
+from zoom_env import EnvConfig, ZoomEnv
 
 NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
 MADE = "data.json"  # file of a data folder that remembers its seed and numbers
-KINDS = ("detail", "detail", "count", "order", "holistic")  # of the questions about each video
+QUESTIONS_PER_VIDEO = 5  # two details, a count, an order, a holistic one
 UNIFORM_FRAMES = (8, 16, 32, 64, 128, 256)  # for which meta has a uniform_accuracy
 HASTE = 0.75  # how often the teacher zooms at 0.5 frames a second instead of 1
 
@@ -75,16 +74,27 @@ TINY_ENV = EnvConfig(overview_fps=1.0, overview_max_frames=NUM_SLOTS, min_pixels
 
 
 # ----------------------------------------------------------------------------------------------------- videos
+class Figure(NamedTuple):
+    colour: str
+    shape: str
+
+
+class Picture(NamedTuple):
+    """What a frame shows."""
+
+    background: str  # a colour
+    figure: Figure | None = None
+    offset: tuple = (0, 0)  # of the figure from the frame's middle, pixels right and down
+
+
 class Flash(NamedTuple):
     start_s: float
     end_s: float
-    figure: tuple  # (colour, shape), by name
-    offset: tuple  # of the figure from the frame's middle, pixels right and down
+    picture: Picture
 
 
-@dataclass
-class Scene:
-    colour: str  # of the background, by name; "grey" at the end
+class Scene(NamedTuple):
+    colour: str  # of the background; "grey" at the end
     start_s: float
     flashes: list  # of Flash, in order of time
 
@@ -102,98 +112,109 @@ def make_scenes(rng):
     num_flashes = [*rng.sample(NUM_FLASHES, len(COLOURS)), 0]
     scenes = []
     for i in range(NUM_SLOTS):
-        first_s, last_s = (i + 0.5) * slot_s + MARGIN_S, starts[i + 1] - MARGIN_S
+        first_s = (i + 0.5) * slot_s + MARGIN_S
+        last_s = starts[i + 1] - MARGIN_S
         flashes = make_flashes(rng, colours[i], num_flashes[i], first_s, last_s)
         scenes.append(Scene(colours[i], 0.0 if i == 0 else starts[i], flashes))
     return duration_s, scenes
 
 
 def make_flashes(rng, background, n, first_s, last_s):
-    """n random flashes between two times, none in the colour of the background or of the flash before it."""
-    if n == 0:
-        return []
+    """n random flashes between two times, in order of time, two in a row never of one colour."""
     # n sorted points in the time that is left over part the flashes at random
     left_over_s = last_s - first_s - n * FLASH_S - (n - 1) * PAUSE_S
-    gaps = sorted(rng.uniform(0, left_over_s) for _ in range(n))
+    points = sorted(rng.uniform(0, left_over_s) for _ in range(n))
     flashes, colour = [], background
-    for k, gap in enumerate(gaps):
-        start_s = first_s + gap + k * (FLASH_S + PAUSE_S)
-        colour = rng.choice([c for c in COLOURS if c not in (background, colour)])
-        figure, offset = (colour, rng.choice(SHAPES)), (rng.randint(-2, 2), rng.randint(-2, 2))
-        flashes.append(Flash(start_s, start_s + FLASH_S, figure, offset))
+    for k, point in enumerate(points):
+        start_s = first_s + point + k * (FLASH_S + PAUSE_S)
+        figure = draw_figure(rng, background, colour)
+        offset = (rng.randint(-2, 2), rng.randint(-2, 2))
+        flashes.append(Flash(start_s, start_s + FLASH_S, Picture(background, figure, offset)))
+        colour = figure.colour
     return flashes
 
 
-def draw(background, figure=None, offset=(0, 0)):
-    """One frame, (28, 28, 3) uint8 RGB. background: a colour's name; figure and offset: as in Flash."""
+def draw_figure(rng, *other_colours):
+    """A random figure in none of these colours."""
+    colours = [colour for colour in COLOURS if colour not in other_colours]
+    return Figure(rng.choice(colours), rng.choice(SHAPES))
+
+
+@lru_cache(maxsize=100)  # most frames of a video are the same as the one before
+def paint(picture):
+    """A Picture as a frame, (28, 28, 3) uint8 RGB, which the caller must not change."""
     image = np.empty((SIDE, SIDE, 3), np.uint8)
-    image[:] = PALETTE.get(background, GREY)
-    if figure:
-        colour, shape = figure
+    image[:] = PALETTE.get(picture.background, GREY)
+    if picture.figure:
+        right, down = picture.offset
         y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
-        x, y = x - offset[0], y - offset[1]
+        x, y = x - right, y - down
+        nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
         inside = {
             "circle": x * x + y * y <= 64,
-            "square": (abs(x) <= 8) & (abs(y) <= 8),
+            "square": farther <= 8,
             "triangle": (y <= 8) & (abs(x) <= (y + 8) / 1.8),
-            "cross": ((abs(x) <= 2.5) | (abs(y) <= 2.5)) & (abs(x) <= 9) & (abs(y) <= 9),
-        }[shape]
-        image[(abs(x) <= 11) & (abs(y) <= 11)] = 0  # a black card, on which shapes are easy to tell apart
-        image[inside] = PALETTE[colour]
+            "cross": (nearer <= 2.5) & (farther <= 9),
+        }[picture.figure.shape]
+        image[farther <= 11] = 0  # a black card, on which shapes are easy to tell apart
+        image[inside] = PALETTE[picture.figure.colour]
     return image
 
 
 def on_screen(scenes, time_s):
-    """What a video shows at a time, as arguments of `draw`: (background, figure or None, offset)."""
+    """What a video shows at a time, a Picture."""
     scene = [s for s in scenes if s.start_s <= time_s][-1]
     for flash in scene.flashes:
         if flash.start_s <= time_s < flash.end_s:
-            return scene.colour, flash.figure, flash.offset
-    return scene.colour, None, (0, 0)
+            return flash.picture
+    return Picture(scene.colour)
 
 
 def render(duration_s, scenes):
-    """Yields a video's frames, (28, 28, 3) uint8, VIDEO_FPS a second."""
-    drawn = {}  # most frames are the same as the one before
-    for k in range(round(duration_s * VIDEO_FPS)):
-        shown = on_screen(scenes, k / VIDEO_FPS)
-        if shown not in drawn:
-            drawn[shown] = draw(*shown)
-        yield drawn[shown]
+    """A video's frames, (28, 28, 3) uint8, VIDEO_FPS a second."""
+    return [paint(on_screen(scenes, k / VIDEO_FPS)) for k in range(round(duration_s * VIDEO_FPS))]
 
 
 def write_video(path, frames, fps=VIDEO_FPS):
-    """Writes H.264 in MP4 from (H, W, 3) uint8 RGB frames, with a key frame every 16; renamed into place when
-    it is whole. frames: any iterable with at least one."""
-    frames = iter(frames)
-    first = next(frames)
-    height, width = first.shape[:2]
+    """Writes H.264 in MP4, with a key frame every 16; renamed into place when it is whole.
+
+    frames: any iterable of (H, W, 3) uint8 RGB frames, with at least one."""
+    frames = list(frames)
+    height, width = frames[0].shape[:2]
     # one thread, so that the bytes are always the same
     options = {"crf": "16", "preset": "ultrafast", "g": "16", "threads": "1"}
     temporary = Path(path).with_suffix(".tmp.mp4")
     with av.open(str(temporary), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for image in itertools.chain([first], frames):
+        stream = container.add_stream("libx264", fps, options=options, pix_fmt="yuv420p",
+                                      height=height, width=width)
+        for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())  # what the encoder still holds
     os.replace(temporary, path)
 
 
 # -------------------------------------------------------------------------------------------------- questions
-# Each gives (text, right option, wrong options); scene: the name of its background colour. In functions of
-# their own because the lessons of the tiny base ask in the same words.
+class Draft(NamedTuple):
+    """A question before its options are drawn. The lessons of the tiny base ask in the same words."""
+
+    text: str
+    right: str  # the right option
+    wrong: list  # at least three wrong ones
+
+
 def ask_colour(scene, colour):
-    return (f"What colour is the shape that flashes in the {scene} scene?", colour,
-            [c for c in COLOURS if c not in (colour, scene)])
+    """scene: the name of its background colour, as in all of these."""
+    text = f"What colour is the shape that flashes in the {scene} scene?"
+    return Draft(text, colour, [c for c in COLOURS if c not in (colour, scene)])
 
 
 def ask_shape(scene, shape):
-    return f"Which shape flashes in the {scene} scene?", shape, [s for s in SHAPES if s != shape]
+    return Draft(f"Which shape flashes in the {scene} scene?", shape, [s for s in SHAPES if s != shape])
 
 
 def ask_count(scene, n):
-    return f"How many shapes flash in the {scene} scene?", str(n), [str(k) for k in range(1, 5) if k != n]
+    text = f"How many shapes flash in the {scene} scene?"
+    return Draft(text, str(n), [str(k) for k in range(1, 5) if k != n])
 
 
 def ask_order(rng, named, first, second):
@@ -202,62 +223,73 @@ def ask_order(rng, named, first, second):
     text = (f"One shape flashes in the {named[0]} scene and one in the {named[1]} scene. "
             "Which colours, in order of time?")
     c, d = rng.sample([x for x in COLOURS if x not in (first, second)], 2)
-    swapped = f"{second} then {first}" if first != second else f"{c} then {first}"  # the same only in lessons
-    return text, f"{first} then {second}", [swapped, f"{first} then {c}", f"{d} then {second}"]
+    swapped = f"{second} then {first}"
+    if first == second:  # only in lessons
+        swapped = f"{c} then {first}"
+    return Draft(text, f"{first} then {second}", [swapped, f"{first} then {c}", f"{d} then {second}"])
 
 
-def ask_scene(scenes, k):
-    """The holistic questions, as (text, right option): the first scene, the last, the one after number k.
-    scenes: names of the coloured ones in order of time."""
-    return [("Which scene comes first?", scenes[0]), ("Which scene comes last?", scenes[-1]),
-            (f"Which scene comes right after the {scenes[k]} scene?", scenes[k + 1])]
+def ask_scene(scenes, k, options):
+    """The holistic questions: the first scene, the last, the one after number k.
+
+    scenes: names of the coloured ones in order of time. options: those from which wrong ones are taken."""
+    asked = {"Which scene comes first?": scenes[0], "Which scene comes last?": scenes[-1],
+             f"Which scene comes right after the {scenes[k]} scene?": scenes[k + 1]}
+    return [Draft(text, right, [option for option in options if option != right and option not in text])
+            for text, right in asked.items()]
+
+
+def draw_options(rng, draft):
+    """The right option and three wrong ones, in random order."""
+    return rng.sample([draft.right, *rng.sample(draft.wrong, 3)], 4)
 
 
 def make_questions(rng, video, duration_s, scenes):
-    """Question rows about one video, one of each of KINDS. video: its path relative to the question file."""
-    coloured = [s for s in scenes if s.colour != "grey"]
-    single = [s for s in coloured if len(s.flashes) == 1]
-    for_details, rows = rng.sample(single, 2), []
-    for number, kind in enumerate(KINDS):
-        # what is asked: the text, its options, and the scenes that it is about
-        if kind == "detail":
-            about = [for_details.pop(0)]
-            scene, (colour, shape) = about[0].colour, about[0].flashes[0].figure
-            is_first = len(for_details) == 1  # one is left
-            text, right, wrong = ask_colour(scene, colour) if is_first else ask_shape(scene, shape)
-        elif kind == "count":
-            n = rng.randint(1, 4)
-            about = [rng.choice([s for s in coloured if len(s.flashes) == n])]
-            text, right, wrong = ask_count(about[0].colour, n)
-        elif kind == "order":
-            about, colours = draw_pair(rng, single)
-            named = [s.colour for s in rng.sample(about, 2)]
-            text, right, wrong = ask_order(rng, named, *colours)
-        else:
-            about, names = [], [s.colour for s in coloured]
-            text, right = rng.choice(ask_scene(names, rng.randrange(len(names) - 1)))
-            wrong = [name for name in names if name != right and name not in text]
-        # the row
-        options = rng.sample([right, *rng.sample(wrong, 3)], 4)
+    """QUESTIONS_PER_VIDEO question rows about one video. video: its path relative to the question file."""
+    rows = []
+
+    def add(kind, about, draft):
+        """about: the scenes whose flashes the question is about."""
+        options = draw_options(rng, draft)
+        flashes = [flash for scene in about for flash in scene.flashes]
         question = {
-            "id": f"{Path(video).stem}-{number}", "video": video, "question": text, "options": options,
-            "answer": "ABCD"[options.index(right)], "answer_type": "multiple_choice", "source": "synthetic",
-            "evidence": [[round(f.start_s, 3), round(f.end_s, 3)] for s in about for f in s.flashes] or None,
-            "meta": {"kind": kind, "duration_s": duration_s},
-        }
-        question["meta"]["uniform_accuracy"] = {n: round(uniform_accuracy(question, n), 4)
-                                                for n in UNIFORM_FRAMES}
+            "id": f"{Path(video).stem}-{len(rows)}", "video": video, "question": draft.text,
+            "options": options, "answer": "ABCD"[options.index(draft.right)],
+            "answer_type": "multiple_choice", "source": "synthetic",
+            "evidence": [[round(flash.start_s, 3), round(flash.end_s, 3)] for flash in flashes] or None,
+            "meta": {"kind": kind, "duration_s": duration_s}}
+        question["meta"]["uniform_accuracy"] = {
+            n: round(uniform_accuracy(question, n), 4) for n in UNIFORM_FRAMES}
         rows.append(question)
+
+    coloured = [scene for scene in scenes if scene.colour != "grey"]
+    single = [scene for scene in coloured if len(scene.flashes) == 1]
+    first, second = rng.sample(single, 2)
+    add("detail", [first], ask_colour(first.colour, figure_of(first).colour))
+    add("detail", [second], ask_shape(second.colour, figure_of(second).shape))
+    n = rng.randint(1, 4)
+    scene = rng.choice([scene for scene in coloured if len(scene.flashes) == n])
+    add("count", [scene], ask_count(scene.colour, n))
+    first, second = draw_pair(rng, single)
+    named = rng.sample([first.colour, second.colour], 2)
+    add("order", [first, second], ask_order(rng, named, figure_of(first).colour, figure_of(second).colour))
+    names = [scene.colour for scene in coloured]
+    k = rng.randrange(len(names) - 1)
+    add("holistic", [], rng.choice(ask_scene(names, k, names)))
     return rows
 
 
+def figure_of(scene):
+    """The figure of a scene's first flash."""
+    return scene.flashes[0].picture.figure
+
+
 def draw_pair(rng, single):
-    """Two of the scenes with one flash, in order of time, and the colours of their flashes, which differ."""
+    """Two of the scenes with one flash, in order of time, whose flashes differ in colour."""
     while True:
-        pair = sorted(rng.sample(single, 2), key=lambda s: s.start_s)
-        first, second = (s.flashes[0].figure[0] for s in pair)
-        if first != second:
-            return pair, (first, second)
+        first, second = sorted(rng.sample(single, 2), key=lambda scene: scene.start_s)
+        if figure_of(first).colour != figure_of(second).colour:
+            return first, second
 
 
 def uniform_bound(row, questions):
@@ -285,8 +317,10 @@ def uniform_accuracy(question, num_frames):
             total += 1
         elif kind == "count":  # at least as many as were seen, and at least one
             total += 1 / (len(question["options"]) + 1 - max(1, sum(shown)))
-        else:  # each flash of an order question halves the options
-            total += 1 / 2 if any(shown) else 1 / len(question["options"])
+        elif any(shown):  # each flash of an order question halves the options
+            total += 1 / 2
+        else:
+            total += 1 / len(question["options"])
     return total / 64
 
 
@@ -294,6 +328,13 @@ def uniform_accuracy(question, num_frames):
 # Its wording, which the lessons of the tiny base share. So small a model finds things by induction, by what
 # stood after the same words before: so what is seen is written before its number ("blue3" for frame 3 of the
 # overview), and an option before its letter. In all of them, colours: the scenes' names in order of time.
+class Visit(NamedTuple):
+    """A scene to look at."""
+
+    scene: str  # its colour
+    ordinal: str  # "first" or "second" in order of time; "" for a wrong scene
+
+
 def survey(colours):
     """All of the overview."""
     return "scenes " + " ".join(f"{colour}{i}" for i, colour in enumerate(colours))
@@ -301,177 +342,177 @@ def survey(colours):
 
 def order_visits(colours, named):
     """Which scenes to look at, in order of time, for the one or two that a question names: (clauses that find
-    this order, [(scene, "first" or "second"), ...])."""
+    this order, [Visit, ...])."""
     if len(named) == 1:
-        return [], [(named[0], "first")]
+        return [], [Visit(named[0], "first")]
     first, second = sorted(named, key=colours.index)
     both = " and ".join(f"{colour}{colours.index(colour)}" for colour in named)
-    clauses = [both, f"second {second}{colours.index(second)}"]
-    return clauses, [(first, "first"), (second, "second")]
+    return [both, f"second {second}{colours.index(second)}"], [Visit(first, "first"), Visit(second, "second")]
 
 
 def neighbours(colours, right, question):
     """The part of the survey that answers which scene comes first, last or after another."""
     i = colours.index(right)
-    first, last = (i - 1, i) if "right after" in question else (i, i + 1) if "last" in question else (i, i)
-    return " ".join(f"{colours[k]}{k}" for k in range(first, last + 1))
+    numbers = [i]
+    if "right after" in question:
+        numbers = [i - 1, i]
+    elif "last" in question:
+        numbers = [i, i + 1]
+    return " ".join(f"{colours[k]}{k}" for k in numbers)
 
 
-def place(colours, scene, tags, ordinal=""):
-    """Where a scene's flashes are, in two clauses: as tags, in seconds. tags: of the overview's frames."""
-    i = colours.index(scene)
-    start, end = (tag.partition("_time")[2].rstrip("s>") for tag in tags[i:i + 2])
-    return [f"{ordinal} {scene}{i}: {tags[i]} to {tags[i + 1]}".strip(), f"from [{start}, {end}]"]
+def frame_tag(i, time_s):
+    """What stands before a frame, as the environment writes it."""
+    return f"<frame{i}_time{time_s:.2f}s>"
+
+
+def place(colours, visit, times_s):
+    """Where a scene's flashes are: between two frames of the overview. times_s: theirs."""
+    i = colours.index(visit.scene)
+    tags = f"{frame_tag(i, times_s[i])} to {frame_tag(i + 1, times_s[i + 1])}"
+    return f"{visit.ordinal} {visit.scene}{i}: {tags}".strip()
 
 
 def transcript(scene, figures):
     """What each frame of a clip shows: (clause, the figures of the flashes, each flash once).
 
-    figures: for each frame (colour, shape), or None. A flash is counted where it begins, as in
+    figures: for each frame a Figure, or None. A flash is counted where it begins, as in
     "red circle4=1", the first flash in frame 4; the next frame that shows it says "same5"."""
-    said, flashes = [], []
+    said, flashes, before = [], [], None
     for i, figure in enumerate(figures):
-        if figure and i and figure == figures[i - 1]:
-            said.append(f"same{i}")
-        elif figure:
-            flashes.append(figure)
-            said.append(f"{' '.join(figure)}{i}={len(flashes)}")
-        else:
+        if figure is None:
             said.append(f"-{i}")
+        elif figure == before:
+            said.append(f"same{i}")
+        else:
+            flashes.append(figure)
+            said.append(f"{figure.colour} {figure.shape}{i}={len(flashes)}")
+        before = figure
     return f"{scene}: " + " ".join(said), flashes
 
 
 def choose(options, right):
     """The options as the question lists them, each with its letter once more at the end, and the right one: a
     letter is found by the text before it."""
-    said = [f"{letter}. {text} {letter}" for text, letter in zip(options, "ABCD")]
-    return "\n" + "\n".join(said) + "\nso " + said[options.index(right)][3:]
+    lines = [f"{letter}. {option} {letter}" for option, letter in zip(options, "ABCD")]
+    return "\n" + "\n".join([*lines, chosen(options, right)])
 
 
-class Teacher:
-    """Plays a synthetic question through the environment; the module's docstring says how. It knows the video
-    (`scenes`), so it finds the scene and reads every frame right. With probability HASTE it zooms at 0.5
-    frames a second, which can miss a flash, else at 1, which cannot.
+def chosen(options, right):
+    return f"so {right} {'ABCD'[options.index(right)]}"
 
-    wrong_zooms: zooms into wrong scenes before the right one (a reflection trajectory has 1)."""
 
-    def __init__(self, question, scenes, rng, wrong_zooms=0):
-        self.question, self.scenes, self.rng, self.wrong_zooms = question, scenes, rng, wrong_zooms
-        self.colours = [scene.colour for scene in scenes]
-        self.order_clauses = []
-        self.to_visit = []  # (Scene, ordinal) that are not yet seen
-        if question["evidence"]:
-            named = [w for w in question["question"].replace("?", "").split() if w in COLOURS]
-            self.order_clauses, visits = order_visits(self.colours, named)
-            self.to_visit = [(scenes[self.colours.index(colour)], ordinal) for colour, ordinal in visits]
-        self.found = []  # for each scene visited, its flashes' figures
-        self.thoughts = []  # clauses of this turn
+# ------------------------------------------------------------------------------------------------ the teacher
+def teach(question, scenes, rng, root, wrong_first=False, **settings):
+    """Plays a synthetic question through the environment; the module's docstring says how. The teacher knows
+    the video (`scenes`), so it finds the scene and reads every frame right.
 
-    def turn(self, messages):
-        """The next assistant text for what the environment showed, a list of Message."""
-        frames = [item for item in messages[-1].content if isinstance(item, Frame)]
-        if messages[0].role == "system":  # the overview
-            self.tags = [f"<frame{i}_time{f.time_s:.2f}s>" for i, f in enumerate(frames)]
-            self.times = [f"{f.time_s:.2f}" for f in frames]
-            self.thoughts = [survey(self.colours)]
-            if messages[-1].content[-1].endswith(LAST_TURN):
-                return self.answer()
-            self.thoughts += self.order_clauses
+    wrong_first: whether its first zoom goes to a wrong scene. settings: of the environment, in place of
+    TINY_ENV's; they stand in the row so that a replay has them, too.
+    Returns a trajectory row, or None if the environment does not grade it right and well formed."""
+    env = ZoomEnv(question, replace(TINY_ENV, **settings), root)
+    env.reset()
+    colours = [scene.colour for scene in scenes]
+    times_s = [frame.time_s for frame in env.watched[0]]  # of the overview's frames
+    turns, thoughts = [], [survey(colours)]  # thoughts: clauses of the next turn
+    to_visit, found = [], []  # found: for each scene that was visited, its flashes' figures
+    if question["evidence"] and env.config.max_zooms > 0:
+        named = [word for word in question["question"].replace("?", "").split() if word in COLOURS]
+        order_clauses, to_visit = order_visits(colours, named)
+        thoughts += order_clauses
+    while to_visit:
+        # look at the next scene, or at a wrong one
+        visit = to_visit[0]
+        fps = "0.50" if rng.random() < HASTE else "1.00"  # 0.5 frames a second can miss a flash, 1 cannot
+        if wrong_first and not turns:
+            right = ["grey", *(visit.scene for visit in to_visit)]
+            visit = Visit(rng.choice([colour for colour in colours if colour not in right]), "")
+        thoughts.append(place(colours, visit, times_s))
+        i = colours.index(visit.scene)
+        call = f'{{"segment": [{times_s[i]:.2f}, {times_s[i + 1]:.2f}], "fps": {fps}}}'
+        turns.append(f"<think>{'; '.join(thoughts)}</think><video_zoom>{call}</video_zoom>")
+        env.step(turns[-1])
+        if env.done:  # no zoom was left
+            return None
+        # write down what the clip shows; where a right scene shows nothing, look again or let it be
+        figures = [on_screen(scenes, frame.time_s).figure for frame in env.watched[-1]]
+        clause, flashes = transcript(visit.scene, figures)
+        thoughts = [clause]
+        if visit in to_visit and (flashes or rng.random() < 0.5):
+            found.append(flashes)
+            to_visit.pop(0)
         else:
-            self.read(frames)
-        return self.zoom() if self.to_visit else self.answer()
+            thoughts.append("not found")
+    # answer what was found, or guess
+    kind, options = question["meta"]["kind"], question["options"]
+    text = None
+    if kind == "holistic":
+        text = options["ABCD".index(question["answer"])]
+        thoughts.append(neighbours(colours, text, question["question"]))
+    elif found and all(found):
+        text = conclude(kind, options, found)
+        if kind == "order":
+            thoughts.append(text)
+    if text not in options:  # it saw nothing, or missed a flash
+        text = rng.choice(options)
+    said = "; ".join(thoughts) + choose(options, text)
+    # " B" with a space, so that it is the same token as in the thoughts
+    turns.append(f"<think>{said}</think><answer> {said[-1]}</answer>")
+    env.step(turns[-1])
+    if env.rewards["accuracy"] < 1 or env.rewards["format"] < 1:
+        return None
+    return {"question": question, "kind": "reflection" if wrong_first else "exemplar", "turns": turns,
+            "learn": [True] * len(turns), "provenance": {"teacher": "scripted", **settings}}
 
-    def zoom(self):
-        """A call of the tool for the next scene, or for a wrong one."""
-        (target, ordinal), fps = self.to_visit[0], "0.50" if self.rng.random() < HASTE else "1.00"
-        if self.wrong_zooms:
-            right = {scene.colour for scene, _ in self.to_visit} | {"grey"}
-            target, ordinal = self.rng.choice([s for s in self.scenes if s.colour not in right]), ""
-        self.looked_at = target
-        slot = self.scenes.index(target)
-        thoughts = "; ".join(self.thoughts + place(self.colours, target.colour, self.tags, ordinal)[:1])
-        return (f"<think>{thoughts}</think><video_zoom>"
-                f'{{"segment": [{self.times[slot]}, {self.times[slot + 1]}], "fps": {fps}}}</video_zoom>')
 
-    def read(self, frames):
-        """Writes down what a clip shows. Where a right scene shows nothing, it looks again or lets it be."""
-        clause, flashes = transcript(self.looked_at.colour,
-                                     [on_screen(self.scenes, frame.time_s)[1] for frame in frames])
-        self.thoughts = [clause]
-        if not self.wrong_zooms and (flashes or self.rng.random() < 0.5):
-            self.found.append(flashes)
-            self.to_visit.pop(0)
-        else:
-            self.wrong_zooms = max(0, self.wrong_zooms - 1)
-            self.thoughts.append("not found")
-
-    def answer(self):
-        """The answer that what was found supports, a guess where nothing was."""
-        kind, options = self.question["meta"]["kind"], self.question["options"]
-        text = None
-        if kind == "holistic":
-            text = options["ABCD".index(self.question["answer"])]
-            self.thoughts.append(neighbours(self.colours, text, self.question["question"]))
-        elif self.found and all(self.found):
-            colour, shape = self.found[0][0]
-            text = {"detail": shape if shape in options else colour, "count": str(len(self.found[0])),
-                    "order": " then ".join(flashes[0][0] for flashes in self.found)}[kind]
-            if kind == "order":
-                self.thoughts.append(text)
-        if text not in options:  # it saw nothing, or missed a flash
-            text = self.rng.choice(options)
-        thoughts = "; ".join(self.thoughts) + choose(options, text)
-        # " B" with a space, so that it is the same token as in the thoughts
-        return f"<think>{thoughts}</think><answer> {thoughts[-1]}</answer>"
+def conclude(kind, options, found):
+    """The answer that the flashes found in each scene, lists of Figure, support."""
+    if kind == "count":
+        return str(len(found[0]))
+    if kind == "order":
+        return " then ".join(flashes[0].colour for flashes in found)
+    colour, shape = found[0][0]
+    return shape if shape in options else colour
 
 
 # ------------------------------------------------------------------------------------------------- data files
-def teach(question, scenes, rng, config, root, wrong_zooms=0, max_zooms=None):
-    """One trajectory row, or None if the environment does not grade it right and well formed. max_zooms takes
-    the place of the one in `config`, and stands in the row so that a replay has it, too."""
-    changed = {} if max_zooms is None else {"max_zooms": max_zooms}
-    env = ZoomEnv(question, replace(config, **changed), root)
-    teacher, turns = Teacher(question, scenes, rng, wrong_zooms), []
-    messages = env.reset()
-    while not env.done:
-        turns.append(teacher.turn(messages))
-        messages = env.step(turns[-1])
-    if not (env.rewards["accuracy"] == 1 and env.rewards["format"] == 1):
-        return None
-    return {"question": question, "kind": "reflection" if wrong_zooms else "exemplar", "turns": turns,
-            "learn": [True] * len(turns), "provenance": {"teacher": "scripted", **changed}}
+def teach_all(questions, scenes, rng, root, seed):
+    """The trajectory rows of a video's questions: each plain, about half of them in another way, too."""
+    trajectories = []
+    for question in questions:
+        plays = [{}]
+        if question["evidence"] and rng.random() < 0.5:
+            plays.append({"wrong_first": True})
+        if rng.random() < 0.5:
+            plays.append({"max_zooms": 0})
+        for play in plays:
+            row = teach(question, scenes, rng, root, **play)
+            if row is not None:
+                row["provenance"]["seed"] = seed
+                trajectories.append(row)
+    return trajectories
 
 
-def synthetic(out, num_train, num_test, seed, config=TINY_ENV):
+def synthetic(out, num_train, num_test, seed):
     """Writes the files that the module's docstring names into the folder `out`, and prints what it wrote. The
     numbers are of questions; the last video of a split may have fewer than others."""
-    out = Path(out)
+    out, began = Path(out), time.time()
     (out / "videos").mkdir(parents=True, exist_ok=True)
     for name in ("sft.jsonl", MADE):  # of other data
         (out / name).unlink(missing_ok=True)
-    began, trajectories = time.time(), []
+    trajectories = []
     for split, total in (("train", num_train), ("test", num_test)):
         rows = []
-        num_videos = math.ceil(total / len(KINDS))
+        num_videos = math.ceil(total / QUESTIONS_PER_VIDEO)
         for v in tqdm(range(num_videos), desc=f"{split} videos", unit="video", dynamic_ncols=True):
-            # a video and its questions
             rng = random.Random(f"{seed} {split} {v}")
             duration_s, scenes = make_scenes(rng)
             name = f"videos/{split}_{v:04d}.mp4"
             write_video(out / name, render(duration_s, scenes))
             questions = make_questions(rng, name, duration_s, scenes)[: total - len(rows)]
             rows += questions
-            # the teacher's trajectories: each question plain, about half of them in another way, too
-            for question in questions if split == "train" else []:
-                plays = [{}]
-                if question["evidence"] and rng.random() < 0.5:
-                    plays.append({"wrong_zooms": 1})
-                if rng.random() < 0.5:
-                    plays.append({"max_zooms": 0})
-                for play in plays:
-                    if row := teach(question, scenes, rng, config, out, **play):
-                        row["provenance"]["seed"] = seed
-                        trajectories.append(row)
+            if split == "train":
+                trajectories += teach_all(questions, scenes, rng, out, seed)
         write_jsonl(out / f"{split}.jsonl", rows)
     random.Random(seed).shuffle(trajectories)
     # which data this is; then the file whose being there says that the data is whole

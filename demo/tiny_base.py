@@ -25,11 +25,15 @@ first (CURRICULUM), then with thoughts and answers in their tags, then amid rand
 needs help to find anything by what stands beside it: see `prepare_for_look_ups`.
 """
 
+import math
 import os
 import random
+import tempfile
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,38 +48,56 @@ from demo.synthetic import (
     TINY_ENV,
     TINY_PROMPT,
     VIDEO_FPS,
+    Draft,
+    Figure,
+    Picture,
     ask_colour,
     ask_count,
     ask_order,
     ask_scene,
     ask_shape,
     choose,
-    draw,
+    chosen,
+    draw_figure,
+    draw_options,
+    frame_tag,
     neighbours,
     order_visits,
+    paint,
     place,
     survey,
     transcript,
     write_video,
 )
 from model import Policy, encode, frame_features, token_log_probs
-from training.checkpoints import load_policy, save_policy
+from training.checkpoints import save_policy
 from training.weights import MasterWeights
-from video import Frame, Video
+from video import Frame, read_frames
 from zoom_env import LAST_TURN, MAY_ZOOM, Message
 
 TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))  # the shipped checkpoint
 BASE_STEPS = 3000  # optimizer steps of the curriculum
 BASE_PROMPT = "You are a helpful assistant."
 
+
+class Stage(NamedTuple):
+    """A part of the curriculum. It ends once each of its skills is answered right, to the last token, with
+    probability `enough`, or after `most_steps`."""
+
+    skills: dict  # {(skill, level): share of the lessons}
+    batch_tokens: int  # of a step's lessons, over all processes
+    enough: float = math.inf
+    most_steps: float = math.inf
+
+
 # Short and single skills first: a look-up by content in a long dialogue is not found from scratch.
-# A stage: ({(skill, level): share of the dialogues}, enough, most_steps). The next one begins when each skill
-# of this one is answered right, to the last token, with probability `enough`, or after `most_steps`.
+LAST_STAGE = Stage({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6,
+                    ("whole", 2): 3}, 6144)
 CURRICULUM = [
-    ({("repeat", 0): 1, ("caption", 0): 2}, 0.4, 300),
-    ({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2}, 0.6, 250),
-    ({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6, ("whole", 2): 3},
-     None, None),  # to the end
+    Stage({("repeat", 0): 1, ("caption", 0): 2}, 3072, 0.4, 300),
+    Stage({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2},
+          3072, 0.6, 250),
+    LAST_STAGE,
 ]
 
 # Qwen2.5's rule to split text before BPE, its special tokens, and its chat template for text and images.
@@ -166,26 +188,42 @@ def prepare_for_look_ups(language_model, strength=6.0):
 
 
 # ---------------------------------------------------------------------------------------------------- lessons
-def make_frame_bank(folder):
-    """{(background, figure or None): frames}, (3, 28, 28) uint8 each: what every scene looks like after
-    H.264, 24 frames without a figure and 3 of each figure. folder: for a video that is deleted again."""
-    # all frames in one video
-    rng, keys = random.Random(0), []
+def make_frame_bank():
+    """{Picture: frames}, (3, 28, 28) uint8 each: what every scene looks like after H.264, 24 frames without a
+    figure and 3 of each figure, which lie at various offsets and are kept under none."""
+    rng, pictures = random.Random(0), []
     for background in ["grey", *COLOURS]:
         figures = [None] * 8
-        if background != "grey":
-            figures += [(colour, shape) for colour in COLOURS for shape in SHAPES if colour != background]
-        keys += [(background, figure) for figure in figures for _ in range(3)]
-    path = Path(folder) / "bank.mp4"
-    write_video(path, [draw(*key, (rng.randint(-2, 2), rng.randint(-2, 2))) for key in keys])
-    # decoded
-    video, bank = Video(path), {}
-    shown = video.frames_at([k / VIDEO_FPS for k in range(len(keys))])
-    for key, (_, image) in zip(keys, shown, strict=True):
-        bank.setdefault(key, []).append(torch.from_numpy(image).permute(2, 0, 1).contiguous())
-    video.close()
-    path.unlink()
+        for colour, shape in product(COLOURS, SHAPES):
+            if background not in ("grey", colour):
+                figures.append(Figure(colour, shape))
+        for figure in figures:
+            for _ in range(3):
+                pictures.append(Picture(background, figure, (rng.randint(-2, 2), rng.randint(-2, 2))))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "bank.mp4")
+        write_video(path, map(paint, pictures))
+        times_s = tuple(k / VIDEO_FPS for k in range(len(pictures)))
+        frames = read_frames(path, times_s, TINY_ENV.min_pixels, TINY_ENV.max_pixels, SIDE)
+    bank = defaultdict(list)
+    for picture, frame in zip(pictures, frames, strict=True):
+        bank[Picture(picture.background, picture.figure)].append(frame.image)
     return bank
+
+
+class Exchange(NamedTuple):
+    """What is shown and what is said then."""
+
+    user: list  # str and Frame items, as in a Message
+    said: str  # by the assistant
+
+
+class Clip(NamedTuple):
+    """Frames of one scene."""
+
+    items: list  # tags and Frames, as in a Message
+    clause: str  # what they show, and the flashes' figures: see `transcript`
+    flashes: list
 
 
 @dataclass
@@ -193,14 +231,20 @@ class Overview:
     """A random video as one frame a slot."""
 
     colours: list  # of the scenes, by name, in order of time; the last is grey
-    times: list  # of the frames, in seconds
-    tags: list  # of the frames
+    times_s: list  # of the frames
     items: list  # tags and Frames, as in a Message
 
-    def head(self):
-        """The line before the frames, as the environment has it."""
-        duration_s = self.times[-1] + self.times[0]
-        return f"\nThe video lasts {duration_s:.2f} seconds. {len(self.times)} frames of it:\n"
+    def after(self, question):
+        """A user's items: the question, and the frames, as the environment has them."""
+        duration_s = self.times_s[-1] + self.times_s[0]
+        head = f"\nThe video lasts {duration_s:.2f} seconds. {len(self.times_s)} frames of it:\n"
+        return [question + head, *self.items]
+
+    def locate(self, visit):
+        """Where a scene's flashes are, in two clauses: as tags, in seconds."""
+        i = self.colours.index(visit.scene)
+        return [place(self.colours, visit, self.times_s),
+                f"from [{self.times_s[i]:.2f}, {self.times_s[i + 1]:.2f}]"]
 
 
 class Lessons:
@@ -228,36 +272,20 @@ class Lessons:
         return encode(policy, messages)
 
     def lesson(self, kind, level):
-        """One lesson, [(user's items, assistant's text), ...]. kind: the skill; level: 0 short, 1 any length,
-        2 as long as in the demo."""
+        """One lesson, a list of Exchange. kind: the skill; level: 0 short, 1 any length, 2 as long as
+        in the demo."""
         rng = self.rng
         num_slots = (4, rng.randint(4, NUM_SLOTS), NUM_SLOTS)[level]
         num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 13, 14, 15]))[level]  # of a clip
-        if kind == "repeat":
-            return self.repeat()
-        if kind == "letter":
-            return self.letter()
-        if kind == "caption":
-            return self.caption(num_frames)
-        if kind == "clip":
-            return self.clip(num_frames)
-        overview = self.draw_overview(num_slots)
-        if kind == "scenes":
-            return [(["Name the scene of each frame.\n", *overview.items], survey(overview.colours))]
-        if kind == "whole":
-            return self.whole(overview)
-        named = rng.sample(overview.colours[:-1], rng.randint(1, 2))
-        if kind == "where":
-            return self.where(overview, named)
-        return self.visit(overview, named, num_frames)
+        return getattr(self, f"{kind}_lesson")(num_slots, num_frames)
 
     # The skills, in the order of the module's docstring.
-    def repeat(self):
+    def repeat_lesson(self, num_slots, num_frames):
         words = self.rng.choices(COLOURS + SHAPES + list("ABCD1234"), k=self.rng.randint(8, 24))
         text = " ".join(words)
-        return [([f"Repeat: {text}."], f"It is {text}.")]
+        return [Exchange([f"Repeat: {text}."], f"It is {text}.")]
 
-    def letter(self):
+    def letter_lesson(self, num_slots, num_frames):
         rng = self.rng
         # options as questions have them
         if rng.random() < 0.5:
@@ -265,130 +293,140 @@ class Lessons:
             texts = [f"{a} then {b}", f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
         else:
             texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
-        lines, options = self.draw_options(texts[0], texts[1:])
+        options = draw_options(rng, Draft("", texts[0], texts[1:]))
         # all of them are asked for, one after another; the list of options is said once
         asked = rng.sample(texts, 4)
-        said = choose(options, asked[0])
-        said += "".join("\nso" + choose(options, text).partition("\nso")[2] for text in asked[1:])
-        return [(["Which option is: " + "; ".join(asked) + "?" + lines], said[1:])]
+        said = [choose(options, asked[0])[1:], *(chosen(options, text) for text in asked[1:])]
+        return [Exchange([f"Which option is: {'; '.join(asked)}?" + option_lines(options)], "\n".join(said))]
 
-    def caption(self, num_frames):
+    def caption_lesson(self, num_slots, num_frames):
         rng = self.rng
-        keys = [rng.choice(list(self.bank)) for _ in range(num_frames)]
-        times = [round((i + rng.random()) * 80) / 8 for i in range(num_frames)]
-        said = " ".join(f"{scene} {' '.join(figure) if figure else '-'}." for scene, figure in keys)
-        return [(["Describe each frame.\n", *self.show(keys, times)], said)]
+        pictures = [rng.choice(list(self.bank)) for _ in range(num_frames)]
+        times_s = [round((i + rng.random()) * 80) / 8 for i in range(num_frames)]
+        captions = []
+        for picture in pictures:
+            figure = " ".join(picture.figure) if picture.figure else "-"
+            captions.append(f"{picture.background} {figure}.")
+        return [Exchange(["Describe each frame.\n", *self.show(pictures, times_s)], " ".join(captions))]
 
-    def where(self, overview, named):
-        clauses, visits = order_visits(overview.colours, named)
-        clauses = [survey(overview.colours), *clauses]
-        for scene, ordinal in visits:
-            clauses += place(overview.colours, scene, overview.tags, ordinal)
+    def scenes_lesson(self, num_slots, num_frames):
+        overview = self.draw_overview(num_slots)
+        return [Exchange(["Name the scene of each frame.\n", *overview.items], survey(overview.colours))]
+
+    def where_lesson(self, num_slots, num_frames):
+        overview = self.draw_overview(num_slots)
+        named = self.draw_named(overview)
+        order_clauses, visits = order_visits(overview.colours, named)
+        clauses = [survey(overview.colours), *order_clauses]
+        for visit in visits:
+            clauses += overview.locate(visit)
         scenes = " and ".join(f"the {scene} scene" for scene in named)
-        return [([f"Where is {scenes}?{overview.head()}", *overview.items], "; ".join(clauses))]
+        return [Exchange(overview.after(f"Where is {scenes}?"), "; ".join(clauses))]
 
-    def whole(self, overview):
+    def whole_lesson(self, num_slots, num_frames):
+        overview = self.draw_overview(num_slots)
         colours = overview.colours
-        first, last, after = ask_scene(colours[:-1], self.rng.randrange(len(colours) - 2))
-        question, right = self.rng.choice([first, last, after, after])
-        lines, options = self.draw_options(right, [c for c in COLOURS if c != right and c not in question])
-        said = f"{survey(colours)}; {neighbours(colours, right, question)}" + choose(options, right)
-        return [([question + lines + overview.head(), *overview.items], said)]
+        first, last, after = ask_scene(colours[:-1], self.rng.randrange(len(colours) - 2), COLOURS)
+        draft = self.rng.choice([first, last, after, after])
+        question, choice = self.pose(draft)
+        said = f"{survey(colours)}; {neighbours(colours, draft.right, draft.text)}{choice}"
+        return [Exchange(overview.after(question), said)]
 
-    def clip(self, num_frames):
+    def clip_lesson(self, num_slots, num_frames):
         rng = self.rng
         scene = rng.choice(COLOURS)
-        start_s, num_flashes = rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4])
-        figures, items = self.draw_clip(scene, start_s, num_flashes, num_frames)
-        clause, flashes = transcript(scene, figures)
-        if not flashes or rng.random() < 0.3:
-            return [([f"What flashes in the {scene} scene?\n", *items], clause)]
-        question, right, wrong = self.draw_question(scene, flashes)
-        lines, options = self.draw_options(right, wrong)
-        return [([f"{question}{lines}\n", *items], clause + choose(options, right))]
+        clip = self.draw_clip(scene, rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4]), num_frames)
+        if not clip.flashes or rng.random() < 0.3:
+            return [Exchange([f"What flashes in the {scene} scene?\n", *clip.items], clip.clause)]
+        question, choice = self.pose(self.draw_draft(scene, clip.flashes))
+        return [Exchange([question + "\n", *clip.items], clip.clause + choice)]
 
-    def visit(self, overview, named, num_frames):
-        rng, colours = self.rng, overview.colours
+    def visit_lesson(self, num_slots, num_frames):
+        rng = self.rng
+        overview = self.draw_overview(num_slots)
+        colours, named = overview.colours, self.draw_named(overview)
         order_clauses, visits = order_visits(colours, named)
-        # a clip of each scene; of two scenes each has one flash
-        clips = []
-        for scene, _ in visits:
-            num_flashes = rng.choice([1, 1, 1, 2, 3, 4]) if len(named) == 1 else 1
-            clips.append(self.draw_clip(scene, overview.times[colours.index(scene)], num_flashes, num_frames))
-        transcripts = [transcript(scene, figures) for (scene, _), (figures, _) in zip(visits, clips)]
-        # the question on them
+
+        def draw_clip(scene, num_flashes):
+            return self.draw_clip(scene, overview.times_s[colours.index(scene)], num_flashes, num_frames)
+
+        # a clip of each scene, and the question on them
         if len(named) == 1:
-            question, right, wrong = self.draw_question(named[0], transcripts[0][1])
+            clips = [draw_clip(named[0], rng.choice([1, 1, 1, 2, 3, 4]))]
+            draft = self.draw_draft(named[0], clips[0].flashes)
         else:
-            question, right, wrong = ask_order(rng, named, *(flashes[0][0] for _, flashes in transcripts))
-        lines, options = self.draw_options(right, wrong)
+            clips = [draw_clip(visit.scene, 1) for visit in visits]
+            draft = ask_order(rng, named, *(clip.flashes[0].colour for clip in clips))
+        question, choice = self.pose(draft)
         # a turn says what the frames before it show, and where to look next
-        dialogue, user = [], [question + lines + overview.head(), *overview.items]
-        clauses = [survey(colours), *order_clauses]
-        for (scene, ordinal), (_, clip), (clause, _) in zip(visits, clips, transcripts):
-            there = place(colours, scene, overview.tags, ordinal)
-            dialogue.append((user, "; ".join(clauses + there)))
+        exchanges, user, clauses = [], overview.after(question), [survey(colours), *order_clauses]
+        for visit, clip in zip(visits, clips):
+            there = overview.locate(visit)
+            exchanges.append(Exchange(user, "; ".join(clauses + there)))
             if rng.random() < 0.2:  # a clip that shows nothing comes first: look again
-                no_figures, empty = self.draw_clip(scene, overview.times[colours.index(scene)], 0, num_frames)
-                dialogue.append((empty, "; ".join([transcript(scene, no_figures)[0], "not found", *there])))
-            user, clauses = clip, [clause]
+                empty = draw_clip(visit.scene, 0)
+                exchanges.append(Exchange(empty.items, "; ".join([empty.clause, "not found", *there])))
+            user, clauses = clip.items, [clip.clause]
         # the last one answers
         if len(named) == 2:
-            clauses.append(right)
-        return [*dialogue, (user, "; ".join(clauses) + choose(options, right))]
+            clauses.append(draft.right)
+        return [*exchanges, Exchange(user, "; ".join(clauses) + choice)]
 
     # What lessons are made of.
-    def show(self, keys, times):
-        """Message items: tagged frames as the environment writes them. keys: of the bank; times: seconds."""
+    def show(self, pictures, times_s):
+        """Message items: tagged frames as the environment writes them, one of the bank for each Picture."""
         items = []
-        for i, (key, time_s) in enumerate(zip(keys, times)):
-            items += ["\n" * (i > 0) + f"<frame{i}_time{time_s:.2f}s>", Frame(time_s, self.draw_picture(key))]
+        for i, (picture, time_s) in enumerate(zip(pictures, times_s)):
+            tag = frame_tag(i, time_s)
+            items += ["\n" + tag if i else tag, Frame(time_s, self.draw_frame(picture))]
         return items
 
-    def draw_picture(self, key):
+    def draw_frame(self, picture):
         """(3, 28, 28) uint8: a frame of the bank, with noise in its colour and in each pixel."""
         noise = torch.randint(-5, 6, (3, 1, 1)) + torch.randint(-3, 4, (3, SIDE, SIDE))
-        image = self.rng.choice(self.bank[key]).int() + noise
+        image = self.rng.choice(self.bank[picture]).int() + noise
         return image.clamp(0, 255).to(torch.uint8)
 
     def draw_overview(self, num_slots):
         slot_s = self.rng.uniform(7, 25)  # far from the demo's: no digit of a time can be guessed
         colours = [*self.rng.sample(COLOURS, num_slots - 1), "grey"]
-        times = [round((i + 0.5) * slot_s * 8) / 8 for i in range(num_slots)]
-        tags = [f"<frame{i}_time{t:.2f}s>" for i, t in enumerate(times)]
-        return Overview(colours, times, tags, self.show([(c, None) for c in colours], times))
+        times_s = [round((i + 0.5) * slot_s * 8) / 8 for i in range(num_slots)]
+        return Overview(colours, times_s, self.show([Picture(colour) for colour in colours], times_s))
+
+    def draw_named(self, overview):
+        """One or two of the coloured scenes, as a question names them."""
+        return self.rng.sample(overview.colours[:-1], self.rng.randint(1, 2))
 
     def draw_clip(self, background, start_s, num_flashes, num_frames):
-        """Frames of one scene with flashes in it, often with the next scene's beginning: (for each frame its
-        figure or None, message items)."""
+        """A Clip of a scene with flashes in it, often with the next scene's beginning, at any frame rate."""
         rng = self.rng
         after = rng.choice([0, 1, 1, 2, 3]) if num_frames > 5 else 0  # frames of the next scene
         length = num_frames - after
         # a flash is seen in one frame or in two
-        figures, colour = [None] * num_frames, background
+        figures, colour = [None] * length, background
         starts = sorted(rng.sample(range(length), min(num_flashes, length)))
         for start in starts:
-            colour = rng.choice([c for c in COLOURS if c not in (background, colour)])
-            figures[start] = (colour, rng.choice(SHAPES))
+            figures[start] = draw_figure(rng, background, colour)
+            colour = figures[start].colour
             if rng.random() < 0.4 and start + 1 < length and start + 1 not in starts:
                 figures[start + 1] = figures[start]
-        # the frames, at any rate
         step_s = rng.uniform(0.5, 2.2)
-        times = [round((start_s + (i + 0.5) * step_s) * 8) / 8 for i in range(num_frames)]
+        times_s = [round((start_s + (i + 0.5) * step_s) * 8) / 8 for i in range(num_frames)]
         next_scene = rng.choice(["grey", *(c for c in COLOURS if c != background)])
-        keys = [(background, figure) for figure in figures[:length]] + [(next_scene, None)] * after
-        return figures, self.show(keys, times)
+        pictures = [Picture(background, figure) for figure in figures] + [Picture(next_scene)] * after
+        clause, flashes = transcript(background, figures + [None] * after)
+        return Clip(self.show(pictures, times_s), clause, flashes)
 
-    def draw_question(self, scene, flashes):
-        """A question on one clip: (its text, the right option, wrong ones). flashes: as from `transcript`."""
+    def draw_draft(self, scene, flashes):
+        """A Draft on one clip. flashes: its figures."""
         colour, shape = flashes[0]
         return self.rng.choice([
             ask_count(scene, len(flashes)), ask_colour(scene, colour), ask_shape(scene, shape)])
 
-    def draw_options(self, right, wrong):
-        """(the options' lines, the options in their order): the right one and three wrong ones."""
-        options = self.rng.sample([right, *self.rng.sample(wrong, 3)], 4)
-        return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options)), options
+    def pose(self, draft):
+        """(the question with its options, the thoughts that choose the right one)."""
+        options = draw_options(self.rng, draft)
+        return draft.text + option_lines(options), choose(options, draft.right)
 
     def random_text(self, policy, most):
         """Up to `most` random tokens as text, sometimes none; "" if lessons do not stand amid text. A model
@@ -400,32 +438,27 @@ class Lessons:
         return "".join(c for c in text if c.isascii() and (c.isprintable() or c == "\n"))
 
 
+def option_lines(options):
+    """The options as the environment has them."""
+    return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options))
+
+
 # ------------------------------------------------------------------------------------------------ pretraining
-def tiny_base(out, steps, seed, init=None):
+def tiny_base(out, steps, seed):
     """Pretrains the tiny base and writes its checkpoint folder `out`, in bfloat16. Runs on any number of
     processes.
 
     `steps` steps of the curriculum; then a tenth as many in which thoughts and answers stand in their tags;
-    then a fifth as many in which random text stands around the lesson, too. init: a checkpoint folder to
-    begin that last part from. Raises UserError if it cannot be loaded."""
+    then a fifth as many in which random text stands around the lesson, too."""
     rank, _, _ = start_processes("cpu")
     torch.manual_seed(seed)
-    folder = Path(out) / f"bank{rank}.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    lessons = Lessons(make_frame_bank(folder), seed)
-    folder.rmdir()
-    if init is None:
-        policy = make_tiny_model(make_tokenizer(tokenizer_texts(lessons)))
-        if rank == 0:
-            num_parameters = sum(p.numel() for p in policy.parameters())
-            print(f"tiny base: {num_parameters:,} parameters, {len(policy.tokenizer)} tokens")
-        pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed, out)
-        lessons.in_tags = True
-        pretrain(policy, lessons, CURRICULUM[-1:], steps // 10, 1e-3, seed + 1, out)
-    else:
-        policy = load_policy(init)
-    lessons.in_tags = lessons.amid_text = True
-    pretrain(policy, lessons, CURRICULUM[-1:], steps // 5, 1e-3, seed + 2, out)
+    lessons = Lessons(make_frame_bank(), seed)
+    policy = make_tiny_model(make_tokenizer(tokenizer_texts(lessons)))
+    pretrain(policy, lessons, CURRICULUM, steps, 1.5e-3, seed)
+    lessons.in_tags = True
+    pretrain(policy, lessons, [LAST_STAGE], steps // 10, 1e-3, seed + 1)
+    lessons.amid_text = True
+    pretrain(policy, lessons, [LAST_STAGE], steps // 5, 1e-3, seed + 2)
     if rank == 0:
         policy.to(torch.bfloat16)
         save_policy(policy, out)
@@ -445,48 +478,45 @@ def tokenizer_texts(lessons):
     return texts + protocol * 300
 
 
-def pretrain(policy, lessons, curriculum, steps, lr, seed, out, batch_tokens=6144):
-    """Trains all weights of a policy on lessons, in place; saves to the folder `out` every 100 steps.
+def pretrain(policy, lessons, curriculum, steps, lr, seed):
+    """Trains all weights of a policy on lessons, in place.
 
     AdamW; the learning rate rises for 50 steps, is `lr` until half of the steps, and then falls to almost 0.
-    batch_tokens: of a step's dialogues over all processes; half as many before the last stage."""
+    curriculum: a list of Stage, the last of which goes on to the end."""
     rank, world, device = start_processes("cpu")
-    masters = MasterWeights(policy)
-    optimizer = torch.optim.AdamW(masters.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    weights = MasterWeights(policy)
+    optimizer = torch.optim.AdamW(weights.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     lessons.rng.seed(f"{seed} {rank}")
     torch.manual_seed(seed * 1000 + rank)
-    stage, began = 0, 0  # in the curriculum, and the step at which it began
+    number, began = 0, 0  # of the stage, and the step at which it began
     exact = defaultdict(lambda: deque(maxlen=100))  # by skill: probabilities of whole answers
     for step in tqdm(range(steps), desc="pretraining", unit="step", dynamic_ncols=True, disable=rank > 0):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 0.02 + 2 * (1 - step / steps))
-        shares, enough, most_steps = curriculum[stage]
-        is_last = stage + 1 == len(curriculum)
+        stage = curriculum[number]
         # lessons
         dialogues, skills, tokens = [], [], 0
-        while tokens < (batch_tokens if is_last else batch_tokens / 2) / world:
-            skills += lessons.rng.choices(list(shares), list(shares.values()))
+        while tokens < stage.batch_tokens / world:
+            skills += lessons.rng.choices(list(stage.skills), list(stage.skills.values()))
             dialogues.append(lessons.dialogue(policy, *skills[-1]))
             tokens += len(dialogues[-1].ids)
         # the mean over all trained tokens of all processes
         log_probs = lesson_log_probs(policy, dialogues)
         total = sum_over_processes({"tokens": len(log_probs)}, device)["tokens"]
         (-log_probs.sum() / total).backward()
-        masters.step(optimizer, 1.0)
+        weights.step(optimizer, 1.0)
         # how well each skill is answered, and whether the next stage begins
-        for skill, part in zip(skills, log_probs.detach().split([sum(d.trained) for d in dialogues])):
-            exact[skill].append(part.sum().exp().item())
+        for skill, probability in zip(skills, answer_probabilities(log_probs, dialogues)):
+            exact[skill].append(probability)
         if step % 25 == 24:
-            own = {skill: np.mean(exact[skill]) / world if exact[skill] else 0 for skill in shares}
+            own = {skill: np.mean(exact[skill]) / world if exact[skill] else 0 for skill in stage.skills}
             right = sum_over_processes(own, device)
             if rank == 0:
                 shown = ", ".join(f"{kind} {level}: {p:.2f}" for (kind, level), p in right.items())
-                tqdm.write(f"step {step + 1}, stage {stage}, loss {-log_probs.mean().item():.3f}, "
+                tqdm.write(f"step {step + 1}, stage {number}, loss {-log_probs.mean().item():.3f}, "
                            f"probability of the whole answer: {shown}")
-            if not is_last and (min(right.values()) >= enough or step + 1 - began >= most_steps):
-                stage, began = stage + 1, step + 1
-        if rank == 0 and (step + 1) % 100 == 0:
-            save_policy(policy, out)
+            if min(right.values()) >= stage.enough or step + 1 - began >= stage.most_steps:
+                number, began = number + 1, step + 1
 
 
 def lesson_log_probs(policy, dialogues):
@@ -497,3 +527,9 @@ def lesson_log_probs(policy, dialogues):
         d.features = [next(features) for _ in d.frames]
     log_probs, _ = token_log_probs(policy, [[d] for d in dialogues])
     return log_probs
+
+
+def answer_probabilities(log_probs, dialogues):
+    """Of each dialogue, the probability of all that its assistant says. log_probs: of `lesson_log_probs`."""
+    parts = log_probs.detach().split([sum(d.trained) for d in dialogues])
+    return [part.sum().exp().item() for part in parts]

@@ -79,7 +79,7 @@ def play_known(folder, question, texts, limit=10**6, **env):
     policy, written = make_policy(), []
     config, questions = replace(policy.env_config, **env), {n: dict(question) for n in range(len(texts))}
     evaluation.evaluate(Known(policy, texts, limit), evaluation.Play("p", "zoom"), questions, folder, config, written.append)
-    return written, tables.figures("p", "zoom", written, questions, 3)[0]
+    return written, tables.table_rows("p", "zoom", written, questions, 3)[0]
 
 
 def test_figures_equal_a_count_by_hand(folder, detail):

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sources.rows import question_error
 from common import UserError
 from demo import synthetic
 from demo.tiny_base import TINY_BASE
 from model import replay
+from sources.rows import question_error
 from training.checkpoints import load_policy
 from video import Video
 from zoom_env import ZoomEnv
@@ -25,11 +25,18 @@ def made(tmp_path_factory):
     return folder, read("train.jsonl"), read("test.jsonl"), read("sft.jsonl")
 
 
-def test_same_seed_same_data(made, tmp_path):
-    folder, *_ = made
-    synthetic.synthetic(tmp_path, 40, 10, seed=7)
-    for name in ("train.jsonl", "test.jsonl", "sft.jsonl", "videos/train_0003.mp4"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+def test_same_seed_same_data(tmp_path):
+    contents = []
+    for name, seed in (("first", 7), ("again", 7), ("other", 8)):
+        folder = tmp_path / name
+        synthetic.synthetic(folder, 4, 2, seed)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        contents.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
+    first, again, other = contents
+    assert sorted(first) == ["data.json", "sft.jsonl", "test.jsonl", "train.jsonl", "videos/test_0000.mp4",
+                             "videos/train_0000.mp4"]
+    assert first == again and not any(first[name] == other[name] for name in first)
+    assert [first[name].count(b"\n") for name in ("train.jsonl", "test.jsonl")] == [4, 2]  # a part of a video's questions
 
 
 def test_questions_are_well_formed_and_of_all_kinds(made):
@@ -37,6 +44,7 @@ def test_questions_are_well_formed_and_of_all_kinds(made):
     assert len(train) == 40 and len(test) == 10 and not any(map(question_error, train + test))
     assert Counter(q["meta"]["kind"] for q in train) == {"detail": 16, "count": 8, "order": 8, "holistic": 8}
     assert not {q["video"] for q in train} & {q["video"] for q in test}
+    assert len({q["id"] for q in train + test}) == 50 and all(len(set(q["options"])) == 4 for q in train + test)
 
 
 def nearest(pixel):
@@ -72,6 +80,35 @@ def test_videos_show_the_evidence(made):
     assert seen > 10
 
 
+def test_flashes_lie_apart_and_between_the_overviews_frames():
+    """Each is longer than a second, in the scene's own span; two in a row differ in colour, so each can be counted."""
+    for seed in range(50):
+        duration_s, scenes = synthetic.make_scenes(random.Random(seed))
+        slot_s = duration_s / 9
+        assert [scene.colour for scene in scenes][-1] == "grey" and not scenes[-1].flashes
+        assert sorted(len(scene.flashes) for scene in scenes[:-1]) == [1, 1, 1, 1, 1, 2, 3, 4]
+        for i, scene in enumerate(scenes[:-1]):
+            times = [(i + 0.5) * slot_s, *(t for f in scene.flashes for t in (f.start_s, f.end_s)), scenes[i + 1].start_s]
+            assert scene.start_s <= times[0] and min(np.diff(times)) > 0.1
+            colours = [scene.colour] + [f.picture.figure.colour for f in scene.flashes]
+            assert all(a != b for a, b in zip(colours, colours[1:])) and scene.colour not in colours[1:]
+            assert all(f.end_s - f.start_s > 1 and f.picture.background == scene.colour for f in scene.flashes)
+
+
+def test_shapes_are_told_apart():
+    """At any offset: a figure is where it is said to be, on its card, and no two look alike."""
+    sizes = {}
+    for shape in synthetic.SHAPES:
+        for offset in ((0, 0), (2, -2)):
+            image = synthetic.paint(synthetic.Picture("blue", synthetic.Figure("red", shape), offset))
+            rows, columns = np.nonzero((image == synthetic.PALETTE["red"]).all(-1))
+            card = (image == 0).all(-1).sum() + len(rows)
+            assert card == 22 * 22 and (image[0, 0] == synthetic.PALETTE["blue"]).all()
+            assert abs(columns.mean() - 13.5 - offset[0]) <= 1 and abs((rows.min() + rows.max()) / 2 - 13.5 - offset[1]) <= 1
+            sizes.setdefault(shape, set()).add(len(rows))
+    assert all(len(size) == 1 for size in sizes.values()) and len(set(map(tuple, sizes.values()))) == 4
+
+
 def test_counts_and_order_of_scenes_are_what_the_video_shows(made):
     """What no piece of evidence tells alone: how many there are, and which scene the overview shows where."""
     folder, train, test, _ = made
@@ -96,17 +133,22 @@ def test_counts_and_order_of_scenes_are_what_the_video_shows(made):
 def test_trajectories_verify_and_reflections_start_wrong(made):
     folder, _, _, rows = made
     policy = load_policy(TINY_BASE)
-    kinds = Counter()
+    kinds, turned_back = Counter(), 0
     for row in rows:
         dialogue, env = replay(policy, row, folder)
         assert env.rewards["accuracy"] == 1 and env.rewards["format"] == 1
         kinds[row["kind"], row["question"]["meta"]["kind"], env.num_calls() > 0] += 1
         if row["kind"] == "reflection":
-            hits = [any(call.hit for call in turn.calls) for turn in env.turns]
-            assert not hits[0] and any(hits[1:])
+            assert not env.turns[0].hit and any(t.hit for t in env.turns[1:])
+            assert "not found" in row["turns"][1]
+        elif any(turn.hit for turn in env.turns):
+            turned_back += "not found" in row["turns"][1]
+        assert ("max_zooms" in row["provenance"]) <= (env.num_calls() == 0)
     zooms = lambda kind: sum(n for (k, q, z), n in kinds.items() if q == kind and z)
     assert zooms("detail") and zooms("count") and zooms("order") and not zooms("holistic")
     assert any(k == "reflection" for k, _, _ in kinds)
+    assert turned_back  # a right scene that showed nothing was looked at again
+    assert any("max_zooms" in row["provenance"] for row in rows)
 
 
 def test_uniform_accuracy_equals_a_simulation(made):
@@ -117,14 +159,17 @@ def test_uniform_accuracy_equals_a_simulation(made):
         if not q["evidence"]:
             assert synthetic.uniform_accuracy(q, 8) == 1
             continue
-        scores = []
         step = q["meta"]["duration_s"] / 30
-        for _ in range(3000):
-            times = (np.arange(30) + rng.random()) * step
-            shown = [((start <= times) & (times < end)).any() for start, end in q["evidence"]]
-            open_options = {"detail": 4, "count": 5 - max(1, sum(shown)), "order": 2 if any(shown) else 4}
-            scores.append(1.0 if all(shown) else 1 / open_options[q["meta"]["kind"]])
-        assert synthetic.uniform_accuracy(q, 30) == pytest.approx(np.mean(scores), abs=0.03)
+        phases = rng.random(3000)
+        shown = np.zeros((3000, len(q["evidence"])), bool)
+        for number, (start, end) in enumerate(q["evidence"]):
+            first = np.ceil(start / step - phases)  # the first of the frames (n + phase) * step at or after the start
+            shown[:, number] = (first + phases) * step < end
+        seen = shown.sum(1)
+        still_open = {"detail": 4, "count": 5 - np.maximum(1, seen), "order": np.where(seen > 0, 2, 4)}[q["meta"]["kind"]]
+        expected = np.where(shown.all(1), 1.0, 1 / still_open).mean()
+        assert synthetic.uniform_accuracy(q, 30) == pytest.approx(expected, abs=0.03)
+        assert q["meta"]["uniform_accuracy"]["32"] == round(synthetic.uniform_accuracy(q, 32), 4)
         assert synthetic.uniform_accuracy(q, 100_000) == 1
 
 
@@ -133,9 +178,6 @@ def test_careless_teacher_leaves_something_to_learn(made):
     folder, train, _, rows = made
     fps = Counter(t.split('"fps": ')[1][:4] for row in rows for t in row["turns"] if "fps" in t)
     assert set(fps) == {"0.50", "1.00"} and fps["0.50"] > fps["1.00"]
-    rng = random.Random(0)
-    duration_s, scenes = synthetic.make_scenes(rng)
-    assert all(f.end_s - f.start_s > 1 for s in scenes for f in s.flashes)
 
 
 def test_data_of_another_seed_is_refused(tmp_path):

@@ -38,14 +38,14 @@ def test_mean_over_questions_and_mean_over_tasks():
     """3 of 4 questions on counting, 0 of 1 on order: 60% of the questions, (75% + 0%) / 2 of the tasks."""
     questions = {n: question(n, "count" if n < 4 else "order") for n in range(5)}
     episodes = [episode(n, float(n < 3), questions[n]["meta"]["kind"]) for n in range(5)]
-    by_kind, by_duration = tables.figures("p", "zoom", episodes, questions)
+    by_kind, by_duration = tables.table_rows("p", "zoom", episodes, questions)
     rows = rows_of(by_kind)
     assert list(rows) == ["all", "count", "order", "task mean"] and by_duration == []
     assert rows["all"]["accuracy"] == 3 / 5 and rows["all"]["task_mean"] == 3 / 8
     assert rows["count"]["accuracy"] == 3 / 4 and rows["order"]["accuracy"] == 0
     assert rows["task mean"]["accuracy"] == 3 / 8 and rows["all"]["num_tasks"] == 2
     # what is right to a degree counts from a half on, as ever
-    by_kind, _ = tables.figures("p", "zoom", [episode(0, 0.5, "count"), episode(1, 0.49, "count")],
+    by_kind, _ = tables.table_rows("p", "zoom", [episode(0, 0.5, "count"), episode(1, 0.49, "count")],
                                 {n: questions[n] for n in (0, 1)})
     assert by_kind[0]["accuracy"] == 1 / 2 and by_kind[0]["task_mean"] == 1 / 2
     assert "task mean" not in rows_of(by_kind)  # of one task it is the same
@@ -58,7 +58,7 @@ def test_skipped_questions_are_left_out_and_counted_as_wrong():
     questions[1]["video"] = questions[0]["video"] = "same.mp4"
     played = {2: 1.0, 3: 0.0, 4: 1.0, 5: 1.0, 6: 1.0}
     episodes = [episode(n, right, kinds[n]) for n, right in played.items()]
-    rows = rows_of(tables.figures("p", "zoom", episodes, questions, num_bad=1)[0])
+    rows = rows_of(tables.table_rows("p", "zoom", episodes, questions, num_bad=1)[0])
     total = rows["all"]
     assert (total["num_questions"], total["skipped"], total["missing_videos"]) == (5, 5, 3)
     assert total["accuracy"] == 4 / 5 and total["accuracy_skipped_wrong"] == 4 / 10
@@ -78,7 +78,7 @@ def test_what_waits_for_a_judge_is_neither_right_nor_wrong():
     """4 questions are for a judge, 3 of them played; of the other 3, 1 of 2 is right and 1 is skipped."""
     questions = {n: question(n, "open", judge=True) for n in range(4)} | {n: question(n, "choice") for n in (4, 5, 6)}
     episodes = [episode(n, None, "open") for n in range(3)] + [episode(4, 1.0, "choice"), episode(5, 0.0, "choice")]
-    rows = rows_of(tables.figures("p", "zoom", episodes, questions)[0])
+    rows = rows_of(tables.table_rows("p", "zoom", episodes, questions)[0])
     assert rows["all"]["num_questions"] == 5 and rows["all"]["waits_for_judge"] == 3
     assert rows["all"]["accuracy"] == 1 / 2 and rows["all"]["accuracy_skipped_wrong"] == 1 / 3
     assert (rows["all"]["accuracy_low"], rows["all"]["accuracy_high"]) == tables.interval(1, 2)
@@ -88,22 +88,24 @@ def test_what_waits_for_a_judge_is_neither_right_nor_wrong():
     assert "for a judge" in tables.report(list(rows.values()), [], [])
 
 
-@pytest.mark.parametrize("metas, expected", [
-    ([{"duration_s": 59.9}, {"duration_s": 60}, {"duration_s": 3600}, {"duration_s": 20}],
-     {"under 1 min": [0, 3], "1 to 3 min": [1], "60 min and more": [2]}),
-    ([{"duration_group": 3600}, {"duration_group": 15, "duration_s": 9}, {}, {"duration_group": 600}],
-     {"group 15": [1], "group 600": [3], "group 3600": [0], "unknown": [2]}),
-    ([{"duration_group": group} for group in ("short", "medium", "long", "short")],
-     {"short": [0, 3], "medium": [1], "long": [2]}),
-    ([{"duration_s": 5}, {"duration_s": 5}, {"duration_s": 5}, {}], {}),
-    ([{"duration_s": 5}, {"duration_s": "5"}, {"duration_s": 5}, {"duration_s": True}], {}),
-])
-def test_groups_of_duration(metas, expected):
-    questions = {n: question(n, **meta) for n, meta in enumerate(metas)}
-    _, rows = tables.figures("p", "zoom", [episode(n, float(n < 1), "mine") for n in questions], questions)
-    assert [(row["duration"], row["num_questions"]) for row in rows] == [(k, len(v)) for k, v in expected.items()]
-    for row in rows:
-        assert row["accuracy"] == (0 in expected[row["duration"]]) / len(expected[row["duration"]])
+def test_groups_of_duration():
+    """{what questions' metas say: {group: numbers of its questions}}"""
+    cases = [
+        ([{"duration_s": 59.9}, {"duration_s": 60}, {"duration_s": 3600}, {"duration_s": 20}],
+         {"under 1 min": [0, 3], "1 to 3 min": [1], "60 min and more": [2]}),
+        ([{"duration_group": 3600}, {"duration_group": 15, "duration_s": 9}, {}, {"duration_group": 600}],
+         {"group 15": [1], "group 600": [3], "group 3600": [0], "unknown": [2]}),
+        ([{"duration_group": group} for group in ("short", "medium", "long", "short")],
+         {"short": [0, 3], "medium": [1], "long": [2]}),
+        ([{"duration_group": group} for group in (15, "short", None, 3)],
+         {"short": [1], "group 3": [3], "group 15": [0], "unknown": [2]}),
+        ([{"duration_s": 5}, {"duration_s": 5}, {"duration_s": 5}, {}], {}),
+        ([{"duration_s": 5}, {"duration_s": "5"}, {"duration_s": 5}, {"duration_s": True}], {})]
+    for metas, expected in cases:
+        questions = {n: question(n, **meta) for n, meta in enumerate(metas)}
+        _, rows = tables.table_rows("p", "zoom", [episode(n, float(n < 1), "mine") for n in questions], questions)
+        found = [(row["duration"], row["num_questions"], row["accuracy"]) for row in rows]
+        assert found == [(group, len(numbers), (0 in numbers) / len(numbers)) for group, numbers in expected.items()]
 
 
 def test_zooms_hit_by_kind_and_by_duration_where_evidence_is_known():
@@ -112,12 +114,15 @@ def test_zooms_hit_by_kind_and_by_duration_where_evidence_is_known():
                  2: question(2, "b", duration_s=90, evidence=[[1, 2]])}
     episodes = [episode(0, 1.0, "a", zooms=3, hits=2, hits_known=3), episode(1, 1.0, "a", zooms=4),
                 episode(2, 0.0, "b", zooms=2, hits=0, hits_known=2)]
-    by_kind, by_duration = tables.figures("p", "zoom", episodes, questions)
+    by_kind, by_duration = tables.table_rows("p", "zoom", episodes, questions)
     rows = rows_of(by_kind)
     assert [rows[kind]["hit_rate"] for kind in ("all", "a", "b")] == [2 / 5, 2 / 3, 0]
     assert [row["hit_rate"] for row in by_duration] == [2 / 3, 0] and rows["all"]["num_with_evidence"] == 2
     text = tables.report(by_kind, by_duration, [])
-    assert "66.7%" in text and "under 1 min" in text and "duration" in text
+    assert "66.7%" in text and "under 1 min" in text
+    titles = [line.split()[:4] for line in text.splitlines() if line.startswith("policy")]
+    assert titles == [["policy", "mode", title, "n"] for title in ("kind", "duration", "kind")]
+    assert rows["all"]["skipped"] == 0 and rows["a"]["skipped"] is None  # of a kind, 0 is not shown
 
 
 def test_the_hash_is_of_what_was_asked():
@@ -134,7 +139,7 @@ def test_the_hash_is_of_what_was_asked():
 
 def test_columns_stand_where_they_say_something():
     questions = {n: question(n) for n in range(2)}
-    by_kind, _ = tables.figures("p", "zoom", [episode(n, 1.0, "mine") for n in questions], questions)
+    by_kind, _ = tables.table_rows("p", "zoom", [episode(n, 1.0, "mine") for n in questions], questions)
     text = tables.report(by_kind, [], [])
     for absent in ("skips wrong", "for a judge", "no tool", "hit", "duration", "task mean"):
         assert absent not in text
@@ -142,12 +147,11 @@ def test_columns_stand_where_they_say_something():
 
 
 def test_a_protocol_is_named_and_a_prompt_known_by_its_hash():
-    plain, other = EnvConfig(), EnvConfig(system_prompt="Look.", overview_fps=environment.ANY_FPS)
-    assert tables.environment(plain)["protocol"] == "videozoomer" and tables.environment(plain)["overview_fps"] == 0.5
-    assert tables.environment(other)["overview_fps"] is None  # a number of frames, whatever the length
-    assert tables.environment(plain)["system_prompt_sha256"] != tables.environment(other)["system_prompt_sha256"]
-    other.__dict__["protocol"] = "direct"
-    assert tables.environment(other)["protocol"] == "direct"
+    plain, other = EnvConfig(), EnvConfig(system_prompt="Look.", overview_fps=environment.ANY_FPS, protocol="direct")
+    plain, other = tables.environment_settings(plain), tables.environment_settings(other)
+    assert (plain["protocol"], plain["overview_fps"], other["protocol"]) == ("videozoomer", 0.5, "direct")
+    assert other["overview_fps"] is None  # a number of frames, whatever the length
+    assert plain["system_prompt_sha256"] != other["system_prompt_sha256"]
 
 
 def test_many_reasons_are_printed_in_part_and_equal_ones_once():
@@ -216,6 +220,7 @@ def test_a_fifth_of_the_videos_is_missing(place, tmp_path, monkeypatch, capsys):
     assert result["questions_sha256"][:12] in said and result["played_sha256"][:12] in said
 
 
+@pytest.mark.slow
 def test_nine_tenths_are_missing_and_then_all(place, tmp_path, monkeypatch, capsys):
     folder, rows = place
     rows = [row | {"video": row["video"] if n == 4 else f"none{n}.mp4"} for n, row in enumerate(rows)]
@@ -238,6 +243,7 @@ def test_nine_tenths_are_missing_and_then_all(place, tmp_path, monkeypatch, caps
     assert "no question could be played" in error and "none.mp4" in error
 
 
+@pytest.mark.slow
 def test_kinds_and_durations_of_a_real_run(place, tmp_path, monkeypatch, capsys):
     """Three groups of duration, evidence of every second question; the figures are those of the episodes."""
     folder, rows = place
@@ -271,6 +277,7 @@ def test_kinds_and_durations_of_a_real_run(place, tmp_path, monkeypatch, capsys)
         assert word in last
 
 
+@pytest.mark.slow
 def test_judges_rows_are_played_and_wait(place, tmp_path, monkeypatch, capsys):
     folder, rows = place
     for number in (2, 5, 6):
@@ -288,6 +295,7 @@ def test_judges_rows_are_played_and_wait(place, tmp_path, monkeypatch, capsys):
     assert result["accuracy"] is None and result["waits_for_judge"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_has_only_its_tables_left_to_write_needs_no_policy(place, tmp_path, monkeypatch, capsys):
     """It was stopped after its last episode: what it was played with is known from run.json."""
     folder, rows = place

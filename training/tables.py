@@ -1,8 +1,8 @@
 """What evaluation reports: how many were right, of what kind and duration, and with which settings.
 
-    figures(name, mode, episodes, questions, num_bad)   rows of the table, from what eval.py wrote
-    settings(config, env), questions_hash(questions)    what else a number depends on
-    report(by_kind, by_duration, skipped)               all of it as text
+    table_rows(name, mode, episodes, questions, num_bad)    rows of the tables, from what eval.py wrote
+    run_settings(config, env), questions_hash(questions)    what else a number depends on
+    report(by_kind, by_duration, skipped)                   all of it as text
 
 Accuracy is a mean over questions, as the paper's is (row "all"), and over tasks: the mean of what each kind
 has (row "task mean"; MLVU's own M-Avg). Skipped questions are left out in `right`, and count as wrong in
@@ -14,13 +14,17 @@ questions without evidence no zoom is known to hit: they are in no hit rate. Int
 import hashlib
 import json
 import math
+from bisect import bisect
+from collections import defaultdict
 from pathlib import Path
 
-from training.environment import ANY_FPS
+from training.environment import ANY_FPS, chosen_by_file
 
+# {title: what a cell says, with fields of a row}
 COLUMNS = {
-    "policy": "{policy}", "mode": "{mode}", "kind": "{kind}", "n": "{num_questions}",
-    "skipped": "{skipped:d}", "for a judge": "{waits_for_judge:d}", "right": "{accuracy:.1%}",
+    "policy": "{policy}", "mode": "{mode}", "kind": "{kind:s}", "duration": "{duration}",
+    "n": "{num_questions}", "skipped": "{skipped:d}", "for a judge": "{waits_for_judge:d}",
+    "right": "{accuracy:.1%}",
     "95% interval": "{accuracy_low:.1%} - {accuracy_high:.1%}", "skips wrong": "{accuracy_skipped_wrong:.1%}",
     "frames": "{frames_per_question:.1f}", "zooms": "{zooms_per_question:.2f}", "hit": "{hit_rate:.1%}",
     "invalid": "{invalid_call_rate:.1%}", "no tool": "{calls_without_tool:d}",
@@ -36,9 +40,8 @@ SETTINGS = {
 ONLY_WITH = {  # columns that stand only where a row has any of these
     "skips wrong": "skipped", "for a judge": "waits_for_judge", "played": "skipped"}
 TASK_MEAN = "task mean"  # a row beside those of the kinds
-DURATIONS = (  # up to below so many seconds
-    (60, "under 1 min"), (180, "1 to 3 min"), (600, "3 to 10 min"), (1800, "10 to 30 min"),
-    (3600, "30 to 60 min"), (math.inf, "60 min and more"))
+DURATION_LIMITS_S = (60, 180, 600, 1800, 3600)  # a video of 60 s is in the second group
+DURATIONS = ("under 1 min", "1 to 3 min", "3 to 10 min", "10 to 30 min", "30 to 60 min", "60 min and more")
 MOST_SHOWN = 50  # reasons, and questions of one reason, that are printed; skipped.jsonl has all
 
 
@@ -55,34 +58,48 @@ def waits_for_judge(question):
 
 def durations(questions):
     """{number: how long its video is, in words} of {number: question}, the shortest first: the data set's own
-    groups (meta's duration_group) where any question has one, names in the file's order; else DURATIONS (60 s
-    is "1 to 3 min") where all have a duration_s; {} where not."""
-    metas = {number: question.get("meta") or {} for number, question in questions.items()}
-    of = lambda name: {number: meta.get(name) for number, meta in metas.items()}
-    is_number = lambda x: type(x) in (int, float) and 0 <= x < math.inf
-    groups, lengths_s = of("duration_group"), of("duration_s")
+    groups (meta's duration_group) where any question has one, names in the file's order; else DURATIONS where
+    all have a duration_s; {} where not."""
+    groups, lengths_s = {}, {}
+    for number, question in questions.items():
+        meta = question.get("meta") or {}
+        groups[number], lengths_s[number] = meta.get("duration_group"), meta.get("duration_s")
     if any(group is not None for group in groups.values()):
-        rank = lambda number: (groups[number] is None, groups[number] if is_number(groups[number]) else -1)
-        words = lambda x: "unknown" if x is None else f"group {x}" if is_number(x) else str(x)
-        return {number: words(groups[number]) for number in sorted(groups, key=rank)}
-    if not all(map(is_number, lengths_s.values())):
+        return {number: group_name(groups[number])
+                for number in sorted(groups, key=lambda number: group_rank(groups[number]))}
+    if not all(map(is_length, lengths_s.values())):
         return {}
-    return {number: next(words for below_s, words in DURATIONS if lengths_s[number] < below_s)
+    return {number: DURATIONS[bisect(DURATION_LIMITS_S, lengths_s[number])]
             for number in sorted(lengths_s, key=lengths_s.get)}
+
+
+def is_length(value):
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def group_rank(group):
+    """Names come first, then numbers in order, then the questions that have no group."""
+    if group is None:
+        return math.inf
+    return group if is_length(group) else -1
+
+
+def group_name(group):
+    if group is None:
+        return "unknown"
+    return f"group {group}" if is_length(group) else str(group)
 
 
 # --------------------------------------------------------------------------------------------------- figures
 def interval(right, total):
-    """Wilson's 95% interval of a share."""
-    if not total:
-        return 0.0, 1.0
+    """Wilson's 95% interval of a share. total: above 0."""
     z, p = 1.96, right / total
     centre, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     return max(0.0, (centre - half) / (1 + z * z / total)), min(1.0, (centre + half) / (1 + z * z / total))
 
 
-def figures(name, mode, episodes, questions, num_bad=0):
-    """Rows of the table for one policy and mode.
+def table_rows(name, mode, episodes, questions, num_bad=0):
+    """Rows of the tables for one policy and mode.
 
     Args:
         episodes: the dicts that eval.py's `evaluate` wrote of those that were played.
@@ -93,84 +110,103 @@ def figures(name, mode, episodes, questions, num_bad=0):
         several, and rows that count what was skipped ("no video", "bad row"). by_duration: each group of
         `durations`, with "duration" in words."""
     played = {e["number"] for e in episodes}
-    left = {number: question for number, question in questions.items() if number not in played}
-    seconds = share(sum(e["seconds"] for e in episodes), len(episodes))
-    play = {"policy": name, "mode": mode, "kind": "all"}
+    skipped = {number: question for number, question in questions.items() if number not in played}
+    seconds = ratio(sum(e["seconds"] for e in episodes), len(episodes))
+    labels = {"policy": name, "mode": mode, "kind": "all"}
 
-    def by(group):  # {number: its group} -> [(group, figures)], in the order of the dict
-        for label in dict.fromkeys(group.values()):
-            yield label, count([e for e in episodes if group[e["number"]] == label],
-                               [q for number, q in left.items() if group[number] == label], 0, seconds)
+    def rows_by(title, groups):
+        """A row for each of the groups, {number: its group}."""
+        rows = []
+        for group in dict.fromkeys(groups.values()):
+            numbers = {number for number in groups if groups[number] == group}
+            row = figures([e for e in episodes if e["number"] in numbers],
+                          [question for number, question in skipped.items() if number in numbers], 0, seconds)
+            row["skipped"] = row["skipped"] or None  # 0 is not shown
+            rows.append(labels | {title: group} | row)
+        return rows
 
-    total = play | count(episodes, list(left.values()), num_bad, seconds)
-    kinds = [play | {"kind": kind} | row for kind, row in by({n: kind_of(q) for n, q in questions.items()})]
-    lengths = [play | {"duration": words} | row for words, row in by(durations(questions))]
-    total |= {
+    kinds = rows_by("kind", {number: kind_of(question) for number, question in questions.items()})
+    total = labels | figures(episodes, list(skipped.values()), num_bad, seconds) | {
         "task_mean": mean(row["accuracy"] for row in kinds),
         "task_mean_skipped_wrong": mean(row["accuracy_skipped_wrong"] for row in kinds),  # without bad rows
         "num_tasks": len(kinds),
         "num_with_evidence": sum(bool(questions[number].get("evidence")) for number in played),
-        "missing_videos": len({question["video"] for question in left.values()}),
+        "missing_videos": len({question["video"] for question in skipped.values()}),
         "questions_sha256": questions_hash(questions.values()),
         "played_sha256": questions_hash(questions[number] for number in played)}
     # rows without episodes of their own
-    empty, more = dict.fromkeys(total) | play, []
+    empty, more = dict.fromkeys(total) | labels, []
     if len(kinds) > 1:
         more.append(empty | {"kind": TASK_MEAN, "num_questions": total["num_questions"],
                              "accuracy": total["task_mean"],
                              "accuracy_skipped_wrong": total["task_mean_skipped_wrong"]})
-    for what, number in (("no video", len(left)), ("bad row", num_bad)):
+    for kind, number in (("no video", len(skipped)), ("bad row", num_bad)):
         if number:
-            more.append(empty | {"kind": what, "num_questions": 0, "skipped": number})
-    for row in kinds + lengths:
-        row["skipped"] = row["skipped"] or None  # what is nothing is not shown
-    return [total, *kinds, *more], lengths
+            more.append(empty | {"kind": kind, "num_questions": 0, "skipped": number})
+    return [total, *kinds, *more], rows_by("duration", durations(questions))
 
 
-def count(episodes, left, num_bad, seconds):
-    """Figures of some episodes and of the questions that were left out."""
-    graded = [e["right"] >= 0.5 for e in episodes if e["right"] is not None]
-    wrong = num_bad + sum(not waits_for_judge(question) for question in left)
+def figures(episodes, skipped, num_bad, seconds):
+    """The numbers in a row. skipped: the questions without an episode. seconds: a question's."""
+    graded = [grade >= 0.5 for grade in known(e["right"] for e in episodes)]
     low, high = interval(sum(graded), len(graded)) if graded else (None, None)
-    known = lambda key: [e[key] for e in episodes if e[key] is not None]
-    total = lambda key: sum(known(key)) if known(key) else None
-    zooms, seen, invalid = total("zooms"), total("hits_known"), total("invalid")
+    skipped_wrong = num_bad + sum(not waits_for_judge(question) for question in skipped)
+    zooms, invalid = known_sum(episodes, "zooms"), known_sum(episodes, "invalid")
     return {
-        "num_questions": len(episodes), "skipped": len(left) + num_bad,
-        "accuracy": share(sum(graded), len(graded)), "accuracy_low": low, "accuracy_high": high,
+        "num_questions": len(episodes), "skipped": len(skipped) + num_bad,
+        "accuracy": ratio(sum(graded), len(graded)), "accuracy_low": low, "accuracy_high": high,
         "invalid_call_rate": None if invalid is None else invalid / max(1, invalid + zooms),
-        "hit_rate": total("hits") / seen if seen else None, "untagged": total("untagged"),
-        "calls_without_tool": total("calls_without_tool"),
+        "hit_rate": ratio(known_sum(episodes, "hits"), known_sum(episodes, "hits_known")),
+        "untagged": known_sum(episodes, "untagged"),
+        "calls_without_tool": known_sum(episodes, "calls_without_tool"),
         "seconds_per_question": seconds if episodes else None,
-        **{f"{key}_per_question": share(total(key), len(episodes)) for key in ("frames", "zooms", "tokens")},
+        "frames_per_question": ratio(known_sum(episodes, "frames"), len(episodes)),
+        "zooms_per_question": ratio(zooms, len(episodes)),
+        "tokens_per_question": ratio(known_sum(episodes, "tokens"), len(episodes)),
         "waits_for_judge": len(episodes) - len(graded),
-        "accuracy_skipped_wrong": share(sum(graded), len(graded) + wrong)}
+        "accuracy_skipped_wrong": ratio(sum(graded), len(graded) + skipped_wrong)}
 
 
-def share(part, whole):
-    return part / whole if whole else None
+def known(values):
+    return [value for value in values if value is not None]
+
+
+def known_sum(episodes, key):
+    """The sum over the episodes that have a number there; None where none has."""
+    values = known(e[key] for e in episodes)
+    return sum(values) if values else None
 
 
 def mean(values):
-    values = [value for value in values if value is not None]
-    return share(sum(values), len(values))
+    """Of those that are not None."""
+    values = known(values)
+    return ratio(sum(values), len(values))
+
+
+def ratio(part, whole):
+    """None where nothing is divided by."""
+    return part / whole if whole else None
 
 
 # -------------------------------------------------------------------------------------------------- settings
-def environment(env):
+def environment_settings(env_config):
     """What of an EnvConfig a number depends on; the system prompt as its hash."""
-    names = ("overview", "overview_fps", "overview_max_frames", "max_zooms", "zoom_max_frames", "min_pixels",
-             "max_pixels", "frame_unit")
-    return {name: getattr(env, name) for name in ("protocol", *names)} | {
-        "overview_fps": None if env.overview_fps >= ANY_FPS else env.overview_fps,
-        "system_prompt_sha256": hashlib.sha256(env.system_prompt.encode()).hexdigest()}
+    names = ("protocol", "overview", "overview_fps", "overview_max_frames", "max_zooms", "zoom_max_frames",
+             "min_pixels", "max_pixels", "frame_unit")
+    settings = {name: getattr(env_config, name) for name in names}
+    if env_config.overview_fps >= ANY_FPS:  # as many frames, whatever the length
+        settings["overview_fps"] = None
+    prompt = env_config.system_prompt.encode()
+    return settings | {"system_prompt_sha256": hashlib.sha256(prompt).hexdigest()}
 
 
-def settings(config, env):
-    """What stands beside a number: of eval.py's Config, with its dtype, and of an `environment`."""
+def run_settings(config, environment):
+    """What stands beside a number: of eval.py's Config, with its dtype, and of `environment_settings`."""
     names = "temperature", "dtype", "seed", "max_turn_tokens", "max_response_tokens", "max_questions"
-    chosen = {"overview": Path(config.overview).name} if (config.overview or "").endswith(".json") else {}
-    return env | {name: getattr(config, name) for name in names} | chosen
+    settings = environment | {name: getattr(config, name) for name in names}
+    if chosen_by_file(config):
+        settings["overview"] = Path(config.overview).name
+    return settings
 
 
 def questions_hash(questions):
@@ -184,50 +220,60 @@ def questions_hash(questions):
 def report(by_kind, by_duration, skipped):
     """All that is printed: the table by kind, and by duration where they differ; what was skipped, by name;
     then all questions, and what they were played with."""
-    total = [row for row in by_kind if row["kind"] in ("all", TASK_MEAN)]
-    parts = [text_table(shown(COLUMNS, by_kind), by_kind)]
+    whole = [row for row in by_kind if row["kind"] in ("all", TASK_MEAN)]
+    played = [row for row in whole if row.get("settings")]
+    parts = [short_table(COLUMNS, by_kind)]
     if len({row["duration"] for row in by_duration}) > 1:
-        columns = {name.replace("kind", "duration"): words.replace("{kind}", "{duration}")
-                   for name, words in shown(COLUMNS, by_duration).items()}
-        parts.append(text_table(columns, by_duration))
+        parts.append(short_table(COLUMNS, [row | {"kind": None} for row in by_duration]))
     if skipped:
         parts.append("\n".join(skipped_lines(skipped)))
-    parts.append(text_table(shown(COLUMNS, total), total))
-    if played := [row for row in total if row.get("settings")]:
-        parts.append(text_table(shown(SETTINGS, played), played))
+    parts.append(short_table(COLUMNS, whole))
+    if played:
+        parts.append(short_table(SETTINGS, played))
     return "\n\n".join(parts)
-
-
-def shown(columns, rows):
-    """The columns without those that would say nothing of any row."""
-    says = lambda name, words, row: row.get(ONLY_WITH[name]) if name in ONLY_WITH else cell(words, row) != "-"
-    return {name: words for name, words in columns.items() if any(says(name, words, row) for row in rows)}
 
 
 def skipped_lines(skipped):
     """A line for each reason, as a missing video is, with the questions that it kept from being played."""
-    by_reason = {}
+    by_reason = defaultdict(list)
     for row in skipped:
-        by_reason.setdefault(row["reason"], []).append(row["row"])
+        by_reason[row["reason"]].append(row["row"])
+    lines = []
+    for reason, names in by_reason.items():
+        lines.append(f"skipped {', '.join(shortened(names, '{} more'))}: {reason}")
+    return shortened(lines, "and {} more reasons, see skipped.jsonl")
 
-    def first(items, more):
-        left = len(items) - MOST_SHOWN
-        return items if left <= 0 else [*items[:MOST_SHOWN], more.format(left)]
 
-    lines = [f"skipped {', '.join(first(names, '{} more'))}: {reason}" for reason, names in by_reason.items()]
-    return first(lines, "and {} more reasons, see skipped.jsonl")
+def shortened(items, more):
+    """The first MOST_SHOWN items; then, where some are left, the text `more` with their number."""
+    left = len(items) - MOST_SHOWN
+    return [*items[:MOST_SHOWN], more.format(left)] if left > 0 else items
+
+
+def short_table(columns, rows):
+    """A table without the columns that would say nothing of any row."""
+    def says(title, words, row):
+        if title in ONLY_WITH:
+            return row.get(ONLY_WITH[title])
+        return cell_text(words, row) != "-"
+
+    return text_table({title: words for title, words in columns.items()
+                       if any(says(title, words, row) for row in rows)}, rows)
 
 
 def text_table(columns, rows):
-    """Dicts as an aligned table, the first three columns to the left. columns: {title: what the cell says,
-    with fields of the dict}."""
-    lines = [list(columns)] + [[cell(words, row) for words in columns.values()] for row in rows]
+    """Dicts as an aligned table, the first three columns to the left. columns: as COLUMNS."""
+    lines = [list(columns)] + [[cell_text(words, row) for words in columns.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    align = lambda i, text: text.ljust(widths[i]) if i < 3 else text.rjust(widths[i])
-    return "\n".join("  ".join(align(i, text) for i, text in enumerate(line)) for line in lines)
+    texts = []
+    for line in lines:
+        left = [text.ljust(width) for text, width in zip(line[:3], widths[:3])]
+        right = [text.rjust(width) for text, width in zip(line[3:], widths[3:])]
+        texts.append("  ".join(left + right))
+    return "\n".join(texts)
 
 
-def cell(words, row):
+def cell_text(words, row):
     """What a cell says; "-" where a field with a format is None, or is not there."""
     try:
         return words.format(**row)
