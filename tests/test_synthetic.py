@@ -139,9 +139,10 @@ def test_trajectories_verify_and_reflections_start_wrong(made):
         assert env.rewards["accuracy"] == 1 and env.rewards["format"] == 1
         kinds[row["kind"], row["question"]["meta"]["kind"], env.num_calls() > 0] += 1
         if row["kind"] == "reflection":
-            assert not env.turns[0].hit and any(t.hit for t in env.turns[1:])
+            hits = [any(call.hit for call in turn.calls) for turn in env.turns]
+            assert not hits[0] and any(hits[1:])
             assert "not found" in row["turns"][1]
-        elif any(turn.hit for turn in env.turns):
+        elif any(call.hit for turn in env.turns for call in turn.calls):
             turned_back += "not found" in row["turns"][1]
         assert ("max_zooms" in row["provenance"]) <= (env.num_calls() == 0)
     zooms = lambda kind: sum(n for (k, q, z), n in kinds.items() if q == kind and z)

@@ -185,7 +185,8 @@ def write(path, rows):
 def play(monkeypatch, capsys, out, model, data, *flags):
     """eval.py in this process. Returns (what it printed, its row of results.json, {file: rows}, one line of error)."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, (
-        "--model", model, "--data", data, "--out", out, "--device", "cpu", "--max_turn_tokens", 4, *flags))])
+        "--model", model, "--data", data, "--out", out, "--device", "cpu", "--mode", "zoom",
+        "--max_turn_tokens", 4, *flags))])
     status = 0
     try:
         evaluation.run_main(evaluation.main)

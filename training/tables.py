@@ -192,7 +192,7 @@ def ratio(part, whole):
 def environment_settings(env_config):
     """What of an EnvConfig a number depends on; the system prompt as its hash."""
     names = ("protocol", "overview", "overview_fps", "overview_max_frames", "max_zooms", "zoom_max_frames",
-             "min_pixels", "max_pixels", "frame_unit")
+             "min_pixels", "max_pixels", "frame_unit", "max_turn_tokens")
     settings = {name: getattr(env_config, name) for name in names}
     if env_config.overview_fps >= ANY_FPS:  # as many frames, whatever the length
         settings["overview_fps"] = None
@@ -202,7 +202,7 @@ def environment_settings(env_config):
 
 def run_settings(config, environment):
     """What stands beside a number: of eval.py's Config, with its dtype, and of `environment_settings`."""
-    names = "temperature", "dtype", "seed", "max_turn_tokens", "max_response_tokens", "max_questions"
+    names = "temperature", "dtype", "seed", "max_response_tokens", "max_questions"
     settings = environment | {name: getattr(config, name) for name in names}
     if chosen_by_file(config):
         settings["overview"] = Path(config.overview).name
