@@ -81,4 +81,4 @@ def cache_gb(policy, config, weights=None):
 def show_plan(name, config, model):
     """What --plan asks for, see scale/plan.py. Ends the process with status 0 if the run fits, else 1."""
     from scale.plan import plan_main
-    plan_main(name, config, model)
+    plan_main(name, config)
