@@ -1,8 +1,8 @@
-"""What a model's configuration alone says: the sizes of its parts, and the memory that passes and rollouts need.
+"""What a model's configuration alone says: the sizes of its parts, and the memory of passes and rollouts.
 
 The counts follow transformers' Qwen2.5-VL layers and the passes of model.py and generation.py;
-bench/bench_plan.py holds those of an update against PyTorch's memory trackers. All are bytes of one GPU, but for
-Sizes, which are numbers of elements. `s` is a Sizes, `item` the bytes of a number in the compute dtype.
+bench/bench_plan.py holds those of an update against PyTorch's memory trackers. All are bytes of one GPU, but
+for Sizes, which are numbers of elements. `s` is a Sizes, `item` the bytes of a number in the compute dtype.
 """
 
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ class Sizes:
 
 
 def sizes_of(model_config, rank=0):
-    """Sizes of a Qwen2_5_VLConfig, from a model of it on the meta device, which takes no memory. Adapters of a
-    rank above 0 stand beside all linear layers of the language model (scale/lora.py)."""
+    """Sizes of a Qwen2_5_VLConfig, from a model of it on the meta device, which takes no memory. Adapters, of a
+    rank above 0, stand beside all linear layers of the language model's decoder (scale/lora.py)."""
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
@@ -76,8 +76,8 @@ def sizes_of(model_config, rank=0):
         total=in_vision + in_layers + root, vision=in_vision, trained=trained, layer=count(layer), root=root,
         layers=text.num_hidden_layers, hidden=text.hidden_size, heads=text.num_attention_heads,
         key_width=text.num_key_value_heads * text.hidden_size // text.num_attention_heads,
-        intermediate=text.intermediate_size, vocabulary=text.vocab_size, tied=tied, rank=rank, adapted=adapted,
-        adapter_width=adapter_width, vision_hidden=vision.hidden_size,
+        intermediate=text.intermediate_size, vocabulary=text.vocab_size, tied=tied, rank=rank,
+        adapted=adapted, adapter_width=adapter_width, vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size)
 
 
@@ -94,7 +94,7 @@ def saved_of_layer(s, tokens, item):
 
 
 def pass_moments(s, tokens, item, checkpointing, entropy):
-    """What a pass of `tokens` needs beside weights and added-up gradients, at the two moments where it is most.
+    """What a pass of `tokens` needs beside weights and added-up gradients, at the two moments when it is most.
 
     checkpointing, entropy: whether layers are computed twice, whether the loss has the entropy.
     Returns two dicts {category: bytes}: of the head, and of the last layer's backward pass."""
@@ -142,8 +142,8 @@ def cache_token(s, item):
 
 
 def auto_cache(s, item, left, tokens, rows):
-    """The cache that takes what is `left` for it and for the decode step: at least that of one episode of so many
-    `tokens`, at most that of all `rows`."""
+    """The cache that takes what is `left` for it and for the decode step: at least that of one episode of so
+    many `tokens`, at most that of all `rows`."""
     row = tokens * cache_token(s, item)
     return max(row, min(left / (1 + decode_activations(s, item)), rows * row))
 
@@ -169,9 +169,9 @@ def frame_tokens_of(model_config, env_config):
     return max(1, env_config.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
 
 
-def longest_episode(env_config, frame_tokens, max_response_tokens):
-    """Tokens of the longest episode that may be."""
-    return env_config.overview_max_frames * frame_tokens + PROMPT_TEXT + max_response_tokens
+def longest_episode(env_config, frame_tokens, config):
+    """Tokens of the longest episode that a RolloutConfig lets be."""
+    return env_config.overview_max_frames * frame_tokens + PROMPT_TEXT + config.max_response_tokens
 
 
 @dataclass(frozen=True)

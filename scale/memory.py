@@ -9,13 +9,13 @@ from scale.devices import free_bytes
 
 
 def find_cache_gb(policy, config, weights=None):
-    """The size in 1e9 bytes of a cache that takes what is free beside what a rollout needs, and beside what a run
-    that trains keeps through it. It has room for at least one episode, at most for all --max_rows of them.
+    """The size in 1e9 bytes of a cache that takes what is free beside what a rollout needs, and beside what a
+    run that trains keeps through it. There is room for at least one episode, at most for --max_rows of them.
 
     Args:
         policy: is loaded, and plays. config: the run's settings, with those of rollouts.
-        weights: the MasterWeights of a run that trains, whose processes all call this and get the smallest size
-            of all. None: the policy only plays, and each process has a size of its own."""
+        weights: the MasterWeights of a run that trains, whose processes all call this and get the smallest
+            size of all. None: the policy only plays, and each process has a size of its own."""
     s, item = estimates.sizes_of(policy.hf.config), policy.dtype.itemsize
     frame_tokens = estimates.frame_tokens_of(policy.hf.config, policy.env_config)
     left = free_bytes(policy.device) - estimates.RESERVE
@@ -23,18 +23,18 @@ def find_cache_gb(policy, config, weights=None):
     left -= estimates.decode_logits(s, config.max_rows, item)
     if weights is not None:
         left -= to_come(weights, config, s.language * item, frame_tokens * s.hidden * item)
-    longest = estimates.longest_episode(policy.env_config, frame_tokens, config.max_response_tokens)
+    longest = estimates.longest_episode(policy.env_config, frame_tokens, config)
     size = estimates.auto_cache(s, item, left, longest, config.max_rows) / 1e9
     if weights is not None and dist.is_initialized():
-        sizes = torch.tensor(size, device=policy.device)
-        dist.all_reduce(sizes, dist.ReduceOp.MIN)
-        size = sizes.item()
-    return round(size, 2) or size
+        smallest = torch.tensor(size, device=policy.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        size = smallest.item()
+    return size
 
 
 def to_come(weights, config, language_bytes, frame_bytes):
-    """Bytes that will be on the device at a rollout and are not there yet: AdamW's moments, the whole language
-    model where its weights are in shards, the features of a step's frames (of `frame_bytes` each)."""
+    """Bytes that will be on the device at a rollout and are not there yet: AdamW's moments, the language model
+    where its weights are in shards, features of a step's frames (of `frame_bytes` each)."""
     size, sharded = 0, False
     for p in weights.parameters:
         if isinstance(p, DTensor):

@@ -1,12 +1,15 @@
-"""A memory plan, before anything is loaded: what a run needs on each GPU and on a machine's host, and if it fits.
+"""A memory plan, before anything is loaded: what a run needs on each GPU and on a machine's host, and whether
+it fits.
 
-    python rl.py --plan 8x80 --model Qwen/Qwen2.5-VL-7B-Instruct ...        8 GPUs of 80 GB; any other flags
-    python sft.py --plan 1x24x64 --model FOLDER --lora_rank 16              ... of a machine with 64 GB of its own
+    python rl.py --plan 8x80 --model Qwen/Qwen2.5-VL-7B-Instruct ...    8 GPUs of 80 GB; any other flags
+    python sft.py --plan 1x24x64 --model FOLDER --lora_rank 16          ... of a machine with 64 GB of its own
 
-It reads the model's config.json (and zoom_config.json), asks nothing of this machine and writes nothing. It takes
-the flags as they are, as scale/pick.py would on GPUs, and counts the two times at which a GPU holds most: the
-rollout (in RL, and of held-out questions), and the update, each at its worst moment. Exit status 0: it fits. 1: it
-does not. GB are 1e9 bytes. Where episodes decide, scale/estimates.py says what is expected of one.
+The plan reads the model's config.json (and zoom_config.json), asks nothing of this machine and writes nothing.
+It takes the flags as they are, and where they leave it open what scale/pick.py picks on GPUs. It counts the
+two times at which a GPU holds most, the rollout (in RL, and of held-out questions) and the update, each at its
+worst moment. Where episodes decide, scale/estimates.py says what is expected of one; an episode that is longer
+than --max_tokens_per_pass runs in one pass all the same, and takes more than the plan says. GB are 1e9 bytes.
+Exit status 0: it fits. 1: it does not.
 """
 
 import re
@@ -22,41 +25,40 @@ from scale import estimates
 from scale.estimates import FLOAT, RESERVE
 from scale.pick import check_flags, shard_of_run
 from training.checkpoints import EXPORT_BYTES, config_fault, loading, object_fault
-from training.environment import find_env_config, run_environment
+from training.environment import run_environment
 
 GPUS_A_MACHINE = 8
 RESERVE_SMALL = 2e9  # in place of RESERVE, of a GPU of up to 24 GB
 RESERVE_NCCL = 2e9  # ... and buffers of NCCL, of more than one process
 PROCESS = 4e9  # host memory of a process with PyTorch, CUDA's libraries and what videos are decoded in
 
-# what lowers a part of a GPU and of the host, and what that costs
-SHARDS = "--shard all on more GPUs (each pass sends weights between them; not with --lora_rank)"
+SHARDS = "--shard all on more GPUs (each pass sends weights; not with --lora_rank)"
 OFFLOAD = "--offload optimizer on one GPU (the CPU makes the optimizer step)"
 ADAPTERS = "--lora_rank (adapters alone are trained, with an --lr of their own)"
-SMALLER = "a smaller --batch_size (another run: fewer questions a step)"
-ROWS = "--max_rows (fewer episodes play at one time)"
-LOWER_ON_GPU = {
+BATCH = "a smaller --batch_size (another run: fewer questions a step)"
+LOWER = {  # what lowers a part, and what that costs
     "compute weights": SHARDS,
-    "masters": f"{OFFLOAD}; {SHARDS}; {ADAPTERS}",
-    "moments": f"{OFFLOAD}; {SHARDS}; {ADAPTERS}",
-    "gradients": f"{SHARDS}; {ADAPTERS}",
-    "reference": f"--offload optimizer reference on one GPU (each pass fetches layers); {SHARDS}; {ADAPTERS}",
-    "features": f"--offload features (they are copied to the host and back); {SMALLER}",
-    "activations": "--max_tokens_per_pass (more passes compute prompts again); --gradient_checkpointing (layers "
-                   "are computed twice); at rollout --cache_gb",
-    "cache": "--cache_gb (fewer episodes play at one time)"}
-LOWER_ON_HOST = {
-    "masters and moments": f"{SHARDS} in place of --offload; {ADAPTERS}",
-    "features": SMALLER,
-    "frames": f"{ROWS}; in SFT {SMALLER}",
+    "masters": f"{SHARDS}, {OFFLOAD}, {ADAPTERS}",
+    "moments": f"{SHARDS}, {OFFLOAD}, {ADAPTERS}",
+    "gradients": f"{SHARDS}, {ADAPTERS}",
+    "reference": f"{SHARDS}, --offload optimizer reference on one GPU (each pass fetches layers), {ADAPTERS}",
+    "features": f"--offload features (they are copied to the host and back), {BATCH}",
+    "activations": "--max_tokens_per_pass (more passes compute prompts again), --gradient_checkpointing (layers "
+                   "are computed twice)",
+    "cache": "--cache_gb (fewer episodes play at one time)",
+    "masters and moments on the host": f"{SHARDS}, {ADAPTERS}",
+    "features on the host": BATCH,
+    "images": f"in RL --max_rows (fewer episodes play at one time), in SFT {BATCH}",
     "loading": SHARDS}
 
 
 # --------------------------------------------------------------------------------------------------- the plan
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs: {part: bytes} of a GPU at rollout (empty where nothing is played) and at update, and of
-    a machine's host. host_bytes: what a host has, or None, with which it is not judged."""
+    """What a run needs.
+
+    rollout, update: {part: bytes} of a GPU; rollout is empty where nothing is played. host: the same of a machine.
+    gpu_bytes, host_bytes: what a GPU and a machine have; a host of None is not judged."""
 
     title: str
     rollout: dict
@@ -66,44 +68,26 @@ class Plan:
     host_bytes: float | None
 
     @property
-    def on_gpu(self):
-        """{time: {part: bytes}} of the times that there are."""
-        return {"rollout": self.rollout, "update": self.update} if self.rollout else {"update": self.update}
-
-    @property
-    def faults(self):
-        """What does not fit, in words."""
-        needs = [(f"a GPU at {time}", parts, self.gpu_bytes) for time, parts in self.on_gpu.items()]
-        if self.host_bytes is not None:
-            needs.append(("the host", self.host, self.host_bytes))
-        return [f"{where} needs {total(parts) / 1e9:.1f} of {there / 1e9:g} GB" for where, parts, there in needs
-                if total(parts) > there + 1e3]  # --cache_gb auto takes all that is left
-
-    @property
     def fits(self):
-        return not self.faults
+        gpu = max(total(self.rollout), total(self.update))
+        on_gpu = gpu <= self.gpu_bytes + 1e3  # --cache_gb auto takes all that is left
+        return on_gpu and (self.host_bytes is None or total(self.host) <= self.host_bytes)
 
     def text(self):
-        """The plan as a table, the flags that lower its largest parts, and whether it fits."""
-        def row(name, sizes):
-            return f"  {name:<24}" + "".join(f"{size / 1e9:>10.2f}" for size in sizes)
-
-        times = self.on_gpu
-        lines = [f"plan: {self.title}", f"  {'GB of a GPU':<24}" + "".join(f"{time:>10}" for time in times)]
-        for part in self.rollout | self.update:
-            lines.append(row(part, [parts.get(part, 0) for parts in times.values()]))
-        lines.append(row(f"all, of {self.gpu_bytes / 1e9:g}", map(total, times.values())))
-        lines.append("  GB of a machine's host")
-        lines += [row(part, [size]) for part, size in self.host.items()]
-        there = "" if self.host_bytes is None else f", of {self.host_bytes / 1e9:g}"
-        lines.append(row(f"all{there}", [total(self.host)]))
-        lines.append("  what lowers the largest parts")
-        fullest = max(times.values(), key=total)
-        for parts, lower, most in ((fullest, LOWER_ON_GPU, 3), (self.host, LOWER_ON_HOST, 1)):
-            for part in sorted(lower.keys() & parts.keys(), key=parts.get, reverse=True)[:most]:
-                lines.append(f"  {part:<24}{lower[part]}")
-        lines.append("fits" if self.fits else f"does not fit: {'; '.join(self.faults)}")
-        return "\n".join(lines)
+        """The parts of each time and place, the largest first, and the flags that lower the largest."""
+        lines, hints = [f"plan: {self.title}"], {}
+        for where, parts, there in (("a GPU at rollout", self.rollout, self.gpu_bytes),
+                                    ("a GPU at update", self.update, self.gpu_bytes),
+                                    ("the host of a machine", self.host, self.host_bytes)):
+            if not parts:
+                continue
+            limit = "" if there is None else f" of {there / 1e9:g}"
+            lines.append(f"{where}: {total(parts) / 1e9:.1f}{limit} GB")
+            largest = sorted(filter(parts.get, parts), key=parts.get, reverse=True)
+            lines += [f"  {parts[part] / 1e9:>8.2f}  {part}" for part in largest]
+            hints |= {part: LOWER[part] for part in largest[:3] if part in LOWER}
+        lines += [f"what lowers {part}: {flags}" for part, flags in hints.items()]
+        return "\n".join([*lines, "fits" if self.fits else "does not fit"])
 
 
 def total(parts):
@@ -126,7 +110,7 @@ class Run:
         self.frame_bytes = self.frame_tokens * self.sizes.hidden * self.item  # of its features
         self.image_bytes = 3 * env_config.max_pixels
         if self.play:
-            self.longest = estimates.longest_episode(env_config, self.frame_tokens, self.play.max_response_tokens)
+            self.longest = estimates.longest_episode(env_config, self.frame_tokens, self.play)
             rows = min(self.play.max_rows, self.episodes.groups * self.episodes.size)
             self.live_frames = self.episodes.frames_of(rows)
         # the weights
@@ -135,7 +119,8 @@ class Run:
         self.shards = {"none": 1, "all": processes, "node": self.here}[shard]
         self.in_shards = shard != "none"
         self.offload = "optimizer" in config.offload
-        self.has_reference = self.in_rl and config.kl_weight > 0 and not config.lora_rank  # with weights of its own
+        # adapters' reference is the base, which is there
+        self.has_reference = self.in_rl and config.kl_weight > 0 and not config.lora_rank
 
 
 def make_plan(name, config, model_config, env_config, processes, gpu_bytes, host_bytes=None):
@@ -182,7 +167,7 @@ def held_of(run):
 
 
 def rollout_of(run, held, gpu_bytes):
-    """{part: bytes} of a GPU at rollout, with what is `held`. --cache_gb auto is what they leave of `gpu_bytes`."""
+    """{part: bytes} of a GPU at rollout, with what is `held`. --cache_gb auto is what is left of `gpu_bytes`."""
     s, item, play = run.sizes, run.item, run.play
     frames = run.live_frames
     if run.in_rl and "features" not in run.config.offload:  # the update needs them
@@ -191,18 +176,18 @@ def rollout_of(run, held, gpu_bytes):
     if run.in_shards:
         rollout["gathered weights"] = item * s.language
     rollout |= {"features": frames * run.frame_bytes,
-                "activations": estimates.rollout_activations(s, run.frame_tokens, item),
+                "prefill and decode step": estimates.rollout_activations(s, run.frame_tokens, item),
                 "logits": estimates.decode_logits(s, play.max_rows, item)}
     if play.cache_gb == "auto":
         cache = estimates.auto_cache(s, item, gpu_bytes - total(rollout), run.longest, play.max_rows)
     else:
         cache = play.cache_gb * 1e9
-    rollout["activations"] += estimates.decode_activations(s, item) * cache
+    rollout["prefill and decode step"] += estimates.decode_activations(s, item) * cache
     return rollout | {"cache": cache}
 
 
 def update_of(run):
-    """{part: bytes} of a GPU in the update beside what is held, at the moment of a pass at which it is most."""
+    """{part: bytes} of a GPU in the update beside what is held, at that moment of a pass at which it is most."""
     s, item, shards, config = run.sizes, run.item, run.shards, run.config
     tokens, entropy = config.max_tokens_per_pass, run.in_rl and config.entropy_weight != 0
     at_head, at_layer = estimates.pass_moments(s, tokens, item, config.gradient_checkpointing, entropy)
@@ -227,19 +212,19 @@ def host_of(run):
     s, e, item, offload = run.sizes, run.episodes, run.item, run.config.offload
     kept = {}
     if run.offload:  # with the memory that two groups of gradients pass through
-        kept["masters and moments"] = FLOAT * (3 * s.trained + 2 * max(s.layer, s.head))
+        kept["masters and moments on the host"] = FLOAT * (3 * s.trained + 2 * max(s.layer, s.head))
     if run.has_reference and "reference" in offload:
-        kept["reference"] = item * s.layers * s.layer
+        kept["reference on the host"] = item * s.layers * s.layer
     if "features" in offload:
-        kept["features"] = run.here * e.all_frames * run.frame_bytes
-    # images of what is played and of the groups whose frames are decoded ahead; in SFT of this batch and the next
+        kept["features on the host"] = run.here * e.all_frames * run.frame_bytes
+    # images of what is played and of groups whose frames are decoded ahead; in SFT of this and the next batch
     frames = 0 if run.in_rl else 2 * e.all_frames
     if run.play:
         frames = max(frames, run.live_frames + max(4, run.play.max_rows // e.size) * e.frames)
     # the first process exports, a file at a time, with adapters copies of what is merged
     file = min(item * s.total, max(EXPORT_BYTES, item * s.head))
     loaded = item * (s.head / run.shards if run.in_shards else s.total)
-    moments = [kept | {"frames": run.here * frames * run.image_bytes},
+    moments = [kept | {"images": run.here * frames * run.image_bytes},
                kept | {"exporting": item * s.adapted + file}, {"loading": run.here * loaded}]
     return {"processes": run.here * PROCESS} | max(moments, key=total)
 
@@ -249,7 +234,7 @@ def read_machines(text):
     """(number of GPUs, bytes of each, bytes of a machine's host or None) of --plan. Raises UserError."""
     found = re.fullmatch(r"([1-9]\d*)x(\d+\.?\d*)(?:x(\d+\.?\d*))?", text)
     if not found:
-        raise UserError(f"--plan must be GPUs x GB of each, as 8x80, or 8x80x1000 with GB of a machine's host "
+        raise UserError("--plan must be GPUs x GB of each, as 8x80, or 8x80x1000 with GB of a machine's host "
                         f"memory, not {text}")
     gpus, gpu_gb, host_gb = found.groups()
     return int(gpus), float(gpu_gb) * 1e9, host_gb and float(host_gb) * 1e9
@@ -258,7 +243,6 @@ def read_machines(text):
 def read_model_config(name_or_path):
     """The Qwen2_5_VLConfig of a folder with config.json, or of a name on the hub. Raises PolicyError."""
     with loading(name_or_path):
-        find_env_config(name_or_path)  # raises where there is no such folder
         fault = None
         if Path(name_or_path).is_dir():
             fault = object_fault(Path(name_or_path, "config.json"))
@@ -272,7 +256,7 @@ def plan_main(name, config):
     """Prints the plan of a run and ends the process, with status 0 if it fits, else 1. Raises UserError."""
     gpus, gpu_bytes, host_bytes = read_machines(config.plan)
     check_flags(config, gpus)
-    model_config, env_config = read_model_config(config.model), run_environment(config.model, config)
-    plan = make_plan(name, config, model_config, env_config, gpus, gpu_bytes, host_bytes)
+    env_config = run_environment(config.model, config)
+    plan = make_plan(name, config, read_model_config(config.model), env_config, gpus, gpu_bytes, host_bytes)
     print(plan.text())
     sys.exit(0 if plan.fits else 1)
