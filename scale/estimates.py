@@ -54,8 +54,8 @@ class Sizes:
 
 
 def sizes_of(model_config, rank=0):
-    """Sizes of a Qwen2_5_VLConfig, from a model of it on the meta device, which takes no memory. Adapters, of a
-    rank above 0, stand beside all linear layers of the language model's decoder (scale/lora.py)."""
+    """Sizes of a Qwen2_5_VLConfig, from a model of it on the meta device, which takes no memory. Adapters, of
+    a rank above 0, stand beside all linear layers of the language model's decoder (scale/lora.py)."""
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
@@ -94,7 +94,7 @@ def saved_of_layer(s, tokens, item):
 
 
 def pass_moments(s, tokens, item, checkpointing, entropy):
-    """What a pass of `tokens` needs beside weights and added-up gradients, at the two moments when it is most.
+    """What a pass of `tokens` needs beside weights and added-up gradients, at the two moments of most.
 
     checkpointing, entropy: whether layers are computed twice, whether the loss has the entropy.
     Returns two dicts {category: bytes}: of the head, and of the last layer's backward pass."""

@@ -33,8 +33,8 @@ def find_cache_gb(policy, config, weights=None):
 
 
 def to_come(weights, config, language_bytes, frame_bytes):
-    """Bytes that will be on the device at a rollout and are not there yet: AdamW's moments, the language model
-    where its weights are in shards, features of a step's frames (of `frame_bytes` each)."""
+    """Bytes that will be on the device at a rollout and are not there yet: AdamW's moments, the language
+    model where its weights are in shards, features of a step's frames (of `frame_bytes` each)."""
     size, sharded = 0, False
     for p in weights.parameters:
         if isinstance(p, DTensor):

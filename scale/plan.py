@@ -4,12 +4,12 @@ it fits.
     python rl.py --plan 8x80 --model Qwen/Qwen2.5-VL-7B-Instruct ...    8 GPUs of 80 GB; any other flags
     python sft.py --plan 1x24x64 --model FOLDER --lora_rank 16          ... of a machine with 64 GB of its own
 
-The plan reads the model's config.json (and zoom_config.json), asks nothing of this machine and writes nothing.
+The plan reads the model's config.json and zoom_config.json, asks nothing of this machine and writes nothing.
 It takes the flags as they are, and where they leave it open what scale/pick.py picks on GPUs. It counts the
-two times at which a GPU holds most, the rollout (in RL, and of held-out questions) and the update, each at its
-worst moment. Where episodes decide, scale/estimates.py says what is expected of one; an episode that is longer
-than --max_tokens_per_pass runs in one pass all the same, and takes more than the plan says. GB are 1e9 bytes.
-Exit status 0: it fits. 1: it does not.
+two times when a GPU holds most, the rollout (in RL, and of held-out questions) and the update, each at its
+worst moment. Where episodes decide, scale/estimates.py says what is expected of one; an episode longer than
+--max_tokens_per_pass runs in one pass all the same, and takes more than the plan says. GB are 1e9 bytes. Exit
+status 0: it fits. 1: it does not.
 """
 
 import re
@@ -41,10 +41,10 @@ LOWER = {  # what lowers a part, and what that costs
     "masters": f"{SHARDS}, {OFFLOAD}, {ADAPTERS}",
     "moments": f"{SHARDS}, {OFFLOAD}, {ADAPTERS}",
     "gradients": f"{SHARDS}, {ADAPTERS}",
-    "reference": f"{SHARDS}, --offload optimizer reference on one GPU (each pass fetches layers), {ADAPTERS}",
+    "reference": f"{SHARDS}, --offload optimizer reference on one GPU (passes fetch it), {ADAPTERS}",
     "features": f"--offload features (they are copied to the host and back), {BATCH}",
-    "activations": "--max_tokens_per_pass (more passes compute prompts again), --gradient_checkpointing (layers "
-                   "are computed twice)",
+    "activations": "--max_tokens_per_pass (more passes compute prompts again), --gradient_checkpointing "
+                   "(layers are computed twice)",
     "cache": "--cache_gb (fewer episodes play at one time)",
     "masters and moments on the host": f"{SHARDS}, {ADAPTERS}",
     "features on the host": BATCH,
@@ -57,7 +57,7 @@ LOWER = {  # what lowers a part, and what that costs
 class Plan:
     """What a run needs.
 
-    rollout, update: {part: bytes} of a GPU; rollout is empty where nothing is played. host: the same of a machine.
+    rollout, update: {part: bytes} of a GPU; rollout is empty where nothing is played. host: of a machine.
     gpu_bytes, host_bytes: what a GPU and a machine have; a host of None is not judged."""
 
     title: str
@@ -167,7 +167,7 @@ def held_of(run):
 
 
 def rollout_of(run, held, gpu_bytes):
-    """{part: bytes} of a GPU at rollout, with what is `held`. --cache_gb auto is what is left of `gpu_bytes`."""
+    """{part: bytes} of a GPU at rollout, with what is `held`. --cache_gb auto is the rest of `gpu_bytes`."""
     s, item, play = run.sizes, run.item, run.play
     frames = run.live_frames
     if run.in_rl and "features" not in run.config.offload:  # the update needs them
@@ -187,7 +187,7 @@ def rollout_of(run, held, gpu_bytes):
 
 
 def update_of(run):
-    """{part: bytes} of a GPU in the update beside what is held, at that moment of a pass at which it is most."""
+    """{part: bytes} of a GPU in the update beside what is held, at the moment of a pass when it is most."""
     s, item, shards, config = run.sizes, run.item, run.shards, run.config
     tokens, entropy = config.max_tokens_per_pass, run.in_rl and config.entropy_weight != 0
     at_head, at_layer = estimates.pass_moments(s, tokens, item, config.gradient_checkpointing, entropy)
