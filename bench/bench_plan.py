@@ -1,13 +1,13 @@
 """What scale/plan.py counts, against PyTorch's memory trackers.
 
-    python bench/bench_plan.py              a table of plan and tracker, and the largest difference of each part
+    python bench/bench_plan.py           a table of plan and tracker, and the largest difference of each part
 
-The rows are 3B and 7B, SFT and RL, plain, in shards, with a part on the host and with adapters. No weights and no
-GPU: tensors are fake, they have shapes and no memory. The pass is the project's own; the tracker's known limits
-are worked around here:
+The rows are 3B and 7B, SFT and RL, plain, in shards, with a part on the host and with adapters. No weights
+and no GPU: tensors are fake, they have shapes and no memory. The pass is the project's own; the tracker's
+known limits are worked around here:
 
 - It cannot hook a module that autograd calls again (the head, in chunks): the head is called without hooks.
-- PyTorch's lower-right causal mask is no fake tensor: a stand-in calls the same flash attention kernel as CUDA.
+- PyTorch's lower-right causal mask is no fake tensor: a stand-in calls the same flash attention as CUDA does.
 - It looks for the peak of each module after each operation (minutes): here for the one of all.
 """
 
@@ -133,8 +133,8 @@ def quick(tracker_class):
 
 def track(name, config, processes, tokens, layers=None):
     """(what is there before a pass of `tokens`, what is there at the peak of the pass), dicts of bytes by the
-    tracker's names: after an update, with the gradients of another pass there, as in the second pass of a later
-    update."""
+    tracker's names: after an update, with the gradients of another pass there, as in the second pass of a
+    later update."""
     model_config = read_config(name, layers)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     is_rl = hasattr(config, "kl_weight")
@@ -162,7 +162,11 @@ def track(name, config, processes, tokens, layers=None):
                 if is_rl and config.kl_weight:
                     reference = reference_of(policy, "reference" in config.offload)
                 policy.freeze_vision()
-                weights = OffloadedWeights(policy, lambda name: policy.get_parameter(name).detach(), reference)
+
+                def read(name):
+                    return policy.get_parameter(name).detach()
+
+                weights = OffloadedWeights(policy, read, reference)
             elif config.lora_rank:
                 weights = LoRAWeights(policy, name, config, is_rl and config.kl_weight > 0)
             else:
@@ -177,8 +181,9 @@ def track(name, config, processes, tokens, layers=None):
             else:
                 tracker = quick(MemTracker)()
                 on_device = not isinstance(weights, OffloadedWeights)
-                masters = torch.nn.ParameterList(weights.parameters if on_device else [])
-                tracker.track_external(policy, masters, *([weights.reference] if weights.reference else []))
+                master_weights = torch.nn.ParameterList(weights.parameters if on_device else [])
+                references = [weights.reference] if weights.reference else []
+                tracker.track_external(policy, master_weights, *references)
 
             def one_pass(length):
                 batch, entropy = [[make_dialogue(policy, length)]], is_rl and config.entropy_weight != 0
@@ -193,8 +198,8 @@ def track(name, config, processes, tokens, layers=None):
                 if not isinstance(weights, OffloadedWeights):
                     optimizer.step()
                     weights.cast()
-                if not in_shards:  # it takes the masters' gradients for something passing
-                    tracker.track_external(masters, *getattr(weights, "gradients", {}).values())
+                if not in_shards:  # it takes the master weights' gradients for something passing
+                    tracker.track_external(master_weights, *getattr(weights, "gradients", {}).values())
                 before = tracker.begin()
                 one_pass(tokens)
                 on_host = [*getattr(weights, "slabs", ()), *getattr(weights, "staging", ())]
@@ -222,7 +227,7 @@ def compare(name, config, processes, tokens, layers=None):
     above = peak["Total"] - before["Total"]
     if config.shard in ("all", "node"):
         gathered = peak["Unsharded Param"] + peak["All Gather"]
-        return {"masters": (of("masters"), before["Sharded Param"]),
+        return {"master weights": (of("master weights"), before["Sharded Param"]),
                 "gradients": (of("gradients"), before["Sharded Grad"]),
                 "moments": (of("moments"), before["OptState"]),
                 "reference": (of("reference"), before["Activation"]),  # FSDP's tracker knows no other name
@@ -231,10 +236,11 @@ def compare(name, config, processes, tokens, layers=None):
     if "optimizer" in config.offload:
         return {"weights": (of("compute weights", "reference"), before["Parameter"]),
                 "gradients": (of("gradients"), before["Other"]),
-                "host": (whole.host["masters and moments on the host"], before["Host"]),
+                "host": (whole.host["master weights and moments on the host"], before["Host"]),
                 "activations": (of("activations", "logits", "passing gradients"), above)}
-    return {"weights": (of("compute weights", "masters", "reference"), before["Parameter"]),
-            "gradients": (of("gradients"), before["Gradient"]), "moments": (of("moments"), before["Optstate"]),
+    return {"weights": (of("compute weights", "master weights", "reference"), before["Parameter"]),
+            "gradients": (of("gradients"), before["Gradient"]),
+            "moments": (of("moments"), before["Optstate"]),
             "activations": (of("activations", "logits", "passing gradients"), above)}
 
 
@@ -249,7 +255,8 @@ def settings():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--layers", type=int, help="only so many layers: quicker")
     layers = parser.parse_args().layers
     print("| model | stage | flags | GPUs | tokens | what: plan / tracker, GB |")

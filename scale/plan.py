@@ -38,7 +38,7 @@ ADAPTERS = "--lora_rank (adapters alone are trained, with an --lr of their own)"
 BATCH = "a smaller --batch_size (another run: fewer questions a step)"
 LOWER = {  # what lowers a part, and what that costs
     "compute weights": SHARDS,
-    "masters": f"{SHARDS}, {OFFLOAD}, {ADAPTERS}",
+    "master weights": f"{SHARDS}, {OFFLOAD}, {ADAPTERS}",
     "moments": f"{SHARDS}, {OFFLOAD}, {ADAPTERS}",
     "gradients": f"{SHARDS}, {ADAPTERS}",
     "reference": f"{SHARDS}, --offload optimizer reference on one GPU (passes fetch it), {ADAPTERS}",
@@ -46,7 +46,7 @@ LOWER = {  # what lowers a part, and what that costs
     "activations": "--max_tokens_per_pass (more passes compute prompts again), --gradient_checkpointing "
                    "(layers are computed twice)",
     "cache": "--cache_gb (fewer episodes play at one time)",
-    "masters and moments on the host": f"{SHARDS}, {ADAPTERS}",
+    "master weights and moments on the host": f"{SHARDS}, {ADAPTERS}",
     "features on the host": BATCH,
     "images": f"in RL --max_rows (fewer episodes play at one time), in SFT {BATCH}",
     "loading": SHARDS}
@@ -156,8 +156,8 @@ def held_of(run):
         compute += s.trained
     held = {"compute weights": item * compute}
     if not run.offload:
-        if run.in_shards or item < FLOAT:  # else the compute weights are the masters
-            held["masters"] = FLOAT * s.trained / run.shards
+        if run.in_shards or item < FLOAT:  # else the compute weights are the master weights
+            held["master weights"] = FLOAT * s.trained / run.shards
         held["moments"] = 2 * FLOAT * s.trained / run.shards
     if run.has_reference:
         held["reference"] = item * s.language / run.shards
@@ -212,7 +212,7 @@ def host_of(run):
     s, e, item, offload = run.sizes, run.episodes, run.item, run.config.offload
     kept = {}
     if run.offload:  # with the memory that two groups of gradients pass through
-        kept["masters and moments on the host"] = FLOAT * (3 * s.trained + 2 * max(s.layer, s.head))
+        kept["master weights and moments on the host"] = FLOAT * (3 * s.trained + 2 * max(s.layer, s.head))
     if run.has_reference and "reference" in offload:
         kept["reference on the host"] = item * s.layers * s.layer
     if "features" in offload:

@@ -7,7 +7,7 @@ LOWER = {
     "loading": "--shard all with more processes, --offload optimizer or --lora_rank",
     "rollout": "--cache_gb, --max_rows or --max_response_tokens",
     "update": "--max_tokens_per_pass, --offload, or --shard all with more processes",
-    "saving": "--max_rows, --batch_size or the processes of a machine, whose first needs room for a file of weights"}
+    "saving": "--max_rows, --batch_size or the processes of a machine, one of which writes a file of weights"}
 
 
 def out_of_memory(error):
