@@ -237,7 +237,8 @@ def read_machines(text):
         raise UserError("--plan must be GPUs x GB of each, as 8x80, or 8x80x1000 with GB of a machine's host "
                         f"memory, not {text}")
     gpus, gpu_gb, host_gb = found.groups()
-    return int(gpus), float(gpu_gb) * 1e9, host_gb and float(host_gb) * 1e9
+    host_bytes = float(host_gb) * 1e9 if host_gb else None
+    return int(gpus), float(gpu_gb) * 1e9, host_bytes
 
 
 def read_model_config(name_or_path):
