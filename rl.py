@@ -254,7 +254,7 @@ def main():
         "steps", "batch_size", "mini_batch_size", "max_draws", "max_turn_tokens", "max_response_tokens",
         "max_rows"))
     if config.plan:
-        show_plan("rl", config, config.model)
+        show_plan("rl", config)
     rank, world, device = start_processes(config.device)
     # all that can be wrong, before a model loads
     check_flags(config, world)

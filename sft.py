@@ -159,7 +159,7 @@ def train(weights, rows, config, run, rank, world, device, val):
 def main():
     config = parse_training_flags(Config, __doc__, PRESETS, ("epochs", "batch_size", "max_length"))
     if config.plan:
-        show_plan("sft", config, config.model)
+        show_plan("sft", config)
     rank, world, device = start_processes(config.device)
     # all that can be wrong, before a model loads
     check_flags(config, world)

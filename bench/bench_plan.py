@@ -1,13 +1,17 @@
-"""What scale/plan.py counts, against PyTorch's memory trackers: `python bench/bench_plan.py` prints plan and tracker for
-3B and 7B, SFT and RL, plain, in shards and with adapters. No weights and no GPU: tensors are fake, they have shapes and
-no memory. The pass is the project's own; the tracker's known limits are worked around here:
+"""What scale/plan.py counts, against PyTorch's memory trackers.
+
+    python bench/bench_plan.py           a table of plan and tracker, and the largest difference of each part
+
+The rows are 3B and 7B, SFT and RL, plain, in shards, with a part on the host and with adapters. No weights
+and no GPU: tensors are fake, they have shapes and no memory. The pass is the project's own; the tracker's
+known limits are worked around here:
 
 - It cannot hook a module that autograd calls again (the head, in chunks): the head is called without hooks.
-- PyTorch's lower-right causal mask is no fake tensor: a stand-in calls the same flash attention kernel as CUDA would.
-- It looks for the peak of each module after each operation (minutes): here for the one of all."""
+- PyTorch's lower-right causal mask is no fake tensor: a stand-in calls the same flash attention as CUDA does.
+- It looks for the peak of each module after each operation (minutes): here for the one of all.
+"""
 
 import argparse
-import importlib.util
 import itertools
 import os
 import sys
@@ -33,8 +37,9 @@ from demo.tiny_base import make_tokenizer
 from model import Dialogue, Policy, token_log_probs
 from scale import sharding
 from scale.lora import LoRAWeights
-from training.weights import MasterWeights
+from scale.offload import OffloadedWeights, reference_of
 from scale.plan import make_plan
+from training.weights import MasterWeights
 from video import Frame
 from zoom_env import EnvConfig
 
@@ -42,7 +47,7 @@ CONFIGS = Path(__file__).parent.parent / "tests" / "configs"
 CPU = torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------ models of no memory
+# ------------------------------------------------------------------------------------ models of no memory
 class HeadWithoutHooks(torch.nn.Linear):
     def __call__(self, hidden):
         return self.forward(hidden)
@@ -71,7 +76,8 @@ def read_config(name, layers=None):
 def make_policy(model_config, dtype, trained_dtype):
     """A policy of fake tensors; its language model and head in `trained_dtype`."""
     with no_init_weights():
-        hf = Qwen2_5_VLForConditionalGeneration._from_config(deepcopy(model_config), dtype=dtype, attn_implementation="sdpa")
+        hf = Qwen2_5_VLForConditionalGeneration._from_config(deepcopy(model_config), dtype=dtype,
+                                                             attn_implementation="sdpa")
     if model_config.tie_word_embeddings:
         hf.lm_head.weight = hf.model.language_model.embed_tokens.weight
     if trained_dtype != dtype:
@@ -88,15 +94,15 @@ def make_dialogue(policy, tokens):
     """Half of it frames of 128 tokens, half of it trained."""
     dialogue, hidden = Dialogue(), policy.language_model.config.hidden_size
     for _ in range(tokens // 256):
-        dialogue.add_frame(Frame(0.0, torch.empty(3, 8 * policy.frame_unit, 16 * policy.frame_unit)), policy.image_pad,
-                           policy.frame_unit)
+        image = torch.empty(3, 8 * policy.frame_unit, 16 * policy.frame_unit)
+        dialogue.add_frame(Frame(0.0, image), policy.image_pad, policy.frame_unit)
         dialogue.features.append(torch.empty(128, hidden, dtype=policy.dtype))
     dialogue.prompt_length = len(dialogue.ids)
     dialogue.add([policy.im_end] * (tokens - len(dialogue.ids)), trained=True)
     return dialogue
 
 
-# ------------------------------------------------------------------------------------------------ one update
+# ------------------------------------------------------------------------------------ one update
 def quick(tracker_class):
     """The tracker without peaks of single modules."""
     class Tracker(tracker_class):
@@ -126,9 +132,11 @@ def quick(tracker_class):
 
 
 def track(name, config, processes, tokens, layers=None):
-    """(what is there before a pass of `tokens`, what is there at the peak of the pass), dicts of bytes by the tracker's
-    names: after an update, with the gradients of another pass there, as in the second pass of a later update."""
-    model_config, dtype = read_config(name, layers), torch.bfloat16 if config.dtype != "float32" else torch.float32
+    """(what is there before a pass of `tokens`, what is there at the peak of the pass), dicts of bytes by the
+    tracker's names: after an update, with the gradients of another pass there, as in the second pass of a
+    later update."""
+    model_config = read_config(name, layers)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     is_rl = hasattr(config, "kl_weight")
     if in_shards := config.shard in ("all", "node"):
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -150,11 +158,15 @@ def track(name, config, processes, tokens, layers=None):
                     sharding.wrap(reference.requires_grad_(False), mesh, dtype)
                 sharding.wrap(policy.freeze_vision(), mesh, dtype)
                 weights = sharding.ShardedWeights(policy, policy, reference, mesh)
-            elif config.offload:
-                from scale.offload import OffloadedWeights, reference_of
+            elif "optimizer" in config.offload:
                 if is_rl and config.kl_weight:
-                    reference = reference_of(policy, "reference" in config.on_host)
-                weights = OffloadedWeights(policy.freeze_vision(), reference)
+                    reference = reference_of(policy, "reference" in config.offload)
+                policy.freeze_vision()
+
+                def read(name):
+                    return policy.get_parameter(name).detach()
+
+                weights = OffloadedWeights(policy, read, reference)
             elif config.lora_rank:
                 weights = LoRAWeights(policy, name, config, is_rl and config.kl_weight > 0)
             else:
@@ -168,8 +180,10 @@ def track(name, config, processes, tokens, layers=None):
                 tracker = quick(FSDPMemTracker)(policy, optimizer)
             else:
                 tracker = quick(MemTracker)()
-                masters = torch.nn.ParameterList([] if config.offload else weights.parameters)
-                tracker.track_external(policy, masters, *([weights.reference] if weights.reference else []))
+                on_device = not isinstance(weights, OffloadedWeights)
+                master_weights = torch.nn.ParameterList(weights.parameters if on_device else [])
+                references = [weights.reference] if weights.reference else []
+                tracker.track_external(policy, master_weights, *references)
 
             def one_pass(length):
                 batch, entropy = [[make_dialogue(policy, length)]], is_rl and config.entropy_weight != 0
@@ -181,14 +195,15 @@ def track(name, config, processes, tokens, layers=None):
 
             with tracker:
                 one_pass(256)
-                if not config.offload:
+                if not isinstance(weights, OffloadedWeights):
                     optimizer.step()
                     weights.cast()
-                if not in_shards:  # it takes the masters' gradients for something passing
-                    tracker.track_external(masters, *getattr(weights, "gradients", {}).values())
+                if not in_shards:  # it takes the master weights' gradients for something passing
+                    tracker.track_external(master_weights, *getattr(weights, "gradients", {}).values())
                 before = tracker.begin()
                 one_pass(tokens)
-                before["Host"] = sum(x.nbytes for x in (*getattr(weights, "slabs", ()), *getattr(weights, "staging", ())))
+                on_host = [*getattr(weights, "slabs", ()), *getattr(weights, "staging", ())]
+                before["Host"] = sum(tensor.nbytes for tensor in on_host)
                 return before, tracker.numbers("peak")
     finally:
         model_module.causal_lower_right = mask
@@ -197,7 +212,7 @@ def track(name, config, processes, tokens, layers=None):
             del os.environ["LOCAL_WORLD_SIZE"]
 
 
-# ----------------------------------------------------------------------------------------------- plan and tracker
+# ------------------------------------------------------------------------------------ plan and tracker
 def compare(name, config, processes, tokens, layers=None):
     """{what: (bytes of the plan, bytes of the tracker)} of an update with passes of `tokens`."""
     config = replace(config, max_tokens_per_pass=tokens)
@@ -205,58 +220,61 @@ def compare(name, config, processes, tokens, layers=None):
     whole = make_plan(stage, config, read_config(name, layers), EnvConfig(), processes, 1e15, 1e15)
     plan = whole.update
     before, peak = (defaultdict(int, numbers) for numbers in track(name, config, processes, tokens, layers))
-    of = lambda *names: sum(plan.get(name, 0) for name in names)
+
+    def of(*names):
+        return sum(plan.get(name, 0) for name in names)
+
     above = peak["Total"] - before["Total"]
     if config.shard in ("all", "node"):
         gathered = peak["Unsharded Param"] + peak["All Gather"]
-        return {"masters": (of("masters"), before["Sharded Param"]),
+        return {"master weights": (of("master weights"), before["Sharded Param"]),
                 "gradients": (of("gradients"), before["Sharded Grad"]),
                 "moments": (of("moments"), before["OptState"]),
                 "reference": (of("reference"), before["Activation"]),  # FSDP's tracker knows no other name
                 "gathered": (of("gathered weights"), gathered),
                 "activations": (of("activations", "logits", "passing gradients"), above - gathered)}
-    if config.offload:
+    if "optimizer" in config.offload:
         return {"weights": (of("compute weights", "reference"), before["Parameter"]),
                 "gradients": (of("gradients"), before["Other"]),
-                "host": (whole.host["masters and moments"], before["Host"]),
+                "host": (whole.host["master weights and moments on the host"], before["Host"]),
                 "activations": (of("activations", "logits", "passing gradients"), above)}
-    return {"weights": (of("compute weights", "masters", "reference"), before["Parameter"]),
-            "gradients": (of("gradients"), before["Gradient"]), "moments": (of("moments"), before["Optstate"]),
+    return {"weights": (of("compute weights", "master weights", "reference"), before["Parameter"]),
+            "gradients": (of("gradients"), before["Gradient"]),
+            "moments": (of("moments"), before["Optstate"]),
             "activations": (of("activations", "logits", "passing gradients"), above)}
-
-
-def offloads(stage):
-    """Of one process with masters in host memory, where scale/offload.py is there."""
-    if importlib.util.find_spec("scale.offload"):
-        yield 1, {"shard": "none", "offload": True}
-        if stage is rl:
-            yield 1, {"shard": "none", "offload": True, "on_host": ["reference"]}
 
 
 def settings():
     """(model, Config, its flags, processes, tokens of a pass) of the table."""
     for name, stage, tokens in itertools.product(("3b", "7b"), (sft, rl), (4096, 32_768)):
         for processes, flags in ((1, {"shard": "none"}), (8, {"shard": "all"}), (16, {"shard": "all"}),
-                                 (16, {"shard": "node"}), *offloads(stage), (1, {"shard": "none", "lora_rank": 16})):
-            yield name, stage, flags, processes, tokens
+                                 (16, {"shard": "node"}), (1, {"offload": ["optimizer"]}),
+                                 (1, {"offload": ["optimizer", "reference"]}), (1, {"lora_rank": 16})):
+            if stage is rl or "reference" not in flags.get("offload", ()):
+                yield name, stage, flags, processes, tokens
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--layers", type=int, help="only so many layers: quicker")
     layers = parser.parse_args().layers
-    print("| model | stage | flags | GPUs | tokens | what: plan / tracker, GB |\n| --- | --- | --- | --- | --- | --- |")
+    print("| model | stage | flags | GPUs | tokens | what: plan / tracker, GB |")
+    print("| --- | --- | --- | --- | --- | --- |")
     worst = defaultdict(float)
     for name, stage, flags, processes, tokens in settings():
         found = compare(f"qwen2.5-vl-{name}", stage.Config(**flags), processes, tokens, layers)
-        cells = [f"{what} {plan / 1e9:.2f} / {seen / 1e9:.2f}" for what, (plan, seen) in found.items() if plan or seen]
+        cells = [f"{what} {plan / 1e9:.2f} / {seen / 1e9:.2f}" for what, (plan, seen) in found.items()
+                 if plan or seen]
         # between moments that are about as high, what is gathered and what is passing differ in their shares
         both = [found.pop(what) for what in ("gathered", "activations") if what in found]
         for what, (plan, seen) in (found | {"a pass": [*map(sum, zip(*both))]}).items():
             if seen > 1e6:
                 worst[what] = max(worst[what], abs(plan / seen - 1))
-        words = " ".join(f"--{flag} {value}" for flag, value in flags.items())
-        print(f"| {name} | {stage.__name__} | {words} | {processes} | {tokens:,} | {', '.join(cells)} |", flush=True)
+        words = " ".join(f"--{flag} {' '.join(value) if isinstance(value, list) else value}"
+                         for flag, value in flags.items())
+        print(f"| {name} | {stage.__name__} | {words} | {processes} | {tokens:,} | {', '.join(cells)} |",
+              flush=True)
     print("\nfarthest off: " + ", ".join(f"{what} {off:.1%}" for what, off in worst.items()))
 
 

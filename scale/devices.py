@@ -1,52 +1,13 @@
-"""What a machine has, and what only CUDA does at true size: pinned memory, and copies beside other work."""
+"""What only CUDA does at true size: free memory, pinned memory, and copies beside other work."""
 
 import os
 import re
-import subprocess
 import weakref
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
 from common import UserError
-
-
-# ------------------------------------------------------------------------------------------ how much there is
-def gpu_here():
-    """Bytes of this machine's first GPU, without touching it."""
-    try:
-        ask = "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"  # in MiB
-        said = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
-        return float(said.split()[0]) * 2 ** 20
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        raise UserError("--plan: no GPU is seen here; say with --gpu_gb what one of them has") from None
-
-
-def gpu_bytes(device):
-    """What a device has, of all processes; None for a CPU, whose memory is the host's."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def host_here():
-    """Bytes of this machine's memory, or of what this process's control groups (a container's, a job's) may
-    take."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return there
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        top, name = {"": ("", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}.get(
-            controllers, (None, None))  # version 2, and version 1
-        folder = name and Path("/sys/fs/cgroup", top, group.strip("/"))
-        for folder in (folder, *folder.parents) if name else ():
-            try:
-                there = min(there, int((folder / name).read_text()))
-            except (OSError, ValueError):  # not there, or no limit
-                continue
-    return there
 
 
 def free_bytes(device):
@@ -59,13 +20,13 @@ def free_bytes(device):
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-# ------------------------------------------------------------------------------------------- pinned memory
 def pin_memory(tensor, device):
     """Registers a host tensor's memory with CUDA, so that copies go beside other work. (PyTorch's own pinned
     memory is rounded up to a power of two.) On a CPU nothing. Returns the tensor. Raises UserError."""
     if device.type == "cuda":
         cudart = torch.cuda.cudart()
-        if int(status := cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+        status = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+        if int(status) != 0:
             raise UserError(f"{tensor.nbytes / 1e9:.2f} GB of host memory could not be pinned "
                             f"({cudart.cudaGetErrorString(status)}); free some, --offload less, "
                             "or train adapters (--lora_rank)")

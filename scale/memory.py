@@ -1,4 +1,4 @@
-"""`--cache_gb auto`: what is free for the rollouts' keys and values, by what is on the device and what is to come."""
+"""`--cache_gb auto`: what is free for the rollouts' keys and values, once the policy is loaded."""
 
 import torch
 import torch.distributed as dist
@@ -6,33 +6,44 @@ from torch.distributed.tensor import DTensor
 
 from scale import estimates
 from scale.devices import free_bytes
-from scale.plan import RESERVE
 
 
 def find_cache_gb(policy, config, weights=None):
-    """The cache's size in 1e9 bytes, of all processes the smallest; at least room for one episode.
+    """The size in 1e9 bytes of a cache that takes what is free beside what a rollout needs, and beside what a
+    run that trains keeps through it. There is room for at least one episode, at most for --max_rows of them.
 
     Args:
         policy: is loaded, and plays. config: the run's settings, with those of rollouts.
-        weights: the MasterWeights of a run that trains: moments, gathered weights and features of a step's
-            episodes will be on the device, too. None: the policy only plays."""
-    s, item = estimates.sizes_of(policy.hf.config, 0), policy.dtype.itemsize
-    env_config = policy.env_config
-    frame = env_config.max_pixels // policy.frame_unit ** 2  # tokens
-    beside = estimates.rollout_activations(s, frame, item) + estimates.decode_logits(s, config.max_rows, item) + RESERVE
+        weights: the MasterWeights of a run that trains, whose processes all call this and get the smallest
+            size of all. None: the policy only plays, and each process has a size of its own."""
+    s, item = estimates.sizes_of(policy.hf.config), policy.dtype.itemsize
+    frame_tokens = estimates.frame_tokens_of(policy.hf.config, policy.env_config)
+    left = free_bytes(policy.device) - estimates.RESERVE
+    left -= estimates.rollout_activations(s, frame_tokens, item)
+    left -= estimates.decode_logits(s, config.max_rows, item)
     if weights is not None:
-        local = [p.to_local() if isinstance(p, DTensor) else p for p in weights.parameters]
-        beside += 2 * sum(p.nbytes for p in local if p.device == policy.device)
-        if any(isinstance(p, DTensor) for p in weights.parameters):
-            beside += item * s.language
+        left -= to_come(weights, config, s.language * item, frame_tokens * s.hidden * item)
+    longest = estimates.longest_episode(policy.env_config, frame_tokens, config)
+    size = estimates.auto_cache(s, item, left, longest, config.max_rows) / 1e9
+    if weights is not None and dist.is_initialized():
+        smallest = torch.tensor(size, device=policy.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        size = smallest.item()
+    return size
+
+
+def to_come(weights, config, language_bytes, frame_bytes):
+    """Bytes that will be on the device at a rollout and are not there yet: AdamW's moments, the language
+    model where its weights are in shards, features of a step's frames (of `frame_bytes` each)."""
+    size, sharded = 0, False
+    for p in weights.parameters:
+        if isinstance(p, DTensor):
+            p, sharded = p.to_local(), True
+        if p.device == weights.policy.device:  # not with --offload optimizer
+            size += 2 * p.nbytes
+    if sharded:
+        size += language_bytes
+    if "features" not in config.offload:
         processes = dist.get_world_size() if dist.is_initialized() else 1
-        episodes = estimates.episodes_of(config, policy.hf.config, env_config, processes)
-        if "features" not in config.offload:
-            beside += episodes.all_frames * frame * s.hidden * item
-    prompt = env_config.overview_max_frames * frame + estimates.PROMPT_TEXT
-    row = estimates.cache_token(s, item) * (prompt + config.max_response_tokens)
-    left = free_bytes(policy.device) - beside
-    size = torch.tensor(estimates.auto_cache(s, item, left, row, config.max_rows) / 1e9, device=policy.device)
-    if dist.is_initialized():
-        dist.all_reduce(size, dist.ReduceOp.MIN)
-    return round(size.item(), 2) or size.item()
+        size += estimates.episodes_of(config, weights.policy.env_config, processes).all_frames * frame_bytes
+    return size

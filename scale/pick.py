@@ -78,7 +78,7 @@ def cache_gb(policy, config, weights=None):
     return find_cache_gb(policy, config, weights)
 
 
-def show_plan(name, config, model):
+def show_plan(name, config):
     """What --plan asks for, see scale/plan.py. Ends the process with status 0 if the run fits, else 1."""
     from scale.plan import plan_main
-    plan_main(name, config, model)
+    plan_main(name, config)

@@ -28,6 +28,7 @@ from transformers import (AutoTokenizer, GenerationConfig, PreTrainedConfig,
 from common import UserError, first_line, read_text
 from model import Policy, PolicyError
 from training.environment import find_env_config, load_env_config
+from training.memory import out_of_memory
 
 INDEX = "model.safetensors.index.json"
 OBJECTS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -41,11 +42,12 @@ EXPORT_BYTES = int(2e9)  # of a file of the exported weights, which is made in m
 # -------------------------------------------------------------------------------------------------- load
 @contextmanager
 def loading(name):
-    """What goes wrong in it is a PolicyError: one line that names the checkpoint."""
+    """What goes wrong in it, but for memory that runs out, is a PolicyError: one line that names the
+    checkpoint."""
     try:
         yield
     except BaseException as error:  # the tokenizers' Rust code raises what is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) or out_of_memory(error):
             raise
         reason = error if isinstance(error, UserError) else f"{first_line(error)}; {AGAIN}"
         raise PolicyError(f"cannot load {name}: {reason}") from None
