@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,16 +30,20 @@ def worker(args):
 
     import rl
     from common import start_processes
+    from scale.pick import load_weights
     from sources.read import read_questions
-    from scale.sharding import load_weights
+    from training.environment import run_environment
 
     number = int(os.environ["CORE"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
     rank, world, device = start_processes("cpu")
     torch.set_num_threads(1)
-    config = rl.Config(**rl.DEMO | dict(model=args.model, lr=0.0, batch_size=QUESTIONS * world, mini_batch_size=QUESTIONS * world // 2,
-                                        group_size=GROUP, shard=args.shard))
-    weights = load_weights(config.model, config, device, with_reference=True)
+    own = dict(model=args.model, lr=0.0, batch_size=QUESTIONS * world, mini_batch_size=QUESTIONS * world // 2,
+               group_size=GROUP, shard=args.shard, cache_gb=1.0)
+    config = rl.Config(**rl.PRESETS["demo"] | own)
+    env_config = run_environment(config.model, config)
+    config = replace(config, max_turn_tokens=env_config.max_turn_tokens)
+    weights = load_weights(config.model, config, env_config, device, with_reference=True)
     optimizer = torch.optim.AdamW(weights.parameters, lr=0.0, fused=True)
     generator = torch.Generator()
     engine = rl.Engine(weights.player, GROUP, config, generator)
@@ -68,7 +73,8 @@ def run(args, together, shard):
     for number in range(2):
         own = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if together else {}
-        command = [sys.executable, __file__, args.model, "--data", args.data, "--steps", str(args.steps), "--worker", "--shard", shard]
+        command = [sys.executable, __file__, args.model, "--data", args.data, "--steps", str(args.steps), "--worker",
+                   "--shard", shard]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                           env=os.environ | {"CORE": str(number), "OMP_NUM_THREADS": "1"} | own))
     said = [process.communicate()[0] for process in processes]

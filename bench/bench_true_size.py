@@ -1,11 +1,12 @@
-"""A step at true size: Qwen2.5-VL-3B with random weights, and its width with fewer layers; peak memory against the plan.
+"""A step at true size: Qwen2.5-VL-3B with random weights, and its width with fewer layers; peak memory against the
+plan.
 
-    python bench/bench_true_size.py --tokenizer DIR                      DIR has Qwen's tokenizer.json; else the demo's is used
-    python bench/bench_true_size.py --layers 2 4 6 --offload             the slope of the peak, a layer
+    python bench/bench_true_size.py --tokenizer DIR            DIR has Qwen's tokenizer.json; else the demo's is used
+    python bench/bench_true_size.py --layers 2 4 6 --offload   the slope of the peak, a layer
 
-Rewards are planted (bench/planted_rl.py): those of a random policy are all the same and nothing would be learned. The
-peak is what the process has in memory (VmRSS, sampled; CPU), less what it has after its imports. Runs sft.py and rl.py as a
-user does; checks that steps were made and that what is frozen stayed.
+Rewards are planted (bench/planted_rl.py): those of a random policy are all the same and nothing would be learned.
+The peak is what the process has in memory (VmRSS, sampled; CPU), less what it has after its imports. Runs sft.py
+and rl.py as a user does; checks that steps were made and that what is frozen stayed.
 """
 
 import argparse
@@ -33,9 +34,10 @@ from common import parse_flags  # noqa: E402
 from demo.synthetic import synthetic  # noqa: E402
 from demo.tiny_base import TINY_BASE  # noqa: E402
 from model import Policy  # noqa: E402
-from training.checkpoints import save_policy  # noqa: E402
-from scale.plan import make_plan, read_settings  # noqa: E402
+from scale.plan import make_plan, read_model_config  # noqa: E402
 from scale.sharding import WeightFiles  # noqa: E402
+from training.checkpoints import save_policy  # noqa: E402
+from training.environment import run_environment  # noqa: E402
 from zoom_env import EnvConfig  # noqa: E402
 
 FEW = EnvConfig(overview_max_frames=4, zoom_max_frames=2, max_zooms=1, min_pixels=25_088, max_pixels=25_088)
@@ -99,10 +101,14 @@ def after_imports():
 def same_base(model, out):
     """Whether the tensors that adapters do not touch are the base's, bit for bit; and how many others differ."""
     before, after = WeightFiles(model), WeightFiles(out)
-    adapted = lambda name: name.rpartition(".weight")[0].rpartition(".")[2].endswith("_proj") and "language_model" in name
-    names = sorted(before.place)
-    equal = {name: torch.equal(before.read(name), after.read(name)) for name in names}
-    return all(equal[n] for n in names if not adapted(n)), sum(not equal[n] for n in names if adapted(n))
+    same, moved = True, 0
+    for name in before.place:
+        equal = torch.equal(before.read(name), after.read(name))
+        if "language_model" in name and name.endswith("_proj.weight"):
+            moved += not equal
+        else:
+            same = same and equal
+    return same, moved
 
 
 def adapters_moved(folder):
@@ -112,14 +118,13 @@ def adapters_moved(folder):
 
 
 def plan_total(stage, flags):
-    """GB of the plan while it loads, trains and exports, without its reserve and the process's own: of a CPU, where device
-    and host are one."""
-    config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", {}, (), flags)
-    plan = make_plan(stage, config, *read_settings(config.model), 1, 1e12, 1e12)
-    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes", "loading", "exporting"))
-    training, files = max(of(plan.rollout), of(plan.update)) + of(plan.host), plan.host.get("exporting", 0)
-    held = plan.update["compute weights"] + plan.host.get("masters and moments", 0)
-    return [size / 1e9 for size in (held + held, training, held + files)]
+    """GB of the plan while it trains, without its reserve and the process's own: of a CPU, where device and host are
+    one."""
+    config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", (), argv=flags)
+    plan = make_plan(stage, config, read_model_config(config.model), run_environment(config.model, config), 1, 1e12)
+    others = "reserve", "processes", "loading", "exporting"
+    of = lambda parts: sum(size for name, size in parts.items() if name not in others)
+    return (max(of(plan.rollout), of(plan.update)) + of(plan.host)) / 1e9
 
 
 def main():
@@ -128,11 +133,11 @@ def main():
     parser.add_argument("--tokenizer", default=str(TINY_BASE), help="folder with a tokenizer")
     parser.add_argument("--layers", type=int, nargs="+", default=[None], help="fewer layers; without it all")
     parser.add_argument("--stages", nargs="+", default=["sft", "rl"])
-    parser.add_argument("--offload", action="store_true", help="all parameters with --offload, in place of adapters")
+    parser.add_argument("--offload", action="store_true", help="all parameters with --offload optimizer, in place of adapters")
     parser.add_argument("--folder", help="where to work; several GB")
     args = parser.parse_args()
     # of offloading several passes an update: the gradients of those before are there when the head's logits are
-    how = ["--offload", "--max_tokens_per_pass", "256"] if args.offload else ["--lora_rank", "16", "--lr", "1e-4"]
+    how = ["--offload", "optimizer", "--max_tokens_per_pass", "256"] if args.offload else ["--lora_rank", "16", "--lr", "1e-4"]
     before = after_imports()
     print(f"{before / 1e9:.2f} GB after imports", flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -143,9 +148,10 @@ def main():
         for layers in args.layers:
             model = folder / "model"
             shutil.rmtree(model, ignore_errors=True)
-            made = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                    f"import bench_true_size as b; b.make_checkpoint({args.config!r}, {layers}, {args.tokenizer!r}, {str(model)!r})"]
-            subprocess.run(made, check=True)  # its memory goes with it
+            # in a process of its own, with which its memory goes
+            make = (f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\nimport bench_true_size\n"
+                    f"bench_true_size.make_checkpoint({args.config!r}, {layers}, {args.tokenizer!r}, {str(model)!r})")
+            subprocess.run([sys.executable, "-c", make], check=True)
             for stage in args.stages:
                 flags = ["--model", str(model), *COMMON, *how, *(RL if stage == "rl" else SFT), "--device", "cpu"]
                 data = folder / ("data/train.jsonl" if stage == "rl" else "data/two.jsonl")
@@ -159,11 +165,11 @@ def main():
                     same, moved = same_base(model, out)
                     assert same and moved and adapters_moved(out), (same, moved)
                 taken, plan = [(size - before) / 1e9 for size in taken], plan_total(stage, flags)
-                peaks.setdefault(stage, []).append((layers, taken[1], plan[1]))
-                parts = [f"{what} {size:.2f} GB, plan {planned:.2f} ({size / planned:.2f})" for what, size, planned in
-                         zip(("loading", "training", "exporting"), taken, plan)]
-                print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: {'; '.join(parts)}; {seconds:.0f} s in all, "
-                      f"{metrics.get('updates', 1)} optimizer steps", flush=True)
+                loading, training, exporting = taken
+                peaks.setdefault(stage, []).append((layers, training, plan))
+                print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: loading {loading:.2f} GB; training "
+                      f"{training:.2f} GB, plan {plan:.2f} ({training / plan:.2f}); exporting {exporting:.2f} GB; "
+                      f"{seconds:.0f} s in all, {metrics.get('updates', 1)} optimizer steps", flush=True)
                 shutil.rmtree(out)
         for stage, points in peaks.items():
             if len(points) > 1:

@@ -1,11 +1,11 @@
 """Processes for tests, as torchrun would start them, but in a blink: one process imports everything once, computes
 nothing, and is forked for each.
 
-    runs = launch(2, "rl.py", flags)                         a script of the project
-    runs = launch(2, "test_sharding:three_updates", flags)   a function of a test file, called with the flags
-    runs = launch(4, ..., nodes=2)                           two machines with two processes each
-    runs.wait()                                              returns what they said; raises with it if one fails
-    runs.kill()                                              SIGKILL to all
+    runs = launch(2, "rl.py", flags)                   a script of the project
+    runs = launch(2, "test_sharding:updates", flags)   a function of a test file, called with the flags
+    runs = launch(4, ..., nodes=2)                     two machines with two processes each
+    runs.wait()                                        returns what they said; raises with it if one fails
+    runs.kill()                                        SIGKILL to all
 
 Flags arrive as texts.
 """

@@ -70,7 +70,7 @@ def forked_update():
     return names["update"]
 
 
-def some_updates(folder, out, settings):
+def updates(folder, out, settings):
     """AdamW steps on the same groups. Writes the gradients, the weights before and after, metrics, and the exported
     checkpoint. Settings, a dict as JSON:
 
@@ -113,9 +113,9 @@ def some_updates(folder, out, settings):
 def results_of(place, out, processes=1, nodes=1, **settings):
     flags = [place, out, json.dumps(settings)]
     if processes == 1 and settings["shard"] == "none":
-        some_updates(*flags)
+        updates(*flags)
     else:
-        launch(processes, "test_sharding:some_updates", flags, nodes).wait(timeout_s=90)
+        launch(processes, "test_sharding:updates", flags, nodes).wait(timeout_s=90)
     return torch.load(out / "result.pt")
 
 
@@ -192,7 +192,7 @@ def test_two_machines(place, alone, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                       "import common, test_sharding\n"
-                      "common.run_main(lambda: test_sharding.some_updates(*sys.argv[1:]))\n")
+                      "common.run_main(lambda: test_sharding.updates(*sys.argv[1:]))\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
