@@ -1,12 +1,12 @@
-"""The train-inference mismatch: the differences of log-probabilities that were noted while sampling and those that
-training computes, and of two ways to compute them: in packed groups, and one by one. Float32 and bfloat16 compute
-weights, 10 questions x 4 rollouts (--questions).
+"""The train-inference mismatch: the differences of log-probabilities that were noted while sampling and those
+that training computes, and of two ways to compute them: in packed groups, and one by one. Float32 and
+bfloat16 compute weights, 10 questions x 4 rollouts (--questions).
 
     python bench/bench_mismatch.py runs/sft
     python bench/bench_mismatch.py runs/rl_lora --base runs/sft --adapter runs/rl_lora/adapter --questions 40
 
-The second one is of the same policy with its adapters merged; beside it, in bfloat16, come the adapters unmerged,
-and sampled merged and scored unmerged, as ratios of it.
+The second one is of the same policy with its adapters merged; beside it, in bfloat16, come the adapters
+unmerged, and sampled merged and scored unmerged, as ratios of it.
 """
 
 import argparse
@@ -30,8 +30,8 @@ CONFIG = RolloutConfig(max_turn_tokens=160, max_response_tokens=1500, max_rows=4
 
 @torch.no_grad()
 def mismatches(policy, folder, questions, player=None):
-    """{which two: absolute differences of the log-probabilities of all sampled tokens, (N,)}. player: the policy that
-    samples, by default the same."""
+    """{which two: absolute differences of the log-probabilities of all sampled tokens, (N,)}. player: the
+    policy that samples, by default the same."""
     generator = torch.Generator(policy.device).manual_seed(0)
     groups, _ = rollout(player or policy, questions, 4, CONFIG, root=folder, generator=generator)
     dialogues = [[e.dialogue for e in group] for group in groups]
@@ -55,7 +55,8 @@ def with_adapter(base, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint of the demo")
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--base", help="what an adapter was trained on")
@@ -70,13 +71,14 @@ def main():
             found = mismatches(policy, folder, questions)
             full = found["sampled, packed"]
             for which, x in found.items():
-                print(f"{str(dtype):15} {which:20} mean {x.mean():.1e}  largest {x.max():.1e}  {len(x)} tokens")
+                print(f"{str(dtype):15} {which:20} mean {x.mean():.1e}  largest {x.max():.1e}  "
+                      f"{len(x)} tokens")
         if args.adapter:
             policy, tensors = with_adapter(args.base, args.adapter)
             for how, player in (("unmerged", None), ("merged", merge(policy, tensors))):
                 x = mismatches(policy, folder, questions, player)["sampled, packed"]
-                print(f"adapters, sampled {how:8} mean {x.mean():.1e}  largest {x.max():.1e}  {len(x)} tokens; "
-                      f"mean / that of {args.model} {x.mean() / full.mean():.2f}")
+                print(f"adapters, sampled {how:8} mean {x.mean():.1e}  largest {x.max():.1e}  "
+                      f"{len(x)} tokens; mean / that of {args.model} {x.mean() / full.mean():.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""rl.py with rewards that depend on what is said, whatever it is: a random policy's would all be equal, and nothing
-would be learned."""
+"""rl.py with rewards that depend on what is said, whatever it is: a random policy's would all be equal, and
+nothing would be learned."""
 
 import sys
 import zlib

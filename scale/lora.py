@@ -5,10 +5,10 @@
     rl.py --lora_rank 16 --lr 1e-5 ...      rank 0: all weights are trained
 
 The base stays in the compute dtype, so the reference is the base without adapters and costs nothing, and only
-the adapters have float32 master weights, gradients and moments. Rollouts run unmerged: merging into bfloat16, whose
-spacing at 0.02 is 1.2e-4, would round the update away. What is exported has the adapters merged, in float32
-and then cast; beside it, in --out/adapter, they stand as the peft library reads them. Each process has the
-whole base.
+the adapters have float32 master weights, gradients and moments. Rollouts run unmerged: merging into bfloat16,
+whose spacing at 0.02 is 1.2e-4, would round the update away. What is exported has the adapters merged, in
+float32 and then cast; beside it, in --out/adapter, they stand as the peft library reads them. Each process
+has the whole base.
 
 Departures from peft: none in the forward pass without dropout, nor in how A begins.
 """
@@ -69,8 +69,8 @@ class LoRALinear(torch.nn.Module):
 
 
 def add_adapters(policy, rank, alpha):
-    """Freezes a policy and puts adapters beside the language model's linear layers, TARGETS, in place. Returns
-    the policy."""
+    """Freezes a policy and puts adapters beside the language model's linear layers, TARGETS, in place.
+    Returns the policy."""
     policy.requires_grad_(False)
     for module in list(policy.language_model.modules()):
         for name, linear in list(module.named_children()):
@@ -82,7 +82,8 @@ def add_adapters(policy, rank, alpha):
 def without_adapters(policy):
     """The frozen policy beside which adapters were put: of the same tensors, so it takes no memory."""
     tensors = [*policy.hf.parameters(), *policy.hf.buffers()]
-    hf = copy.deepcopy(policy.hf, {id(tensor): tensor for tensor in tensors})  # deepcopy takes those from its memo
+    memo = {id(tensor): tensor for tensor in tensors}  # deepcopy's own: what it names is not copied
+    hf = copy.deepcopy(policy.hf, memo)
     for module in list(hf.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):

@@ -139,7 +139,7 @@ def reference_of(policy, on_host=False):
 
     With `on_host` its layers' weights are in host memory, and come before each layer's pass to one of two
     places on the device, while the layer before computes. Its parameters are these places."""
-    same = {id(policy.visual): policy.visual}
+    same = {id(policy.visual): policy.visual}  # deepcopy's memo: for what it takes these, without a copy
     layers, weights = policy.language_model.layers, []
     if on_host:
         shapes = [p.shape for p in layers[0].parameters()]

@@ -2,8 +2,8 @@
 
 Each process keeps a part of every trained tensor: float32 master weights, gradients and AdamW's moments,
 (4 + 4 + 8) bytes a parameter over the number of processes. A pass gathers the weights in the compute dtype,
-layer by layer, and its gradients are added up in float32 and cut into shards right after each layer's backward
-pass.
+layer by layer, and its gradients are added up in float32 and cut into shards right after each layer's
+backward pass.
 
     --shard all     over all processes
     --shard node    over a machine's processes; each machine holds one copy, and gradients are summed across
@@ -47,15 +47,15 @@ from training.weights import MasterWeights, rows_of
 class WeightFiles:
     """The weights in a checkpoint folder's safetensors files, of which rows can be read.
 
-    place: {name of the parameter in a Policy: (open file, name in it)}. Raises UserError where there are no such
-    files."""
+    place: {name of the parameter in a Policy: (open file, name in it)}. Raises UserError where there are no
+    such files."""
 
     def __init__(self, folder):
         names = {"model.safetensors"}
         if not (folder / "model.safetensors").is_file():
             if not (folder / INDEX).is_file():
-                raise UserError("its weights are no safetensors files, which --shard and --offload read; load it "
-                                "with transformers and save_pretrained it")
+                raise UserError("its weights are no safetensors files, which --shard and --offload read; "
+                                "load it with transformers and save_pretrained it")
             names = set(json.loads(read_text(folder / INDEX))["weight_map"].values())
         self.place = {}
         for file in sorted(names):
@@ -72,7 +72,8 @@ class WeightFiles:
 
 
 def name_in_policy(name):
-    """The name of a weight in a file: published checkpoints have the names that transformers' class once had."""
+    """The parameter of a Policy that a weight in a file is: files have the names of transformers' older
+    class."""
     name = re.sub(r"^visual\.", "model.visual.", name)
     return "hf." + re.sub(r"^model\.(?=(layers|embed_tokens|norm)\.)", "model.language_model.", name)
 
@@ -90,8 +91,8 @@ def read_empty(name, dtype, device):
 
 
 def make_buffers(policy, device):
-    """Buffers, the rotary embeddings' frequencies, are in no file: transformers computes them once more, in modules
-    that have nothing else."""
+    """Buffers, the rotary embeddings' frequencies, are in no file: transformers computes them once more, in
+    modules that have nothing else."""
     for module in policy.modules():
         if next(module.buffers(recurse=False), None) is not None:
             module.to_empty(device=device, recurse=False)
@@ -145,8 +146,8 @@ def wrap(policy, mesh, dtype):
     how = dict(mesh=mesh if mesh["replicate"].size() > 1 else mesh["shard"], mp_policy=precision)
     for layer in layers:
         fully_shard(layer, **how)
-    # the policy last: its group has what no layer took, but for the frozen vision tower. It stays gathered until
-    # the backward pass, which a reference does not have
+    # the policy last: its group has what no layer took, but for the frozen vision tower. It stays gathered
+    # until the backward pass, which a reference does not have
     fully_shard(policy, **how, reshard_after_forward=frozen, ignored_params={*policy.visual.parameters()})
     for module in (*layers, policy):
         module.set_gradient_divide_factor(1.0)  # the loss is divided by all processes' tokens
@@ -253,4 +254,5 @@ def load_shards(name, config, env_config, device, dtype, shard, with_reference):
     reference = load_sharded(name, device, dtype, env_config, mesh, False, config) if with_reference else None
     if reference:
         reference.hf.model.visual = policy.visual  # frozen in both
-    return ShardedWeights(policy, make_player(name, device, dtype, env_config, policy.visual), reference, mesh)
+    player = make_player(name, device, dtype, env_config, policy.visual)
+    return ShardedWeights(policy, player, reference, mesh)

@@ -65,7 +65,8 @@ def test_at_first_it_is_the_base_and_so_is_the_reference_always(place, twice):
 
 
 def test_the_gradient_is_that_of_the_weights_it_stands_for(place):
-    """dL/dB = scale dL/dW A^T at B = 0, by autograd of the plain model, in each linear layer of the language model."""
+    """dL/dB = scale dL/dW A^T at B = 0, by autograd of the plain model, in each linear layer of the language
+    model."""
     base = load_policy(place / "model")
     groups = make_groups(base, place, 1)
     policy = add_adapters(load_policy(place / "model"), 4, 8.0)
@@ -76,14 +77,16 @@ def test_the_gradient_is_that_of_the_weights_it_stands_for(place):
     for name, adapter in adapters.items():
         gradient = base.get_submodule(name).weight.grad
         assert adapter.base.weight.grad is None and gradient.any()
-        torch.testing.assert_close(adapter.lora_B.grad, 2.0 * gradient @ adapter.lora_A.T, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(adapter.lora_B.grad, 2.0 * gradient @ adapter.lora_A.T, rtol=1e-4,
+                                   atol=1e-6)
 
 
 def test_what_is_exported_does_what_was_trained(twice, tmp_path):
     weights, groups, _ = twice
     weights.save(tmp_path / "out")
     merged = load_policy(tmp_path / "out")
-    torch.testing.assert_close(log_probs(merged, groups), log_probs(weights.policy, groups), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_probs(merged, groups), log_probs(weights.policy, groups), rtol=1e-4,
+                               atol=1e-4)
     assert not any(isinstance(m, LoRALinear) for m in merged.modules())
     assert weights.policy.env_config == merged.env_config
 
@@ -95,7 +98,8 @@ def test_peft_reads_the_adapter(place, twice, tmp_path):
     weights.save(tmp_path / "out")
     base = load_policy(place / "model")
     base.hf = peft.PeftModel.from_pretrained(base.hf, tmp_path / "out" / "adapter").merge_and_unload()
-    torch.testing.assert_close(log_probs(base, groups), log_probs(weights.policy, groups), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_probs(base, groups), log_probs(weights.policy, groups), rtol=1e-4,
+                               atol=1e-4)
 
 
 def test_bfloat16_keeps_small_updates_in_the_master_weights_and_merging_would_lose_them(place):

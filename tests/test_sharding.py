@@ -39,7 +39,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Data, and random checkpoints, whose embedding and head are one tensor, and are not, with a reference each."""
+    """Data, and random checkpoints, whose embedding and head are one tensor, and are not, with a reference
+    each."""
     folder = tmp_path_factory.mktemp("place")
     synthetic(folder, 10, 5, seed=3)
     for name, policy in tied_and_untied():
@@ -59,7 +60,7 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-# ------------------------------------------------------------------------------------------------------ updates
+# ---------------------------------------------------------------------------------------------------- updates
 def forked_update():
     """rl.update as a fork may have it: its loop makes one more pass over the policy, forward and backward."""
     source, line = inspect.getsource(rl.update), "            loss.backward()\n"
@@ -71,15 +72,17 @@ def forked_update():
 
 
 def updates(folder, out, settings):
-    """AdamW steps on the same groups. Writes the gradients, the weights before and after, metrics, and the exported
-    checkpoint. Settings, a dict as JSON:
+    """AdamW steps on the same groups. Writes the gradients, the weights before and after, metrics, and the
+    exported checkpoint. Settings, a dict as JSON:
 
-    model, shard. steps: by default three. forked: with `forked_update`. dealt: the process that has each group, by default in turn.
+    model, shard. steps: by default three. forked: with `forked_update`. dealt: the process that has each
+    group, by default in turn.
     max_mismatches: one an update; old log-probabilities are recomputed, an episode of the first group has a
     mismatch of 20, all of the second group, which the second of two processes has alone, one of 10."""
     folder, out, settings = Path(folder), Path(out), json.loads(settings)
     rank, world, device = start_processes("cpu")
-    config = rl.Config(model=str(folder / settings["model"]), batch_size=3, mini_batch_size=3, max_grad_norm=0.1,
+    config = rl.Config(model=str(folder / settings["model"]), batch_size=3, mini_batch_size=3,
+                       max_grad_norm=0.1,
                        max_tokens_per_pass=900, kl_weight=0.1, entropy_weight=0.1, shard=settings["shard"],
                        dtype="float32", gradient_checkpointing=True)
     weights = weights_of(config, device)
@@ -107,7 +110,8 @@ def updates(folder, out, settings):
     after = {name: whole(p) for name, p in weights.master_weights.items()}
     weights.save(out / "export")
     if rank == 0:
-        torch.save({"gradients": gradients, "before": before, "after": after, "metrics": metrics}, out / "result.pt")
+        torch.save({"gradients": gradients, "before": before, "after": after, "metrics": metrics},
+                   out / "result.pt")
 
 
 def results_of(place, out, processes=1, nodes=1, **settings):
@@ -151,7 +155,8 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("model, processes, nodes, shard", [
-    ("tied", 2, 1, "all"), slow("untied", 1, 1, "all"), slow("untied", 3, 1, "all"), slow("untied", 4, 2, "node")])
+    ("tied", 2, 1, "all"), slow("untied", 1, 1, "all"), slow("untied", 3, 1, "all"),
+    slow("untied", 4, 2, "node")])
 def test_updates_are_those_of_one_process(place, alone, tmp_path, model, processes, nodes, shard):
     """Gradients, weights after three steps, metrics; what is exported is what was trained."""
     result = results_of(place, tmp_path, processes, nodes, model=model, shard=shard)
@@ -166,8 +171,8 @@ def test_updates_are_those_of_one_process(place, alone, tmp_path, model, process
 
 @pytest.mark.parametrize("dealt", [[0, 0, 0], slow([1, 1, 0])])
 def test_a_fork_adds_a_pass_to_the_loop(place, alone, tmp_path, dealt):
-    """Two processes have unequal numbers of batches, one of them perhaps none: nothing hangs, and the updates are those
-    of one process, which are others than without the pass."""
+    """Two processes have unequal numbers of batches, one of them perhaps none: nothing hangs, and the updates
+    are those of one process, which are others than without the pass."""
     expected = alone(model="tied", forked=True, steps=1)
     result = results_of(place, tmp_path, 2, model="tied", shard="all", forked=True, steps=1, dealt=dealt)
     assert_same_updates(result, expected)
@@ -178,10 +183,13 @@ def test_a_fork_adds_a_pass_to_the_loop(place, alone, tmp_path, dealt):
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "all"])
 def test_episodes_left_out_are_those_of_one_process(place, alone, tmp_path, shard):
-    """All of them at first, then one, then all that the second process has: nothing hangs, the updates are the same."""
-    settings = dict(model="tied", max_mismatches=[0.0, 15.0, 5.0])  # the policy is farther off after each update
+    """All of them at first, then one, then all that the second process has: nothing hangs, the updates are
+    the same."""
+    # the policy is farther off after each update
+    settings = dict(model="tied", max_mismatches=[0.0, 15.0, 5.0])
     expected = alone(**settings)
-    assert [m["episodes_left_out"] for m in expected["metrics"]] == [9, 1, 4] and len(expected["gradients"]) == 2
+    assert [m["episodes_left_out"] for m in expected["metrics"]] == [9, 1, 4]
+    assert len(expected["gradients"]) == 2
     assert all(m["mismatch_max"] > 5 for m in expected["metrics"])
     assert_same_updates(results_of(place, tmp_path, 2, shard=shard, **settings), expected)
 
@@ -196,11 +204,13 @@ def test_two_machines(place, alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1",
-               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", script, place,
-               tmp_path, json.dumps({"model": "tied", "shard": "node"})]
-    agents = [subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv_id=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+               "--local_addr=127.0.0.1", script, place, tmp_path,
+               json.dumps({"model": "tied", "shard": "node"})]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env=variables) for _ in range(2)]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)[-4000:]
     assert_same_updates(torch.load(tmp_path / "result.pt"), alone(model="tied"))
@@ -218,7 +228,8 @@ class MorePasses(MasterWeights):
 
 
 def test_a_batch_without_a_trained_token_changes_nothing(place):
-    """Its gradients are there, and 0; an update with it is the same to the bit, however the loss is averaged."""
+    """Its gradients are there, and 0; an update with it is the same to the bit, however the loss is
+    averaged."""
     policy = random_policy(layers=2).train()
     untrained = Dialogue()
     untrained.add([policy.im_end])
@@ -230,7 +241,8 @@ def test_a_batch_without_a_trained_token_changes_nothing(place):
     assert trained and all(p.grad is not None and not p.grad.any() for p in trained)
     groups = make_groups(policy, place, 1)
     for loss_mean in ("token", "episode"):
-        config = rl.Config(batch_size=1, mini_batch_size=1, kl_weight=0.1, entropy_weight=0.1, loss_mean=loss_mean)
+        config = rl.Config(batch_size=1, mini_batch_size=1, kl_weight=0.1, entropy_weight=0.1,
+                           loss_mean=loss_mean)
         found = []
         for kind in (MasterWeights, MorePasses):
             weights = kind(random_policy(layers=2), random_policy(seed=1, layers=2))
@@ -241,7 +253,8 @@ def test_a_batch_without_a_trained_token_changes_nothing(place):
 
 
 def random_splits(folder, out, seed, cases):
-    """Updates whose groups are dealt to the processes at random, some with none: as they are without shards."""
+    """Updates whose groups are dealt to the processes at random, some with none: as they are without
+    shards."""
     folder, rng = Path(folder), random.Random(int(seed))
     rank, world, device = start_processes("cpu")
     for case in range(int(cases)):
@@ -270,13 +283,15 @@ def test_unequal_numbers_of_passes_do_not_hang(place, tmp_path):
     assert len(list(tmp_path.glob("*.done"))) == 2
 
 
-# ----------------------------------------------------------------------------------------------------- rollouts
+# --------------------------------------------------------------------------------------------------- rollouts
 def rollouts(folder, shard, out):
-    """What is said at temperature 0, question by question, by the processes that have them; after one update."""
+    """What is said at temperature 0, question by question, by the processes that have them; after one
+    update."""
     folder = Path(folder)
     rank, world, device = start_processes("cpu")
-    config = rl.Config(model=str(folder / "untied"), batch_size=3, mini_batch_size=3, shard=shard, cache_gb=1.0,
-                       max_turn_tokens=12, max_response_tokens=200, temperature=0.0, gradient_checkpointing=False)
+    config = rl.Config(model=str(folder / "untied"), batch_size=3, mini_batch_size=3, shard=shard,
+                       cache_gb=1.0, max_turn_tokens=12, max_response_tokens=200, temperature=0.0,
+                       gradient_checkpointing=False)
     weights = weights_of(config, device)
     rows, said = [json.loads(line) for line in open(folder / "train.jsonl")], []
     groups = make_groups(load_policy(config.model), folder, 3)[rank::world]
@@ -300,13 +315,14 @@ def test_rollouts_are_those_of_one_process(place, tmp_path):
     """At temperature 0, token for token, before and after an update, without a collective."""
     rollouts(place, "none", tmp_path)
     launch(2, "test_sharding:rollouts", [place, "all", tmp_path]).wait()
-    alone, parts = torch.load(tmp_path / "none0.pt"), [torch.load(tmp_path / f"all{rank}.pt") for rank in range(2)]
+    alone = torch.load(tmp_path / "none0.pt")
+    parts = [torch.load(tmp_path / f"all{rank}.pt") for rank in range(2)]
     for number, expected in enumerate(alone):
         assert parts[0][number] | parts[1][number] == expected and len(expected) == 4
     assert alone[0] != alone[1]
 
 
-# --------------------------------------------------------------------------------------- memory and collectives
+# ------------------------------------------------------------------------------------- memory and collectives
 class CountBytes(TorchDispatchMode):
     """The most bytes of storages that operations made and that were alive together."""
 
@@ -326,8 +342,8 @@ class CountBytes(TorchDispatchMode):
 
 
 def held(folder, out):
-    """What a process of several holds: while a policy is loaded in shards, afterwards, and in an optimizer step; and
-    the collectives of a pass with 1 and with 8 chunks of the head."""
+    """What a process of several holds: while a policy is loaded in shards, afterwards, and in an optimizer
+    step; and the collectives of a pass with 1 and with 8 chunks of the head."""
     rank, world, device = start_processes("cpu")
     config = rl.Config(model=f"{folder}/untied", shard="all", dtype="bfloat16", gradient_checkpointing=False)
     env_config, mesh, counted = run_environment(config.model, config), make_mesh("all", device), CountBytes()
@@ -345,7 +361,8 @@ def held(folder, out):
     optimizer = torch.optim.AdamW(weights.parameters, lr=1e-3, fused=True)
     dialogue = make_groups(plain, Path(folder), 1)[0][0].dialogue
     gradients = []
-    optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.to_local() for p in weights.parameters))
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(p.grad.to_local() for p in weights.parameters))
     for batch in weights.passes([[[dialogue]]] * rank):
         token_log_probs(weights.policy, batch)[0].sum().backward()
     weights.step(optimizer, 1.0)
@@ -358,7 +375,8 @@ def held(folder, out):
         model_module.LOGIT_CHUNK = -(-sum(dialogue.trained) // chunks)
         with profile() as seen:
             token_log_probs(weights.policy, [[dialogue]])[0].sum().backward()
-        found["collectives"].append({e.key: e.count for e in seen.key_averages() if e.key.startswith("c10d::")})
+        counts = {e.key: e.count for e in seen.key_averages() if e.key.startswith("c10d::")}
+        found["collectives"].append(counts)
     torch.save(found, Path(out) / f"{rank}.pt")
 
 
@@ -369,7 +387,8 @@ def test_what_a_process_holds_and_sends(place, tmp_path, processes):
     for one in found:
         # loading needs what is kept, of which FSDP fills up unequal parts, and one tensor more
         assert one["kept"] * 0.9 < one["peak"] <= 1.01 * one["kept"] + one["largest"], one
-        assert one["same buffers"] and one["reference"] == {torch.bfloat16} and one["dtypes"] == {torch.float32}
+        assert one["same buffers"]
+        assert one["reference"] == {torch.bfloat16} and one["dtypes"] == {torch.float32}
         assert all(share < 1.04 / processes for share in one["shares"])
         # 16 bytes a parameter, over the processes
         assert one["bytes"] <= 1.02 * 16 * one["parameters"] / processes
@@ -378,7 +397,8 @@ def test_what_a_process_holds_and_sends(place, tmp_path, processes):
         for counts in one["collectives"]:
             gathered = sum(n for op, n in counts.items() if "gather" in op)
             reduced = sum(n for op, n in counts.items() if "reduce_scatter" in op)
-            assert gathered <= 2 * 2 + 1 and reduced == 2 + 1 and gathered + reduced == sum(counts.values()), counts
+            assert gathered <= 2 * 2 + 1 and reduced == 2 + 1, counts
+            assert gathered + reduced == sum(counts.values()), counts
     assert sum(one["bytes"] for one in found) == 16 * found[0]["parameters"]
 
 
@@ -398,7 +418,8 @@ def test_a_rank_keeps_sixteen_bytes_a_parameter_over_the_ranks():
 
 
 def gradients_in_bfloat16(folder, shard, chunks, out):
-    """Float32 gradients of one pass of each process, computed in bfloat16 or float32, with so many head chunks."""
+    """Float32 gradients of one pass of each process, computed in bfloat16 or float32, with so many head
+    chunks."""
     rank, world, device = start_processes("cpu")
     groups = make_groups(load_policy(f"{folder}/untied"), Path(folder), 2)
     dialogues = [e.dialogue for group in groups for e in group]
@@ -434,9 +455,11 @@ def wrong_files(folder):
     """Weights that are missing, not finite, of another shape, or in no safetensors files."""
     policy, folder = random_policy(layers=1), Path(folder)
     name = "model.language_model.norm.weight"
-    tensors = {key: tensor.clone() for key, tensor in policy.hf.state_dict().items() if key != "lm_head.weight"}
+    tensors = {key: tensor.clone() for key, tensor in policy.hf.state_dict().items()}
+    del tensors["lm_head.weight"]  # which is the embedding
     without = {key: tensor for key, tensor in tensors.items() if key != name}
-    cases = {"lacks the weights": without, "not finite": without | {name: torch.full_like(tensors[name], torch.nan)},
+    cases = {"lacks the weights": without,
+             "not finite": without | {name: torch.full_like(tensors[name], torch.nan)},
              "does not have the shape": without | {name: torch.ones(1)}, "no safetensors files": None}
     save_policy(policy, folder)
     for file in folder.glob("model*"):

@@ -1,5 +1,5 @@
-"""What several tests play with: random policies of the demo's architecture, some of which say what ends a turn,
-groups of episodes to train on, and the plain way to log-probabilities."""
+"""What several tests play with: random policies of the demo's architecture, some of which say what ends a
+turn, groups of episodes to train on, and the plain way to log-probabilities."""
 
 import json
 
@@ -33,8 +33,8 @@ def make_place(folder, layers=None):
 
 
 def make_groups(policy, folder, num_groups):
-    """Groups of episodes of unequal length with right and wrong answers, whose log-probabilities of sampling are
-    off by some noise."""
+    """Groups of episodes of unequal length with right and wrong answers, whose log-probabilities of sampling
+    are off by some noise."""
     questions = [json.loads(line) for line in open(folder / "train.jsonl")][:num_groups]
     noise = torch.Generator().manual_seed(5)
     zoom = '<think>look</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'
@@ -80,9 +80,9 @@ def tied_and_untied():
 
 
 def plain_log_probs(policy, dialogue, temperature=1.0):
-    """What token_log_probs must equal: transformers' own forward pass over the whole sequence, all logits at once.
-    (Its top level finds image tokens by their value, which a random policy also says; the dialogue knows which are
-    frames.)"""
+    """What token_log_probs must equal: transformers' own forward pass over the whole sequence, all logits at
+    once. (Its top level finds image tokens by their value, which a random policy also says; the dialogue
+    knows which are frames.)"""
     model = policy.hf.model
     pixels = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
     embeds = model.language_model.embed_tokens(torch.tensor([dialogue.ids]))
@@ -91,7 +91,8 @@ def plain_log_probs(policy, dialogue, temperature=1.0):
     positions = torch.tensor(dialogue.positions).T[:, None]
     hidden = model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0]
     log_p = torch.log_softmax(policy.hf.lm_head(hidden).float() / temperature, dim=-1)
-    return torch.stack([log_p[t - 1, dialogue.ids[t]] for t, trained in enumerate(dialogue.trained) if trained])
+    trained = [t for t, is_trained in enumerate(dialogue.trained) if is_trained]
+    return torch.stack([log_p[t - 1, dialogue.ids[t]] for t in trained])
 
 
 class ConstantChannel(torch.nn.Module):
@@ -114,7 +115,8 @@ def chatty(policy):
     weight = 0.3 * policy.head.weight.detach()
     weight[:, 0] = 0.0
     weight[[policy.im_end, *policy.tokenizer.encode("</video_zoom>", add_special_tokens=False)], 0] = 4.0
-    policy.hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)  # no longer tied to the embedding
+    # no longer tied to the embedding
+    policy.hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
     return policy
 
 
@@ -130,7 +132,8 @@ class Restless(torch.nn.Module):
 
 
 def restless(policy):
-    """A copy of a random policy whose most likely token is another one each time; a random one repeats itself."""
+    """A copy of a random policy whose most likely token is another one each time; a random one repeats
+    itself."""
     policy = policy.frozen_copy()
     policy.language_model.norm = Restless(policy.language_model.norm)
     policy.hf.lm_head.weight = torch.nn.Parameter(policy.head.weight.detach().clone())

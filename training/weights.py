@@ -28,10 +28,11 @@ class MasterWeights:
         policy, reference: what the passes of training go through.
         player: the policy that plays episodes and is saved. It has its weights only within `gathered`, as it
             is another copy where training needs the memory meanwhile; here it is the policy itself.
-        compute, master_weights: {name: parameter}. parameters: the master weights, as the optimizer takes them.
+        compute, master_weights: {name: parameter} of the trained ones.
+        parameters: the master weights as a list, which the optimizer takes.
         bad_steps: optimizer steps in a row that were left out."""
 
-    gathered_bytes, seconds_gather = 0, 0.0  # that `gathered` sent to this process, and took, see gather_metrics
+    gathered_bytes, seconds_gather = 0, 0.0  # what `gathered` received, and took, see gather_metrics
 
     def __init__(self, policy, reference=None):
         self.policy, self.player, self.reference, self.bad_steps = policy, policy, reference, 0
@@ -89,8 +90,8 @@ class MasterWeights:
 
     def passes(self, batches):
         """Yields batches as `split_by_tokens` makes them, for each of which the caller makes its passes, as
-        many as it likes. Where a pass needs all processes, batches without a trained token follow, ([[Dialogue]]),
-        until each process has as many: their loss is 0, and so is each gradient."""
+        many as it likes. Where a pass needs all processes, batches without a trained token, [[Dialogue]],
+        follow until each process has had as many: their loss is 0, and so is each of their gradients."""
         yield from batches
 
     @torch.no_grad()
