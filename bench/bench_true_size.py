@@ -185,7 +185,8 @@ def main():
                 peaks.setdefault(stage, []).append((layers, training, plan))
                 print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: loading {loading:.2f} GB; "
                       f"training {training:.2f} GB, plan {plan:.2f} ({training / plan:.2f}); "
-                      f"exporting {exporting:.2f} GB; {seconds:.0f} s in all, {metrics.get('updates', 1)} optimizer steps", flush=True)
+                      f"exporting {exporting:.2f} GB; {seconds:.0f} s in all, "
+                      f"{metrics.get('updates', 1)} optimizer steps", flush=True)
                 shutil.rmtree(out)
         for stage, points in peaks.items():
             if len(points) > 1:
