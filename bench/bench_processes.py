@@ -1,11 +1,11 @@
-"""What two processes lose by working together: RL steps of the demo's policy, the same work for each process, each with one
-core, beside two processes that do not know each other and run at the same time.
+"""What two processes lose by working together: RL steps of the demo's policy, the same work for each process,
+each with one core, beside two processes that do not know each other and run at the same time.
 
     python bench/bench_processes.py [runs/sft] [--steps 4] [--trials 3]
 
-A step is rollouts of 8 questions x 8 episodes and two optimizer steps on them. The learning rate is 0 and the random numbers
-of a step are the same each time, so all steps are the same work. A trial's figure is the seconds a step of both processes;
-a row is the median of the trials' ratios, each of runs one after the other.
+A step is rollouts of 8 questions x 8 episodes and two optimizer steps on them. The learning rate is 0 and the
+random numbers of a step are the same each time, so all steps are the same work. A trial's figure is the
+seconds a step of both processes; a row is the median of the trials' ratios, each of runs one after the other.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,20 +30,25 @@ def worker(args):
 
     import rl
     from common import start_processes
+    from scale.pick import load_weights
     from sources.read import read_questions
-    from scale.sharding import load_weights
+    from training.environment import run_environment
 
     number = int(os.environ["CORE"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
     rank, world, device = start_processes("cpu")
     torch.set_num_threads(1)
-    config = rl.Config(**rl.DEMO | dict(model=args.model, lr=0.0, batch_size=QUESTIONS * world, mini_batch_size=QUESTIONS * world // 2,
-                                        group_size=GROUP, shard=args.shard))
-    weights = load_weights(config.model, config, device, with_reference=True)
+    own = dict(model=args.model, lr=0.0, batch_size=QUESTIONS * world, mini_batch_size=QUESTIONS * world // 2,
+               group_size=GROUP, shard=args.shard, cache_gb=1.0)
+    config = rl.Config(**rl.PRESETS["demo"] | own)
+    env_config = run_environment(config.model, config)
+    config = replace(config, max_turn_tokens=env_config.max_turn_tokens)
+    weights = load_weights(config.model, config, env_config, device, with_reference=True)
     optimizer = torch.optim.AdamW(weights.parameters, lr=0.0, fused=True)
     generator = torch.Generator()
     engine = rl.Engine(weights.player, GROUP, config, generator)
-    rows = read_questions(args.data, 0.0)[0][number * QUESTIONS:][:QUESTIONS]  # the same ones, together and apart
+    rows, _ = read_questions(args.data, 0.0)
+    rows = rows[number * QUESTIONS:][:QUESTIONS]  # the same ones, together and apart
     began = 0.0
     for step in range(args.steps + 1):
         if step == 1:
@@ -68,9 +74,10 @@ def run(args, together, shard):
     for number in range(2):
         own = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if together else {}
-        command = [sys.executable, __file__, args.model, "--data", args.data, "--steps", str(args.steps), "--worker", "--shard", shard]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                                          env=os.environ | {"CORE": str(number), "OMP_NUM_THREADS": "1"} | own))
+        command = [sys.executable, __file__, args.model, "--data", args.data, "--steps", str(args.steps),
+                   "--worker", "--shard", shard]
+        variables = os.environ | {"CORE": str(number), "OMP_NUM_THREADS": "1"} | own
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables))
     said = [process.communicate()[0] for process in processes]
     assert not any(process.returncode for process in processes)
     return statistics.mean(json.loads(text.splitlines()[-1])["seconds"] for text in said)
@@ -93,7 +100,8 @@ def main():
         ratio = statistics.median(apart / together for apart, together in trials)
         apart, together = (statistics.median(x) for x in zip(*trials))
         met = "" if goal is None else "yes" if ratio >= goal else "NO"
-        print(f"two processes, --shard {shard:11}{apart:9.3f}{together:12.3f}{ratio:8.2f}{goal or '':>6}{met:>5}", flush=True)
+        print(f"two processes, --shard {shard:11}{apart:9.3f}{together:12.3f}{ratio:8.2f}{goal or '':>6}"
+              f"{met:>5}", flush=True)
 
 
 if __name__ == "__main__":

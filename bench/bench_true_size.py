@@ -1,16 +1,18 @@
-"""A step at true size: Qwen2.5-VL-3B with random weights, and its width with fewer layers; peak memory against the plan.
+"""A step at true size: Qwen2.5-VL-3B with random weights, and its width with fewer layers; peak memory
+against the plan.
 
-    python bench/bench_true_size.py --tokenizer DIR                      DIR has Qwen's tokenizer.json; else the demo's is used
-    python bench/bench_true_size.py --layers 2 4 6 --offload             the slope of the peak, a layer
+    python bench/bench_true_size.py --tokenizer DIR            DIR has Qwen's tokenizer.json, or the demo's
+    python bench/bench_true_size.py --layers 2 4 6 --offload   the slope of the peak, a layer
 
-Rewards are planted (bench/planted_rl.py): those of a random policy are all the same and nothing would be learned. The
-peak is what the process has in memory (VmRSS, sampled; CPU), less what it has after its imports. Runs sft.py and rl.py as a
-user does; checks that steps were made and that what is frozen stayed.
+Rewards are planted (bench/planted_rl.py): those of a random policy are all the same and nothing would be
+learned. The peak is what the process has in memory (VmRSS, sampled; CPU), less what it has after its imports.
+Runs sft.py and rl.py as a user does; checks that steps were made and that what is frozen stayed.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,17 +35,19 @@ from common import parse_flags  # noqa: E402
 from demo.synthetic import synthetic  # noqa: E402
 from demo.tiny_base import TINY_BASE  # noqa: E402
 from model import Policy  # noqa: E402
-from training.checkpoints import save_policy  # noqa: E402
-from scale.plan import make_plan, read_settings  # noqa: E402
+from scale.plan import make_plan, read_model_config  # noqa: E402
 from scale.sharding import WeightFiles  # noqa: E402
+from training.checkpoints import save_policy  # noqa: E402
+from training.environment import run_environment  # noqa: E402
 from zoom_env import EnvConfig  # noqa: E402
 
 FEW = EnvConfig(overview_max_frames=4, zoom_max_frames=2, max_zooms=1, min_pixels=25_088, max_pixels=25_088)
 COMMON = ["--dtype", "bfloat16", "--max_tokens_per_pass", "2048", "--resume", "never", "--save_every", "1000"]
-RL = ["--steps", "1", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2", "--max_turn_tokens", "16",
-      "--max_response_tokens", "600", "--max_rows", "4", "--max_draws", "4", "--cache_gb", "0.3"]
+RL = ["--steps", "1", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2", "--max_turn_tokens",
+      "16", "--max_response_tokens", "600", "--max_rows", "4", "--max_draws", "4", "--cache_gb", "0.3"]
 SFT = ["--batch_size", "2"]
-IMPORTS = "import sys; sys.path.insert(0, {root!r}); import rl, sft, time; print('there', flush=True); time.sleep(60)"
+IMPORTS = ("import sys; sys.path.insert(0, {root!r}); import rl, sft, time; print('there', flush=True); "
+           "time.sleep(60)")
 
 
 def make_checkpoint(config_folder, layers, tokenizer, folder):
@@ -63,16 +67,19 @@ def make_checkpoint(config_folder, layers, tokenizer, folder):
 
 def resident_bytes(pid):
     try:
-        return next(int(line.split()[1]) * 1024 for line in open(f"/proc/{pid}/status") if line.startswith("VmRSS"))
-    except (OSError, StopIteration):  # it ends
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended
         return 0
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 def peaks_of(command, out):
-    """(peaks, seconds) of a command that has to succeed: bytes in memory while it loads, trains and exports."""
+    """(peaks, seconds) of a command that has to succeed: bytes in memory while it loads, trains and
+    exports."""
     began, peaks = time.time(), [0, 0, 0]
-    run = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                           env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    run = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     said = []
     reader = threading.Thread(target=lambda: said.extend(run.stdout))
     reader.start()
@@ -89,7 +96,8 @@ def peaks_of(command, out):
 
 def after_imports():
     """Memory that a process has before it does anything."""
-    run = subprocess.Popen([sys.executable, "-c", IMPORTS.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, "-c", IMPORTS.format(root=str(ROOT))], stdout=subprocess.PIPE,
+                           text=True)
     run.stdout.readline()
     taken = resident_bytes(run.pid)
     run.kill()
@@ -97,12 +105,17 @@ def after_imports():
 
 
 def same_base(model, out):
-    """Whether the tensors that adapters do not touch are the base's, bit for bit; and how many others differ."""
+    """Whether the tensors that adapters do not touch are the base's, bit for bit; and how many others
+    differ."""
     before, after = WeightFiles(model), WeightFiles(out)
-    adapted = lambda name: name.rpartition(".weight")[0].rpartition(".")[2].endswith("_proj") and "language_model" in name
-    names = sorted(before.place)
-    equal = {name: torch.equal(before.read(name), after.read(name)) for name in names}
-    return all(equal[n] for n in names if not adapted(n)), sum(not equal[n] for n in names if adapted(n))
+    same, moved = True, 0
+    for name in before.place:
+        equal = torch.equal(before.read(name), after.read(name))
+        if "language_model" in name and name.endswith("_proj.weight"):
+            moved += not equal
+        else:
+            same = same and equal
+    return same, moved
 
 
 def adapters_moved(folder):
@@ -112,27 +125,32 @@ def adapters_moved(folder):
 
 
 def plan_total(stage, flags):
-    """GB of the plan while it loads, trains and exports, without its reserve and the process's own: of a CPU, where device
-    and host are one."""
-    config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", {}, (), flags)
-    plan = make_plan(stage, config, *read_settings(config.model), 1, 1e12, 1e12)
-    of = lambda parts: sum(size for name, size in parts.items() if name not in ("reserve", "processes", "loading", "exporting"))
-    training, files = max(of(plan.rollout), of(plan.update)) + of(plan.host), plan.host.get("exporting", 0)
-    held = plan.update["compute weights"] + plan.host.get("masters and moments", 0)
-    return [size / 1e9 for size in (held + held, training, held + files)]
+    """GB of the plan while it trains, without its reserve and the process's own: of a CPU, where device and
+    host are one."""
+    config = parse_flags({"rl": rl, "sft": sft}[stage].Config, "", (), argv=flags)
+    plan = make_plan(stage, config, read_model_config(config.model), run_environment(config.model, config), 1,
+                     1e12)
+    others = "reserve", "processes", "loading", "exporting"
+    of = lambda parts: sum(size for name, size in parts.items() if name not in others)
+    return (max(of(plan.rollout), of(plan.update)) + of(plan.host)) / 1e9
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "tests/configs/qwen2.5-vl-3b"))
     parser.add_argument("--tokenizer", default=str(TINY_BASE), help="folder with a tokenizer")
     parser.add_argument("--layers", type=int, nargs="+", default=[None], help="fewer layers; without it all")
     parser.add_argument("--stages", nargs="+", default=["sft", "rl"])
-    parser.add_argument("--offload", action="store_true", help="all parameters with --offload, in place of adapters")
+    parser.add_argument("--offload", action="store_true",
+                        help="all parameters with --offload optimizer, in place of adapters")
     parser.add_argument("--folder", help="where to work; several GB")
     args = parser.parse_args()
-    # of offloading several passes an update: the gradients of those before are there when the head's logits are
-    how = ["--offload", "--max_tokens_per_pass", "256"] if args.offload else ["--lora_rank", "16", "--lr", "1e-4"]
+    # of offloading several passes an update: the gradients of those before are there when the head's logits
+    # are
+    how = ["--offload", "optimizer", "--max_tokens_per_pass", "256"] if args.offload else ["--lora_rank",
+                                                                                           "16", "--lr",
+                                                                                           "1e-4"]
     before = after_imports()
     print(f"{before / 1e9:.2f} GB after imports", flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -143,33 +161,38 @@ def main():
         for layers in args.layers:
             model = folder / "model"
             shutil.rmtree(model, ignore_errors=True)
-            made = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                    f"import bench_true_size as b; b.make_checkpoint({args.config!r}, {layers}, {args.tokenizer!r}, {str(model)!r})"]
-            subprocess.run(made, check=True)  # its memory goes with it
+            # in a process of its own, with which its memory goes
+            make = (f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\nimport bench_true_size\n"
+                    f"bench_true_size.make_checkpoint({args.config!r}, {layers}, {args.tokenizer!r}, "
+                    f"{str(model)!r})")
+            subprocess.run([sys.executable, "-c", make], check=True)
             for stage in args.stages:
-                flags = ["--model", str(model), *COMMON, *how, *(RL if stage == "rl" else SFT), "--device", "cpu"]
+                flags = ["--model", str(model), *COMMON, *how, *(RL if stage == "rl" else SFT), "--device",
+                         "cpu"]
                 data = folder / ("data/train.jsonl" if stage == "rl" else "data/two.jsonl")
                 out = folder / f"{stage}_{layers}"
                 script = "bench/planted_rl.py" if stage == "rl" else "sft.py"
                 command = [sys.executable, str(ROOT / script), *flags, "--data", str(data)]
                 taken, seconds = peaks_of(command, out)
                 metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-                assert metrics["grad_norm"] > 0 and metrics.get("updates", 1) >= 1 and not metrics["bad_steps"], metrics
+                assert metrics["grad_norm"] > 0 and metrics.get("updates",
+                                                                1) >= 1 and not metrics["bad_steps"], metrics
                 if not args.offload:
                     same, moved = same_base(model, out)
                     assert same and moved and adapters_moved(out), (same, moved)
                 taken, plan = [(size - before) / 1e9 for size in taken], plan_total(stage, flags)
-                peaks.setdefault(stage, []).append((layers, taken[1], plan[1]))
-                parts = [f"{what} {size:.2f} GB, plan {planned:.2f} ({size / planned:.2f})" for what, size, planned in
-                         zip(("loading", "training", "exporting"), taken, plan)]
-                print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: {'; '.join(parts)}; {seconds:.0f} s in all, "
+                loading, training, exporting = taken
+                peaks.setdefault(stage, []).append((layers, training, plan))
+                print(f"{stage:4} {layers or 'all'} layers {' '.join(how)}: loading {loading:.2f} GB; "
+                      f"training {training:.2f} GB, plan {plan:.2f} ({training / plan:.2f}); "
+                      f"exporting {exporting:.2f} GB; {seconds:.0f} s in all, "
                       f"{metrics.get('updates', 1)} optimizer steps", flush=True)
                 shutil.rmtree(out)
         for stage, points in peaks.items():
             if len(points) > 1:
                 (l0, p0, q0), (l1, p1, q1) = points[0], points[-1]
-                print(f"{stage:4} slope a layer: {(p1 - p0) / (l1 - l0):.3f} GB, plan {(q1 - q0) / (l1 - l0):.3f} "
-                      f"({(p1 - p0) / (q1 - q0):.3f} of it)")
+                print(f"{stage:4} slope a layer: {(p1 - p0) / (l1 - l0):.3f} GB, "
+                      f"plan {(q1 - q0) / (l1 - l0):.3f} ({(p1 - p0) / (q1 - q0):.3f} of it)")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
     rl.py --lora_rank 16 --lr 1e-5 ...      rank 0: all weights are trained
 
 The base stays in the compute dtype, so the reference is the base without adapters and costs nothing, and only
-the adapters have float32 masters, gradients and moments. Rollouts run unmerged: merging into bfloat16, whose
-spacing at 0.02 is 1.2e-4, would round the update away. What is exported has the adapters merged, in float32
-and then cast; beside it, in --out/adapter, they stand as the peft library reads them. Each process has the
-whole base.
+the adapters have float32 master weights, gradients and moments. Rollouts run unmerged: merging into bfloat16,
+whose spacing at 0.02 is 1.2e-4, would round the update away. What is exported has the adapters merged, in
+float32 and then cast; beside it, in --out/adapter, they stand as the peft library reads them. Each process
+has the whole base.
 
 Departures from peft: none in the forward pass without dropout, nor in how A begins.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from common import UserError, write_json
+from common import write_json
 from model import Policy
 from training.checkpoints import save_policy
 from training.weights import MasterWeights
@@ -37,12 +37,12 @@ class LoRAWeights(MasterWeights):
 
     def __init__(self, policy, name, config, with_reference):
         self.name, self.config = name, config
-        add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets)
+        add_adapters(policy, config.lora_rank, config.lora_alpha)
         super().__init__(policy, without_adapters(policy) if with_reference else None)
 
     def export(self, path):
-        save_policy(merge(self.policy, self.masters), path)
-        save_adapter(self.policy, self.masters, self.name, self.config, Path(path) / "adapter")
+        save_policy(merge(self.policy, self.master_weights), path)
+        save_adapter(self.master_weights, self.name, self.config, Path(path) / "adapter")
 
     def describe(self):
         return f"{super().describe()}, adapters of rank {self.config.lora_rank}"
@@ -63,61 +63,52 @@ class LoRALinear(torch.nn.Module):
         adapter = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
         if self.base.bias is not None:
             adapter = adapter + self.base.bias
-        # added within the base's product, which rounds the sum once: another rounding would widen the gap
-        # between sampling and scoring
+        # added within the base's product, which rounds the sum once: another rounding would widen the
+        # train-inference mismatch
         return torch.addmm(adapter.flatten(0, -2), x.flatten(0, -2), self.base.weight.T).view(adapter.shape)
 
-    def merged(self, A, B):
-        """The weight that does the same by itself, float32; A and B: the adapter's masters."""
-        return self.base.weight.float() + self.scale * (B @ A)
 
-
-def add_adapters(policy, rank, alpha, targets=TARGETS):
-    """Freezes a policy and puts adapters beside the language model's linear layers of these names, in place.
-    Returns the policy. Raises UserError for a name that no layer has."""
+def add_adapters(policy, rank, alpha):
+    """Freezes a policy and puts adapters beside the language model's linear layers, TARGETS, in place.
+    Returns the policy."""
     policy.requires_grad_(False)
-    found = [(name, module) for name, module in policy.language_model.named_modules()
-             if name.rpartition(".")[2] in targets and isinstance(module, torch.nn.Linear)]
-    if missing := set(targets) - {name.rpartition(".")[2] for name, _ in found}:
-        raise UserError(f"--lora_targets: no layer is called {', '.join(sorted(missing))}; use some of "
-                        f"{' '.join(TARGETS)}")
-    for name, module in found:
-        parent, _, last = name.rpartition(".")
-        setattr(policy.language_model.get_submodule(parent), last, LoRALinear(module, rank, alpha))
+    for module in list(policy.language_model.modules()):
+        for name, linear in list(module.named_children()):
+            if name in TARGETS:
+                setattr(module, name, LoRALinear(linear, rank, alpha))
     return policy
 
 
-def without_adapters(policy, replaced=lambda name, module: module.base):
-    """A policy of the same tensors, but for the layers with adapters: there, what `replaced` says, their
-    base. It takes no memory: the reference."""
+def without_adapters(policy):
+    """The frozen policy beside which adapters were put: of the same tensors, so it takes no memory."""
     tensors = [*policy.hf.parameters(), *policy.hf.buffers()]
-    hf = copy.deepcopy(policy.hf, {id(tensor): tensor for tensor in tensors})
-    for name, module in [(n, m) for n, m in hf.named_modules() if isinstance(m, LoRALinear)]:
-        parent, _, last = name.rpartition(".")
-        setattr(hf.get_submodule(parent), last, replaced(name, module))
+    memo = {id(tensor): tensor for tensor in tensors}  # deepcopy's own: what it names is not copied
+    hf = copy.deepcopy(policy.hf, memo)
+    for module in list(hf.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(module, name, child.base)
     return Policy(hf.eval(), policy.tokenizer, policy.image_processor, policy.env_config)
 
 
-def merge(policy, masters):
+@torch.no_grad()
+def merge(policy, master_weights):
     """A policy without adapters, whose weights do what they did, on the CPU where they differ.
-    masters: {name of a parameter of the policy: its float32 master}."""
-    def replaced(name, module):
-        A, B = (masters[f"hf.{name}.lora_{letter}"].detach() for letter in "AB")
-        linear = torch.nn.Linear(module.base.in_features, module.base.out_features, False, device="meta")
-        weight = module.merged(A, B).to(module.base.weight.dtype).cpu()
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        linear.bias = module.base.bias
-        return linear
-
-    with torch.no_grad():
-        return without_adapters(policy, replaced)
+    master_weights: {name of a parameter of the policy: its float32 master weight}."""
+    merged = without_adapters(policy)
+    for name, module in policy.hf.named_modules():
+        if isinstance(module, LoRALinear):
+            A, B = (master_weights[f"hf.{name}.lora_{letter}"] for letter in "AB")
+            weight = (module.base.weight.float() + module.scale * (B @ A)).to(policy.dtype).cpu()
+            merged.hf.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+    return merged
 
 
-def save_adapter(policy, masters, name, config, path):
+def save_adapter(master_weights, name, config, path):
     """Writes the adapters as the peft library has them: `PeftModel.from_pretrained(base, path)`."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{key.removeprefix('hf.')}.weight": master.detach().cpu().contiguous()
-               for key, master in masters.items()}
+               for key, master in master_weights.items()}
     temporary = path / "adapter_model.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.rename(path / "adapter_model.safetensors")
@@ -126,4 +117,4 @@ def save_adapter(policy, masters, name, config, path):
         "r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         # the vision tower has layers of these names, too
-        "target_modules": rf".*language_model.*\.({'|'.join(config.lora_targets)})"})
+        "target_modules": rf".*language_model.*\.({'|'.join(TARGETS)})"})

@@ -1,4 +1,4 @@
-"""One GPU trains all parameters: masters and AdamW's moments stand in host memory, and the CPU steps.
+"""One GPU trains all parameters: master weights and AdamW's moments stand in host memory, and the CPU steps.
 
     sft.py --offload optimizer           12 bytes a parameter on the host; on the device 2, and 4 in an update
     rl.py --offload optimizer reference  the reference's 2 on the host, too
@@ -6,7 +6,10 @@
 The compute weights stay on the device. Their gradients are added up there in float32, in buffers that there
 are from an update's first pass to its step, so never beside the cache of rollouts. The step takes group by
 group (a decoder layer, the embedding, the head): the gradient comes to the host, AdamW moves the group's
-masters, and what is cast from them goes back. While the CPU works on a group, the next one's gradient comes.
+master weights, and what is cast from them goes back. While the CPU works on a group, the next one's gradient
+comes. So a parameter's 4 bytes of gradient and 2 of compute weight go over the bus once an optimizer step.
+FSDP's CPUOffloadPolicy moves more with each pass, of which an update has many: the 4 bytes of the float32
+weight twice, for the forward and for the backward pass, and the 4 of the gradient after it.
 
 Host memory that the device copies from or to is pinned: the three slabs, so that a run for which there is too
 little of it ends before it begins, and the memory that a group passes through.
@@ -14,46 +17,48 @@ little of it ends before it begins, and the memory that a group passes through.
 
 import copy
 import re
+from functools import partial
 from itertools import groupby
 
 import torch
 
-from common import UserError
 from model import Policy
 from scale.devices import Copies, pin_memory
 from scale.sharding import WeightFiles
-from training.checkpoints import find_checkpoint
+from training.checkpoints import find_checkpoint, loading
 from training.weights import MasterWeights
 
 
 class OffloadedWeights(MasterWeights):
-    """MasterWeights of one process whose masters and moments are in host memory, in any compute dtype.
+    """MasterWeights of one process whose master weights and moments are in host memory, in any compute dtype.
 
     Args:
+        read: read(name of a parameter) -> its values, as the checkpoint's WeightFiles has them; the compute
+            weights may be rounded.
         reference: a frozen policy (`reference_of`), or None.
-        files: WeightFiles of the checkpoint, whose values the masters take, or None: the compute weights'.
-    slabs: masters, exp_avg and exp_avg_sq of all parameters, one behind the other.
-    gradients: {name: a float32 buffer on the device}, within an update."""
+    Attributes:
+        slabs: master weights, exp_avg and exp_avg_sq of all parameters, one behind the other.
+        gradients: {name: a float32 buffer on the device}, within an update.
+        groups: lists of names that are stepped together. staging: host memory for two of them."""
 
-    def __init__(self, policy, reference=None, files=None):
+    def __init__(self, policy, read, reference=None):
         self.policy, self.player, self.reference, self.bad_steps = policy, policy, reference, 0
         self.compute = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.copies, self.gradients = Copies(policy.device), {}
-        # masters and moments
+        # master weights and moments
         sizes = {name: p.numel() for name, p in self.compute.items()}
         self.slabs = [pin_memory(torch.zeros(sum(sizes.values())), policy.device) for _ in range(3)]
-        masters, *self.moments = (self._views(slab, self.compute) for slab in self.slabs)
-        self.masters = {name: torch.nn.Parameter(master) for name, master in masters.items()}
-        self.parameters = list(self.masters.values())
-        for name, master in masters.items():
-            there = files is not None and name.removeprefix("hf.") in files.place
-            master.copy_(files.read(name.removeprefix("hf.")) if there else self.compute[name].detach())
+        weights, *self.moments = (self._views(slab, self.compute) for slab in self.slabs)
+        for name, weight in weights.items():
+            weight.copy_(read(name))
+        self.master_weights = {name: torch.nn.Parameter(weight) for name, weight in weights.items()}
+        self.parameters = list(self.master_weights.values())
         # groups, and memory for two of them
         self.groups = [list(names) for _, names in groupby(self.compute, group_of)]
         largest = max(sum(sizes[name] for name in names) for names in self.groups)
         self.staging = [pin_memory(torch.empty(largest), policy.device) for _ in range(2)]
         for name, p in self.compute.items():
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._add_gradient(name, p))
+            p.register_post_accumulate_grad_hook(partial(self._add_gradient, name))
 
     def _views(self, flat, names):
         """{name: its part of a flat tensor, in its shape} of tensors that stand one behind the other."""
@@ -69,22 +74,19 @@ class OffloadedWeights(MasterWeights):
             self.gradients[name] = p.grad.float()
         p.grad = None
 
-    @property
-    def held_bytes(self):
-        """Of masters and moments."""
-        return sum(slab.nbytes for slab in self.slabs)
-
     def describe(self):
-        return f"{super().describe()}, {self.held_bytes / 1e9:.1f} GB of masters and moments in host memory"
+        held = sum(slab.nbytes for slab in self.slabs)
+        return f"{super().describe()}, {held / 1e9:.1f} GB of master weights and moments in host memory"
 
     def adopt(self, optimizer):
         """AdamW's moments are in the slabs."""
-        for name, master in self.masters.items():
-            moments = {what: views[name] for what, views in zip(("exp_avg", "exp_avg_sq"), self.moments)}
-            optimizer.state[master] = {"step": torch.tensor(0.0)} | moments
+        exp_avg, exp_avg_sq = self.moments
+        for name, master in self.master_weights.items():
+            optimizer.state[master] = {
+                "step": torch.tensor(0.0), "exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
 
     def sum_gradients(self):
-        """There is one process."""
+        """Nothing: there is one process."""
 
     def clip(self, max_norm):
         gradients = [self.gradients[name] for name in self.compute if name in self.gradients]
@@ -110,14 +112,14 @@ class OffloadedWeights(MasterWeights):
             wait()
             # those without a gradient AdamW leaves as they are
             for name in names:
-                self.masters[name].grad = staged[name]
+                self.master_weights[name].grad = staged[name]
             optimizer.step()
             for name in names:
-                self.masters[name].grad = None
+                self.master_weights[name].grad = None
             # the compute weights go back by way of the gradient's place: copies keep their order
             cast = self._views(self.staging[number % 2].view(self.policy.dtype), names)
             for name in names:
-                cast[name].copy_(self.masters[name])
+                cast[name].copy_(self.master_weights[name])
             self.copies.begin([self.compute[name] for name in names], cast.values())
         self.copies.join()
 
@@ -137,7 +139,7 @@ def reference_of(policy, on_host=False):
 
     With `on_host` its layers' weights are in host memory, and come before each layer's pass to one of two
     places on the device, while the layer before computes. Its parameters are these places."""
-    same = {id(policy.visual): policy.visual}
+    same = {id(policy.visual): policy.visual}  # deepcopy's memo: for what it takes these, without a copy
     layers, weights = policy.language_model.layers, []
     if on_host:
         shapes = [p.shape for p in layers[0].parameters()]
@@ -172,16 +174,8 @@ def stream_layers(layers, weights, places, copies):
         layer.register_forward_pre_hook(lambda *_, number=number: before(number))
 
 
-def weight_files(name):
-    """A checkpoint's WeightFiles, or None where its weights are no safetensors files."""
-    try:
-        return WeightFiles(find_checkpoint(name))
-    except UserError:
-        return None
-
-
 def offload_weights(policy, name, config, with_reference):
     """OffloadedWeights of a policy that was loaded from the checkpoint `name`."""
-    on_host = "reference" in config.offload
-    reference = reference_of(policy, on_host) if with_reference else None
-    return OffloadedWeights(policy, reference, weight_files(name))
+    reference = reference_of(policy, "reference" in config.offload) if with_reference else None
+    with loading(name):
+        return OffloadedWeights(policy, WeightFiles(find_checkpoint(name)).read, reference)

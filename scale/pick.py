@@ -1,5 +1,5 @@
-"""Which of the ways to hold a model's weights a run takes. The only file of scale/ that the stages import; what
-it picks is imported when it is picked, as some of it takes seconds to import.
+"""Which of the ways to hold a model's weights a run takes. The only file of scale/ that the stages import;
+what it picks is imported when it is picked, as some of it takes seconds to import.
 
     one process                        all weights in it (training/weights.py)
     several processes in bfloat16      weights in shards over all of them (scale/sharding.py)
@@ -52,7 +52,8 @@ def load_weights(name, config, env_config, device, with_reference=False):
     Args:
         name: the checkpoint's folder or name. config: a TrainConfig. env_config: what the run plays.
         with_reference: whether to keep the policy as it is now, too, for the KL term.
-    Returns MasterWeights: of all weights, of shards, of adapters, or with a part on the host. Raises UserError."""
+    Returns MasterWeights: of all weights, of shards, of adapters, or with a part on the host.
+    Raises UserError."""
     processes, dtype = int(os.environ.get("WORLD_SIZE", 1)), choose_dtype(config.dtype, device)
     shard = shard_of_run(config, processes, dtype)
     if shard != "none":

@@ -1,8 +1,9 @@
 """Weights in shards over many processes (FSDP2), so that a model trains that no single GPU can hold.
 
-Each process keeps a part of every trained tensor: float32 masters, gradients and AdamW's moments, (4 + 4 + 8)
-bytes a parameter over the number of processes. A pass gathers the weights in the compute dtype, layer by
-layer, and its gradients are added up in float32 and cut into shards right after each layer's backward pass.
+Each process keeps a part of every trained tensor: float32 master weights, gradients and AdamW's moments,
+(4 + 4 + 8) bytes a parameter over the number of processes. A pass gathers the weights in the compute dtype,
+layer by layer, and its gradients are added up in float32 and cut into shards right after each layer's
+backward pass.
 
     --shard all     over all processes
     --shard node    over a machine's processes; each machine holds one copy, and gradients are summed across
@@ -11,16 +12,20 @@ What has to be minded:
 - One root. All of the policy's pass from ids to log-probabilities is `Policy.forward`, which FSDP wraps. The
   embedding, the last norm and the head stay in the root's group: they are gathered once a pass, however many
   chunks the head takes, and a tied embedding and head stay one tensor.
-- A pass is a collective, so all processes must make as many: `passes` adds batches without a trained token,
-  whose loss and gradients are 0.
+- A pass is a collective, so all processes must make as many: `passes` gives the training loop batches without
+  a trained token, whose loss and gradients are 0, until it has made as many as the others.
 - The loss is divided by the tokens of all processes already: gradients are summed, never averaged.
 - The vision tower is frozen and small: each process has all of it, and features need no collective.
 - Rollouts make no collective: `gathered` fills a plain copy of the language model in the compute dtype, which
   is emptied again before the update.
+- Loading takes what a process keeps and one tensor more. (Of PyTorch's own ways, `set_model_state_dict` wants
+  the whole model in one process, and `HuggingFaceStorageReader` reads every file of a folder, also those that
+  the index no longer names.)
 """
 
 import json
 import os
+import re
 import time
 from contextlib import contextmanager
 
@@ -37,96 +42,74 @@ from model import Dialogue
 from training.checkpoints import INDEX, find_checkpoint, load_policy, loading, read_parts
 from training.weights import MasterWeights, rows_of
 
-# Names in published checkpoints, and what transformers' class calls them today.
-OLD_NAMES = (("visual.", "model.visual."), ("model.layers.", "model.language_model.layers."),
-             ("model.embed_tokens.", "model.language_model.embed_tokens."),
-             ("model.norm.", "model.language_model.norm."))
-
 
 # ---------------------------------------------------------------------------------------------------- loading
 class WeightFiles:
-    """The weights in a checkpoint folder's safetensors files, of which rows can be read. Raises UserError."""
+    """The weights in a checkpoint folder's safetensors files, of which rows can be read.
+
+    place: {name of the parameter in a Policy: (open file, name in it)}. Raises UserError where there are no
+    such files."""
 
     def __init__(self, folder):
-        files = [folder / "model.safetensors"]
-        if not files[0].is_file():
+        names = {"model.safetensors"}
+        if not (folder / "model.safetensors").is_file():
             if not (folder / INDEX).is_file():
-                raise UserError("its weights are no safetensors files, which --shard reads; load it with "
-                                "transformers and save_pretrained it")
-            names = json.loads(read_text(folder / INDEX))["weight_map"].values()
-            files = [folder / name for name in sorted(set(names))]
-        self.place = {}  # name: (open file, name in it)
-        for file in files:
-            opened = safe_open(file, "pt")
+                raise UserError("its weights are no safetensors files, which --shard and --offload read; "
+                                "load it with transformers and save_pretrained it")
+            names = set(json.loads(read_text(folder / INDEX))["weight_map"].values())
+        self.place = {}
+        for file in sorted(names):
+            opened = safe_open(folder / file, "pt")
             for name in opened.keys():
-                self.place[today(name)] = opened, name
+                self.place[name_in_policy(name)] = opened, name
 
     def read(self, name, start=0, stop=None):
-        """Rows `start` to `stop` of a tensor, in the file's dtype."""
-        opened, name = self.place[name]
-        return opened.get_slice(name)[start:stop]
+        """Rows `start` to `stop` of a tensor, in the file's dtype. Raises UserError."""
+        if name not in self.place:
+            raise UserError(f"it lacks the weights {name}; download or copy it again")
+        opened, name_in_file = self.place[name]
+        return opened.get_slice(name_in_file)[start:stop]
 
 
-def today(name):
-    for old, new in OLD_NAMES:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-@contextmanager
-def no_parameters():
-    """Modules that are made in it have parameters without memory (on the meta device), but true buffers:
-    those that are in no file, as the rotary embedding's frequencies, are as transformers computes them."""
-    register = torch.nn.Module.register_parameter
-
-    def on_meta(module, name, parameter):
-        if parameter is not None and not parameter.is_meta:  # a tied one stays the same object
-            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    torch.nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register
-
-
-def empty_model(folder, dtype, device):
-    """transformers' model of a checkpoint folder, its parameters on the meta device, in eval mode."""
-    config = AutoConfig.from_pretrained(folder)
-    config.dtype = dtype
-    with no_parameters():
-        hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    for module in hf.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    if (folder / "generation_config.json").is_file():
-        hf.generation_config = GenerationConfig.from_pretrained(folder)
-    return hf.eval()
+def name_in_policy(name):
+    """The parameter of a Policy that a weight in a file is: files have the names of transformers' older
+    class."""
+    name = re.sub(r"^visual\.", "model.visual.", name)
+    return "hf." + re.sub(r"^model\.(?=(layers|embed_tokens|norm)\.)", "model.language_model.", name)
 
 
 def read_empty(name, dtype, device):
-    """`read_checkpoint` without the weights: what a Policy is made of, its parameters on the meta device."""
+    """`read_checkpoint` without the weights: what a Policy is made of, its tensors on the meta device."""
     folder = find_checkpoint(name)
-    return empty_model(folder, dtype, device), *read_parts(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.dtype = dtype
+    with torch.device("meta"):
+        hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if (folder / "generation_config.json").is_file():
+        hf.generation_config = GenerationConfig.from_pretrained(folder)
+    return hf.eval(), *read_parts(folder)
+
+
+def make_buffers(policy, device):
+    """Buffers, the rotary embeddings' frequencies, are in no file: transformers computes them once more, in
+    modules that have nothing else."""
+    for module in policy.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            module.to_empty(device=device, recurse=False)
+            policy.hf._init_weights(module)
 
 
 @torch.no_grad()
 def fill(policy, files, mesh):
     """Reads this process's rows of a policy on the meta device that FSDP has wrapped: at any time there is at
     most what it keeps and one tensor more. Raises UserError."""
-    names = {name.removeprefix("hf.") for name, _ in policy.named_parameters()}
-    if missing := sorted(names - set(files.place)):
-        raise UserError(f"it lacks the weights {', '.join(missing[:3])} ({len(missing)} in all); "
-                        "download or copy it again")
-    buffers = [buffer.clone() for buffer in policy.buffers()]
-    policy.to_empty(device=mesh.device_type)  # of a sharded tensor this process's rows; buffers, too
-    for buffer, value in zip(policy.buffers(), buffers, strict=True):
-        buffer.copy_(value)
+    policy.to_empty(device=mesh.device_type)  # of a sharded tensor this process's rows
+    make_buffers(policy, mesh.device_type)
     for name, p in policy.named_parameters():
-        name, local = name.removeprefix("hf."), p.to_local() if isinstance(p, DTensor) else p
-        start, stop = rows_of(len(p), *shard_of(mesh)) if isinstance(p, DTensor) else (0, len(p))
+        local, start, stop = p, 0, len(p)
+        if isinstance(p, DTensor):
+            local = p.to_local()
+            start, stop = rows_of(len(p), *shard_of(mesh))
         if start == stop:  # of a short tensor some processes hold nothing
             continue
         rows = files.read(name, start, stop)
@@ -158,55 +141,57 @@ def shard_of(mesh):
 def wrap(policy, mesh, dtype):
     """FSDP2: each layer a group, all else of the language model the root's. Weights that are not frozen are
     gathered in `dtype`, their gradients added up in float32. Returns the policy."""
+    layers, frozen = policy.language_model.layers, not any(p.requires_grad for p in policy.parameters())
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how = dict(mesh=mesh if mesh["replicate"].size() > 1 else mesh["shard"], mp_policy=precision)
-    # the policy last: its group, the root's, has what no layer took, but for the frozen vision tower. It
-    # stays gathered until the backward pass; a reference has none
-    frozen = not any(p.requires_grad for p in policy.parameters())
-    for module in (*policy.language_model.layers, policy):
-        how["reshard_after_forward"] = True if frozen or module is not policy else None
-        ignored = {"ignored_params": set(policy.visual.parameters())} if module is policy else {}
-        fully_shard(module, **how, **ignored)
+    for layer in layers:
+        fully_shard(layer, **how)
+    # the policy last: its group has what no layer took, but for the frozen vision tower. It stays gathered
+    # until the backward pass, which a reference does not have
+    fully_shard(policy, **how, reshard_after_forward=frozen, ignored_params={*policy.visual.parameters()})
+    for module in (*layers, policy):
         module.set_gradient_divide_factor(1.0)  # the loss is divided by all processes' tokens
         module.set_force_sum_reduction_for_comms(True)  # gloo has no such division
     return policy
 
 
 class ShardedWeights(MasterWeights):
-    """MasterWeights in shards: `parameters` are DTensors.
+    """MasterWeights in shards: the master weights are the policy's parameters, DTensors in float32.
 
-    policy: trains. player: the plain copy that plays and is saved, while it is `gathered`. reference: frozen,
-    in the compute dtype, or None."""
+    Args:
+        policy: trains, in shards. reference: frozen, in shards in the compute dtype, or None.
+        player: a plain policy in the compute dtype, without memory but within `gathered`, see `make_player`.
+        mesh: see `make_mesh`.
+    whole: the player's parameters that `gathered` fills, one for each master weight."""
 
     def __init__(self, policy, player, reference, mesh):
         self.policy, self.player, self.reference, self.bad_steps = policy, player, reference, 0
-        self.masters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.parameters, self.mesh = list(self.masters.values()), mesh
-        self.whole = [p for name, p in player.named_parameters() if name in self.masters]
-        self.untrained = Dialogue()  # for passes that only take part: a token that nobody trains
-        self.untrained.add([policy.im_end])
+        self.master_weights = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.parameters, self.mesh = list(self.master_weights.values()), mesh
+        self.whole = [p for name, p in player.named_parameters() if name in self.master_weights]
 
     def describe(self):
         return f"{super().describe()}, in {shard_of(self.mesh)[1]} shards"
 
     def sum_gradients(self):
-        """Each pass has done so."""
+        """Nothing: each pass has done so."""
+
+    def clip(self, max_norm):
+        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm).full_tensor().item()  # of all shards
 
     def cast(self):
-        """Each pass casts what it gathers."""
+        """Nothing: each pass casts what it gathers."""
 
     @contextmanager
     def gathered(self):
-        began = time.time()
+        began, parts = time.time(), self.mesh["shard"].size()
         with torch.no_grad():
             for p, whole in zip(self.parameters, self.whole, strict=True):
                 whole.untyped_storage().resize_(whole.numel() * whole.itemsize)
                 whole.copy_(p.to(whole.dtype).full_tensor())  # cast before it is sent
-                parts = self.mesh["shard"].size()
                 self.gathered_bytes += whole.nbytes * (parts - 1) // parts
             float(whole.view(-1)[0])  # waits for a GPU
         self.player.weights_version += 1
-        self.player.env_config = self.policy.env_config
         self.seconds_gather += time.time() - began
         try:
             yield self.player
@@ -218,8 +203,10 @@ class ShardedWeights(MasterWeights):
         most = torch.tensor(len(batches), device=self.policy.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         yield from batches
+        untrained = Dialogue()
+        untrained.add([self.policy.im_end])
         for _ in range(int(most) - len(batches)):
-            yield [[self.untrained]]
+            yield [[untrained]]
 
     def rows_to_save(self, tensor):
         rows, first = self.rows_to_load(tensor)
@@ -230,7 +217,7 @@ class ShardedWeights(MasterWeights):
 
 
 def load_sharded(name, device, dtype, env_config, mesh, trained, config):
-    """A policy in shards: trained, its masters in float32, or frozen in the compute dtype."""
+    """A policy in shards: trained, in float32, or frozen in the compute dtype."""
     policy = load_policy(name, device, dtype, env_config, read_empty)
     with loading(name):
         if trained:
@@ -246,8 +233,10 @@ def load_sharded(name, device, dtype, env_config, mesh, trained, config):
 
 
 def make_player(name, device, dtype, env_config, visual):
-    """A plain policy without memory for its language model, and with the vision tower of another one."""
+    """A plain policy without memory for its language model's parameters, and with the vision tower of another
+    one."""
     player = load_policy(name, device, dtype, env_config, read_empty)
+    make_buffers(player, device)
     player.hf.model.visual = visual
     for p in [*player.language_model.parameters(), *player.head.parameters()]:
         if p.is_meta:
@@ -265,4 +254,5 @@ def load_shards(name, config, env_config, device, dtype, shard, with_reference):
     reference = load_sharded(name, device, dtype, env_config, mesh, False, config) if with_reference else None
     if reference:
         reference.hf.model.visual = policy.visual  # frozen in both
-    return ShardedWeights(policy, make_player(name, device, dtype, env_config, policy.visual), reference, mesh)
+    player = make_player(name, device, dtype, env_config, policy.visual)
+    return ShardedWeights(policy, player, reference, mesh)

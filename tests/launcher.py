@@ -1,11 +1,11 @@
-"""Processes for tests, as torchrun would start them, but in a blink: one process imports everything once, computes
-nothing, and is forked for each.
+"""Processes for tests, as torchrun would start them, but in a blink: one process imports everything once,
+computes nothing, and is forked for each.
 
-    runs = launch(2, "rl.py", flags)                         a script of the project
-    runs = launch(2, "test_sharding:three_updates", flags)   a function of a test file, called with the flags
-    runs = launch(4, ..., nodes=2)                           two machines with two processes each
-    runs.wait()                                              returns what they said; raises with it if one fails
-    runs.kill()                                              SIGKILL to all
+    runs = launch(2, "rl.py", flags)                   a script of the project
+    runs = launch(2, "test_sharding:updates", flags)   a function of a test file, called with the flags
+    runs = launch(4, ..., nodes=2)                     two machines with two processes each
+    runs.wait()                                        returns what they said; raises with it if one fails
+    runs.kill()                                        SIGKILL to all
 
 Flags arrive as texts.
 """
@@ -28,8 +28,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # the slow imports of all scripts and tests; what else a child needs it imports itself
-PRELOAD = ("pytest", "data_prep", "sft", "rl", "eval", "scale.sharding", "scale.offload", "scale.lora", "scale.plan",
-           "scale.memory")
+PRELOAD = ("pytest", "data_prep", "sft", "rl", "eval", "scale.sharding", "scale.offload", "scale.lora",
+           "scale.plan", "scale.memory")
 
 
 class Launcher:
@@ -64,8 +64,8 @@ def launch(processes, script, flags=(), nodes=1):
     local = processes // nodes
     pids, logs = [], []
     for rank in range(processes):
-        variables = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local,
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank % local,
+                     "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         logs.append(folder / f"{rank}.log")
         pids.append(launcher.ask({"script": str(script), "flags": [*map(str, flags)], "log": str(logs[-1]),
                                   "variables": variables}))
@@ -89,13 +89,15 @@ class Runs:
         return [self.statuses[pid] for pid in self.pids]
 
     def wait(self, statuses=None, timeout_s=300):
-        """Until all have ended, with 0 or `statuses`; if one fails the others are killed, as torchrun does."""
+        """Until all have ended, with 0 or `statuses`; if one fails the others are killed, as torchrun
+        does."""
         end = time.time() + timeout_s
         while None in (now := self.poll()):
             failed = statuses is None and any(now)
             if failed or time.time() > end:
                 self.kill()
-                raise AssertionError(f"exit statuses {now} {'' if failed else 'in time'}:\n{self.said()[-5000:]}")
+                late = "" if failed else "in time"
+                raise AssertionError(f"exit statuses {now} {late}:\n{self.said()[-5000:]}")
             time.sleep(0.02)
         assert now == (statuses or [0] * len(now)), (now, self.said()[-5000:])
         return self.said()
@@ -113,7 +115,7 @@ class Runs:
             time.sleep(0.01)
 
 
-# ------------------------------------------------------------------------------------------- the forked process
+# ----------------------------------------------------------------------------------------- the forked process
 def run_child(question):
     """A child: becomes a script, or calls a function of a test file."""
     log = os.open(question["log"], os.O_WRONLY | os.O_CREAT)

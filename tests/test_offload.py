@@ -1,28 +1,26 @@
-"""Masters and moments in host memory: updates, checkpoints and the reference are those without it."""
+"""Master weights and moments in host memory: updates, checkpoints and the reference are those without it."""
 
 import json
-import random
-import time
+import re
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from test_rl import make_groups
-from test_training import lines, make_place, metrics, start, wait_for
-from tiny import random_policy, tied_and_untied
+from launcher import launch
+from tiny import make_groups, make_place, random_policy, tied_and_untied
 
 import rl
 from common import UserError
 from model import token_log_probs
-from training.checkpoints import load_policy
 from scale import offload
-from training.checkpoints import save_policy
-from training.run_checkpoints import run_folders
-from training.weights import MasterWeights
 from scale.offload import OffloadedWeights, reference_of
-from scale.sharding import WeightFiles, load_weights
+from scale.pick import check_flags, load_weights
+from training.checkpoints import load_policy, save_policy
+from training.environment import run_environment
 from training.run import TrainingRun
+from training.weights import MAX_BAD_STEPS, MasterWeights
 
 CPU = torch.device("cpu")
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -30,9 +28,9 @@ ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Data, and random checkpoints, whose embedding and head are one tensor, and are not, in float32 and bfloat16."""
-    folder = tmp_path_factory.mktemp("offload")
-    make_place(folder)
+    """Data, and random checkpoints, whose embedding and head are one tensor, and are not, in float32 and
+    bfloat16."""
+    folder = make_place(tmp_path_factory.mktemp("offload"), layers=2)
     for name, policy in tied_and_untied():
         save_policy(policy, folder / name)
         save_policy(policy.bfloat16(), folder / f"{name}-bfloat16")
@@ -40,178 +38,163 @@ def place(tmp_path_factory):
 
 
 def config_of(place, model="tied", **more):
-    settings = dict(batch_size=2, mini_batch_size=2, max_tokens_per_pass=900, kl_weight=0.1, entropy_weight=0.1, offload=True)
-    return rl.Config(**settings | dict(model=str(place / model)) | more)
+    settings = dict(batch_size=2, mini_batch_size=2, max_tokens_per_pass=900, kl_weight=0.1,
+                    entropy_weight=0.1, offload=["optimizer"], model=str(place / model))
+    return rl.Config(**settings | more)
+
+
+def weights_of(config, device=CPU):
+    return load_weights(config.model, config, run_environment(config.model, config), device,
+                        with_reference=True)
 
 
 class Updated:
-    """Weights after some updates with AdamW, the first one's gradients, which were clipped, and masters before."""
+    """Weights after some updates with AdamW, the first one's gradients, which were clipped, and the weights
+    before."""
 
     def __init__(self, config, place, steps=3, device=CPU):
-        self.weights = weights = load_weights(config.model, config, device, with_reference=True)
+        self.weights = weights = weights_of(config, device)
         weights.policy.train()
-        self.optimizer = torch.optim.AdamW(weights.parameters, lr=1e-3, eps=1e-3, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(weights.parameters, lr=1e-3, eps=1e-3, weight_decay=0.0,
+                                           fused=True)
         weights.adopt(self.optimizer)
-        self.before = {name: p.detach().clone() for name, p in weights.masters.items()}
+        self.before = {name: p.detach().clone() for name, p in weights.master_weights.items()}
         self.gradients, self.stepped_together, self.buffers = {}, [], []
         self.optimizer.register_step_pre_hook(self.look)
         groups = make_groups(load_policy(config.model, device, weights.policy.dtype), place, 2)
         self.metrics = [rl.update(weights, groups, self.optimizer, config, 0, device) for _ in range(steps)]
 
     def look(self, *_):
-        now = {name: p.grad for name, p in self.weights.masters.items() if p.grad is not None}
+        now = {name: p.grad for name, p in self.weights.master_weights.items() if p.grad is not None}
         self.stepped_together.append(list(now))
         self.gradients = {name: g.clone() for name, g in now.items()} | self.gradients
         self.buffers += [weakref.ref(g) for g in getattr(self.weights, "gradients", {}).values()]
 
-    def assert_like(self, plain, gradient=1e-5, master=1e-6):
-        assert {*self.gradients} == {*plain.gradients} == {*plain.weights.masters} == {*self.weights.masters}
+    def assert_like(self, plain, gradient=1e-5, weight=1e-6):
+        names = {*plain.weights.master_weights}
+        assert {*self.gradients} == {*plain.gradients} == {*self.weights.master_weights} == names
         for name, g in plain.gradients.items():
             assert (self.gradients[name].to(g) - g).norm() <= gradient * g.norm() and g.norm() > 0, name
-        for name, p in plain.weights.masters.items():
-            assert (self.weights.masters[name].to(p) - p).abs().max() <= master, name
-        moved = [(p - plain.before[name]).abs().max() for name, p in plain.weights.masters.items()]
+        moved = []
+        for name, p in plain.weights.master_weights.items():
+            assert (self.weights.master_weights[name].to(p) - p).abs().max() <= weight, name
+            moved.append((p - plain.before[name]).abs().max())
         assert max(moved) > 1e-4 and min(moved) > 1e-5
 
 
 @pytest.fixture(scope="module")
 def plain(place):
-    """Updates of plain master weights, each made once."""
+    """Updates of plain MasterWeights, each made once."""
     made = {}
 
     def updated(**settings):
-        key = tuple(settings.items())
+        key = json.dumps(settings)
         if key not in made:
-            made[key] = Updated(config_of(place, offload=False, **settings), place)
+            made[key] = Updated(config_of(place, offload=[], **settings), place)
         return made[key]
 
     return updated
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.05, 1e9])
-@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.fixture(scope="module")
+def once(place):
+    """One update in bfloat16, of bfloat16 weights from float32 files."""
+    return Updated(config_of(place, dtype="bfloat16"), place, steps=1)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# ---------------------------------------------------------------------------------------------------- updates
+@pytest.mark.parametrize("model, max_grad_norm", [("tied", 0.05), slow("untied", 0.05), slow("tied", 1e9)])
 def test_updates_are_those_without(place, plain, model, max_grad_norm, tmp_path):
-    """Float32. Gradients as they are clipped, masters, metrics; what is exported is what was trained."""
+    """Float32. Gradients as they are clipped, master weights, metrics; what is exported is what was
+    trained."""
     same = dict(model=model, max_grad_norm=max_grad_norm)
-    mine, theirs = Updated(config_of(place, on_host=["reference"], **same), place), plain(**same)
+    mine, theirs = Updated(config_of(place, offload=["optimizer", "reference"], **same), place), plain(**same)
     mine.assert_like(theirs)
     for a, b in zip(mine.metrics, theirs.metrics, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6) and b["kl"] >= 0
     assert theirs.metrics[2]["kl"] > 1e-6  # of the reference
     norm = torch.nn.utils.get_total_norm(mine.gradients.values())
-    assert mine.metrics[0]["grad_norm"] > 0.1 and (max_grad_norm > 1 or norm == pytest.approx(max_grad_norm, rel=1e-3))
+    assert mine.metrics[0]["grad_norm"] > 0.1
+    assert max_grad_norm > 1 or norm == pytest.approx(max_grad_norm, rel=1e-3)
     mine.weights.save(tmp_path)
     exported = dict(load_policy(tmp_path).named_parameters())
-    assert all(torch.equal(exported[name], master) for name, master in mine.weights.masters.items())
+    assert all(torch.equal(exported[name], p) for name, p in mine.weights.master_weights.items())
 
 
-def test_in_bfloat16_the_masters_are_those_without_and_what_the_weights_are_cast_from(place, plain):
+@pytest.mark.slow
+def test_updates_in_bfloat16_are_those_without(place, plain):
     same = dict(model="untied-bfloat16", dtype="bfloat16", max_grad_norm=0.05)
     mine = Updated(config_of(place, **same), place)
-    mine.assert_like(plain(**same), gradient=1e-5, master=1e-6)
-    for name, p in mine.weights.compute.items():
-        master = mine.weights.masters[name]
+    mine.assert_like(plain(**same))
+
+
+def test_master_weights_are_what_the_files_say_and_the_policy_is_cast_from_them(place, once):
+    """Float32 files, bfloat16 weights: not the rounded values."""
+    in_float32 = dict(load_policy(place / "tied").named_parameters())
+    for name, before in once.before.items():
+        assert torch.equal(before, in_float32[name]), name
+        master, p = once.weights.master_weights[name], once.weights.compute[name]
         assert p.dtype == torch.bfloat16 and master.dtype == torch.float32
         assert torch.equal(p, master.bfloat16()) and not torch.equal(master, master.bfloat16().float())
 
 
-def test_masters_are_what_the_files_say(place):
-    """Float32 files, bfloat16 weights: not the rounded values."""
-    weights = load_weights(place / "tied", config_of(place, dtype="bfloat16"), CPU)
-    files = WeightFiles(place / "tied")
-    for name, master in weights.masters.items():
-        assert torch.equal(master, files.read(name.removeprefix("hf."))), name
-        assert torch.equal(weights.compute[name], master.bfloat16())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_take_memory_only_within_an_update(place, dtype):
-    done = Updated(config_of(place, dtype=dtype, gradient_checkpointing=False), place, steps=1)
-    weights = done.weights
-    assert len(done.buffers) >= len(weights.masters) and not weights.gradients
-    assert not [ref for ref in done.buffers if ref() is not None]
-    assert all(p.grad is None for p in (*weights.policy.parameters(), *weights.parameters))
-    # and in the step one group's stand on the host
-    layers = len(weights.policy.language_model.layers)
-    assert len(done.stepped_together) == layers + 2  # the embedding, which is the head, and the last norm
-    assert sorted(sum(done.stepped_together, [])) == sorted(weights.masters)
-
-
-def test_masters_and_moments_take_twelve_bytes_a_parameter(place):
-    done = Updated(config_of(place, dtype="bfloat16"), place, steps=1)
-    weights, state = done.weights, done.optimizer.state
+def test_memory_of_master_weights_moments_and_gradients(once):
+    """The first two take 12 bytes a parameter, in the slabs; gradients are there only within an update."""
+    weights, state = once.weights, once.optimizer.state
     trained = sum(p.numel() for p in weights.compute.values())
-    assert 12 * trained <= weights.held_bytes <= 1.05 * 12 * trained
-    held = [p for master in weights.parameters for p in (master, state[master]["exp_avg"], state[master]["exp_avg_sq"])]
+    assert 12 * trained <= sum(slab.nbytes for slab in weights.slabs) <= 1.05 * 12 * trained
+    held = [p for master in weights.parameters
+            for p in (master, state[master]["exp_avg"], state[master]["exp_avg_sq"])]
     assert {p.dtype for p in held} == {torch.float32} and all(p.any() for p in held)
     assert {p.untyped_storage().data_ptr() for p in held} == {slab.data_ptr() for slab in weights.slabs}
-    assert len({p.data_ptr() for p in held}) == 3 * len(weights.masters)
+    assert len({p.data_ptr() for p in held}) == 3 * len(weights.master_weights)
+    assert len(once.buffers) >= len(weights.master_weights) and not weights.gradients
+    assert not [ref for ref in once.buffers if ref() is not None]
+    assert all(p.grad is None for p in (*weights.policy.parameters(), *weights.parameters))
+    # in the step one group's stand on the host: a layer, the embedding, which is the head, the last norm
+    assert len(once.stepped_together) == len(weights.policy.language_model.layers) + 2
+    assert sorted(sum(once.stepped_together, [])) == sorted(weights.master_weights)
 
 
-def log_probs(policy, dialogues):
-    with torch.no_grad():
-        return token_log_probs(policy, dialogues)[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_reference_on_the_host_says_the_same_to_the_bit(place, layers, dtype):
-    """Pass after pass, whatever the policy has become; its layers take the room of two, its vision tower none."""
-    policy = random_policy(layers=layers).to(dtype)
-    dialogues = [[e.dialogue for e in group] for group in make_groups(policy, place, 1)]
-    plain, on_device, on_host = policy.frozen_copy(), reference_of(policy), reference_of(policy, on_host=True)
-    expected = log_probs(plain, dialogues)
-    with torch.no_grad():
-        for p in policy.language_model.parameters():
-            p.mul_(1.5)
-    policy.train()
-    for _ in range(2):
-        assert torch.equal(log_probs(on_host, dialogues), expected)
-        assert torch.equal(log_probs(on_device, dialogues), expected)
-    assert not torch.equal(log_probs(policy, dialogues), expected)
-    assert not any(p.requires_grad for p in on_host.parameters())
-    assert on_host.visual is on_device.visual is policy.visual
-    places = {p.untyped_storage().data_ptr() for p in on_host.language_model.layers.parameters()}
-    assert len(places) == min(2, layers)
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing(place, capsys):
+def test_a_gradient_that_is_not_finite_or_not_there(place, capsys):
+    """The first changes nothing, and ends the run if it comes again and again; a weight without one stays."""
     done = Updated(config_of(place, dtype="bfloat16"), place, steps=1)
     weights, state = done.weights, done.optimizer.state
-    look = lambda: [x.detach().clone() for x in (*weights.parameters, *weights.compute.values(),
-                                                 *(x for p in weights.parameters for x in state[p].values()))]
+
+    def look():
+        moments = [x for p in weights.parameters for x in state[p].values()]
+        return [x.detach().clone() for x in (*weights.parameters, *weights.compute.values(), *moments)]
+
     before = look()
-    for number in range(3):
+    for number in range(MAX_BAD_STEPS):
         parts = [p.float().sum() for p in weights.compute.values()]
         parts[number] = parts[number] * float("nan")
         sum(parts).backward()
-        assert len(weights.gradients) == len(weights.masters)
-        if number < 2:
-            assert not weights.step(done.optimizer, 1.0, 3, ["q7"]) < 1e9
+        assert len(weights.gradients) == len(weights.master_weights)
+        if number < MAX_BAD_STEPS - 1:
+            assert not weights.step(done.optimizer, 1.0, ["q7"]) < 1e9
         else:
-            with pytest.raises(UserError, match="q7; 3 such steps in a row"):
-                weights.step(done.optimizer, 1.0, 3, ["q7"])
+            with pytest.raises(UserError, match=f"q7; {MAX_BAD_STEPS} such steps in a row"):
+                weights.step(done.optimizer, 1.0, ["q7"])
         assert all(map(torch.equal, before, look()))
-        assert (number == 2) == bool(weights.gradients)  # the run has ended
     weights.free_gradients(done.optimizer)
-    assert capsys.readouterr().err.count("this step is left out") == 2
-    sum(p.float().sum() for p in weights.compute.values()).backward()
-    assert weights.step(done.optimizer, 1.0) > 0 and not any(map(torch.equal, before, map(torch.detach, weights.parameters)))
-
-
-def test_a_tensor_without_a_gradient_stays(place):
-    done = Updated(config_of(place), place, steps=1)
-    weights, before = done.weights, {name: p.detach().clone() for name, p in done.weights.masters.items()}
+    assert capsys.readouterr().err.count("this step is left out") == MAX_BAD_STEPS - 1
+    before = {name: p.detach().clone() for name, p in weights.master_weights.items()}
     only = [name for name in before if "layers.1." in name]
-    sum(weights.compute[name].sum() for name in only).backward()
-    weights.step(done.optimizer, 1.0)
-    assert [name for name, p in weights.masters.items() if not torch.equal(p, before[name])] == only
-    assert {int(done.optimizer.state[p]["step"]) for n, p in weights.masters.items() if n not in only} == {1}
+    sum(weights.compute[name].float().sum() for name in only).backward()
+    assert weights.step(done.optimizer, 1.0) > 0 and weights.bad_steps == 0
+    assert [name for name, p in weights.master_weights.items() if not torch.equal(p, before[name])] == only
+    counts = {name: int(state[p]["step"]) for name, p in weights.master_weights.items()}
+    assert counts == {name: 1 + (name in only) for name in before}
 
 
 class LateCopies:
-    """Copies that are made as late as they may be: when somebody waits for them, or for one that was begun later. (Others
-    are made at once; what is right with both is right whenever a GPU makes them.)"""
+    """Copies that are made as late as they may be: when somebody waits for them, or for one that was begun
+    later. (Others are made at once; what is right with both is right whenever a GPU makes them.)"""
 
     def __init__(self, device):
         self.begun, self.made = [], 0
@@ -233,86 +216,149 @@ class LateCopies:
 
 def test_copies_are_waited_for(place, plain, monkeypatch):
     monkeypatch.setattr(offload, "Copies", LateCopies)
-    same = dict(model="untied", max_grad_norm=0.05)
-    mine = Updated(config_of(place, on_host=["reference"], **same), place)
+    same = dict(model="tied", max_grad_norm=0.05)
+    mine = Updated(config_of(place, offload=["optimizer", "reference"], **same), place)
     mine.assert_like(plain(**same))
-    assert mine.weights.copies.made == len(mine.weights.copies.begun) > 3 * 2 * 4
-    assert all(torch.equal(mine.weights.compute[name], master) for name, master in mine.weights.masters.items())
-    assert [m["kl"] for m in mine.metrics] == pytest.approx([m["kl"] for m in plain(**same).metrics], rel=1e-4, abs=1e-7)
+    assert mine.weights.copies.made == len(mine.weights.copies.begun) > 3 * 2 * 3
+    assert all(torch.equal(mine.weights.compute[name], p) for name, p in mine.weights.master_weights.items())
+    kls = [m["kl"] for m in plain(**same).metrics]
+    assert [m["kl"] for m in mine.metrics] == pytest.approx(kls, rel=1e-4, abs=1e-7)
 
 
-# ----------------------------------------------------------------------------------------------------- runs
-def killed(place, out, script, after_lines, *more):
-    runs = start(place, out, script, "none", 1, *more)
-    wait_for(runs, lambda: len(lines(out)) >= after_lines and run_folders(out))
-    time.sleep(random.random() / 5)
-    runs.kill()
-    return len(lines(out))
+# -------------------------------------------------------------------------------------------------- reference
+def log_probs(policy, dialogues):
+    with torch.no_grad():
+        return token_log_probs(policy, dialogues)[0]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path):
-    """Metrics and exported weights to the bit."""
-    more = ["--offload", "--on_host", "reference", "--kl_weight", 0.1, "--dtype", "bfloat16"]
-    start(place, tmp_path / "whole", "rl.py", "none", 1, *more).wait()
-    killed(place, tmp_path / "killed", "rl.py", 2, *more)
-    assert "goes on after step" in start(place, tmp_path / "killed", "rl.py", "none", 1, *more).wait()
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    mine, theirs = (load_policy(tmp_path / name).state_dict() for name in ("killed", "whole"))
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+@pytest.mark.parametrize("layers, dtype",
+                         [(3, torch.float32), slow(1, torch.bfloat16), slow(2, torch.bfloat16)])
+def test_a_reference_on_the_host_says_the_same_to_the_bit(place, layers, dtype):
+    """Pass after pass, whatever the policy has become; its layers take the room of two, its vision tower
+    none."""
+    policy = random_policy(layers=layers).to(dtype)
+    dialogues = [[e.dialogue for e in group] for group in make_groups(policy, place, 1)]
+    plain, on_device, on_host = policy.frozen_copy(), reference_of(policy), reference_of(policy, on_host=True)
+    expected = log_probs(plain, dialogues)
+    with torch.no_grad():
+        for p in policy.language_model.parameters():
+            p.mul_(1.5)
+    policy.train()
+    for _ in range(2):
+        assert torch.equal(log_probs(on_host, dialogues), expected)
+        assert torch.equal(log_probs(on_device, dialogues), expected)
+    assert not torch.equal(log_probs(policy, dialogues), expected)
+    assert not any(p.requires_grad for p in on_host.parameters())
+    assert on_host.visual is on_device.visual is policy.visual
+    places = {p.untyped_storage().data_ptr() for p in on_host.language_model.layers.parameters()}
+    assert len(places) == min(2, layers)
 
 
-def test_sft_goes_the_same_way_with_it(place, tmp_path):
-    for name, more in (("mine", ["--offload"]), ("theirs", [])):
-        start(place, tmp_path / name, "sft.py", "none", 1, "--epochs", 1, *more).wait()
-    mine, theirs = metrics(tmp_path / "mine"), metrics(tmp_path / "theirs")
-    assert len(mine) == len(theirs) == 3 and mine[0]["loss"] - mine[2]["loss"] > 0.1
-    for a, b in zip(mine, theirs):
-        assert a == pytest.approx(b, rel=1e-4)
+# ------------------------------------------------------------------------------------------------------- runs
+def steps_of_a_run(place, out, first, last, *offload):
+    """Makes some updates of a run of three as rl.py does, and saves each. Returns the weights and the
+    optimizer."""
+    place = Path(place)
+    config = config_of(place, offload=list(offload), out=str(out), data=f"{place}/train.jsonl", steps=3,
+                       save_every=1, device="cpu")
+    inputs = {"model": config.model, "questions": config.data}
+    run = TrainingRun("rl", config, inputs, 0, 1, CPU)
+    weights = weights_of(config)
+    optimizer = torch.optim.AdamW(weights.parameters, lr=1e-3, fused=True)
+    progress = run.start(weights, optimizer, 3, {"step": 0}, torch.Generator())
+    assert progress["step"] + 1 == int(first)
+    groups = make_groups(load_policy(config.model), place, 2)
+    for step in range(int(first), int(last) + 1):
+        metrics = rl.update(weights, groups, optimizer, config, 0, CPU)
+        run.end_step({"step": step} | metrics, {"step": step})
+    return weights, optimizer
 
 
-def state_of(run, place, **settings):
-    """What a run that goes on has before its first step: {name: master, moments}, counts of steps."""
-    saved = json.loads((run / "run.json").read_text())["settings"]
-    known = {f: saved[f] for f in saved if f in rl.Config.__dataclass_fields__}
-    config = rl.Config(**known | dict(out=str(run), data=f"{place}/train.jsonl", model=f"{place}/model", device="cpu") | settings)
-    training = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, 0, 1, CPU)
-    weights = load_weights(config.model, config, CPU)
-    optimizer = torch.optim.AdamW(weights.parameters, lr=1.0, fused=True)
-    training.start(weights, optimizer, 5, {"step": 0}, torch.Generator())
-    return weights, {name: list(optimizer.state[p].values()) + [p.detach()] for name, p in weights.masters.items()}
+def state_of(weights, optimizer):
+    """{name: master weight, moments and count}, copied."""
+    return {name: [p.detach().clone(), *(x.clone() for x in optimizer.state[p].values())]
+            for name, p in weights.master_weights.items()}
 
 
 def test_a_run_goes_on_with_and_without(place, tmp_path):
-    """Masters, moments and counts are bit-equal either way; with it they are read into the slabs."""
-    out = tmp_path / "run"
-    killed(place, out, "rl.py", 2, "--offload")
-    offloaded, mine = state_of(out, place, offload=True)
-    plain, theirs = state_of(out, place, offload=False)
-    assert type(offloaded) is OffloadedWeights and type(plain) is MasterWeights and {*mine} == {*theirs}
+    """Master weights, moments and counts are bit-equal either way; with it they are read into the slabs."""
+    launch(1, "test_offload:steps_of_a_run", [place, tmp_path / "whole", 1, 3, "optimizer"]).wait()
+    whole = load_policy(tmp_path / "whole").state_dict()
+    launch(1, "test_offload:steps_of_a_run", [place, tmp_path / "run", 1, 1, "optimizer"]).wait()
+    weights, optimizer = steps_of_a_run(place, tmp_path / "run", 2, 1)
+    assert type(weights) is MasterWeights
+    theirs = state_of(weights, optimizer)
+    weights, optimizer = steps_of_a_run(place, tmp_path / "run", 2, 1, "optimizer")
+    assert type(weights) is OffloadedWeights
+    mine = state_of(weights, optimizer)
+    assert {*mine} == {*theirs}
     for name, tensors in theirs.items():
-        assert len(tensors) == 4 and all(map(torch.equal, tensors, mine[name])) and tensors[0] > 0, name
-        assert torch.equal(offloaded.compute[name], plain.compute[name])
-        assert [x.untyped_storage().data_ptr() for x in mine[name][1:]] == \
-            [offloaded.slabs[number].data_ptr() for number in (1, 2, 0)]
-    for more in ([], ["--offload"]):  # without it for a while, then with it to the end
-        there = len(lines(out))
-        runs = start(place, out, "rl.py", "none", 1, *more)
-        if not more:
-            wait_for(runs, lambda: len(lines(out)) > there)
-            runs.kill()
-    runs.wait()
-    assert [m["step"] for m in metrics(out)] == [1, 2, 3, 4, 5]
+        master = weights.master_weights[name]
+        assert len(tensors) == 4 and all(map(torch.equal, tensors, mine[name])) and master.any(), name
+        places = [x.untyped_storage().data_ptr() for x in (master, optimizer.state[master]["exp_avg"],
+                                                           optimizer.state[master]["exp_avg_sq"])]
+        assert places == [slab.data_ptr() for slab in weights.slabs]
+    launch(1, "test_offload:steps_of_a_run", [place, tmp_path / "run", 2, 3, "optimizer"]).wait()
+    resumed = load_policy(tmp_path / "run").state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("settings, world, words", [
-    (dict(offload=True), 2, "--shard all"), (dict(offload=True, shard="all"), 1, "--shard all"),
-    (dict(offload=True, shard="node"), 8, "--shard all"), (dict(offload=True, lora_rank=4), 1, "--offload .* --lora_rank"),
-    (dict(lora_rank=4, shard="all"), 2, "--lora_rank goes without --shard"), (dict(on_host=["reference"]), 1, "--offload"),
-    (dict(on_host=["frames", "features"]), 1, "--on_host must be some of reference features, not frames")])
-def test_what_does_not_go_together_is_one_line_before_anything_is_written(tmp_path, settings, world, words):
-    with pytest.raises(UserError, match=words):
-        TrainingRun("rl", rl.Config(out=str(tmp_path / "out"), **settings), {}, 0, world, CPU)
-    assert not (tmp_path / "out").exists()
+def flags(place, out, *more):
+    """Three steps of rl.py that change the weights a lot."""
+    return ["--model", place / "model", "--data", place / "train.jsonl", "--out", out, "--device", "cpu",
+            "--steps", 3, "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens",
+            6, "--max_rows", 8, "--max_draws", 2, "--temperature", 4, "--lr", 1e-4, "--cache_gb", 0.2, *more]
+
+
+def metrics_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+@pytest.mark.slow
+def test_runs_with_it_are_those_without(place, tmp_path):
+    """rl.py and sft.py, all in one process on the host, and features on the host beside shards in two."""
+    run = "bench/planted_rl.py"
+    launch(1, run, flags(place, tmp_path / "plain")).wait()
+    launch(1, run, flags(place, tmp_path / "host", "--offload", "optimizer", "reference", "features")).wait()
+    shards = ["--shard", "all", "--dtype", "bfloat16"]
+    launch(2, run, flags(place, tmp_path / "shards", *shards)).wait()
+    launch(2, run, flags(place, tmp_path / "shards_host", *shards, "--offload", "features")).wait()
+    assert metrics_of(tmp_path / "shards") == metrics_of(tmp_path / "shards_host")
+    sft = ["--model", place / "model", "--data", place / "sft.jsonl", "--device", "cpu", "--lr", 1e-3,
+           "--batch_size", 8]
+    launch(1, "sft.py", [*sft, "--out", tmp_path / "sft"]).wait()
+    launch(1, "sft.py", [*sft, "--out", tmp_path / "sft_host", "--offload", "optimizer"]).wait()
+    for name in ("plain", "host"), ("sft", "sft_host"):
+        theirs, mine = (metrics_of(tmp_path / out) for out in name)
+        assert len(mine) == len(theirs) >= 2 and all(m["grad_norm"] > 0 for m in mine)
+        for a, b in zip(mine, theirs):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_what_does_not_go_together_is_one_line():
+    cases = [(dict(offload=["optimizer"]), 2, "--shard all"),
+             (dict(offload=["optimizer"], shard="all"), 1, "--shard all"),
+             (dict(offload=["optimizer"], shard="node"), 8, "--shard all"),
+             (dict(offload=["optimizer"], lora_rank=4), 1, "--offload .* --lora_rank"),
+             (dict(lora_rank=4, shard="all"), 2, "--lora_rank goes without --shard"),
+             (dict(offload=["reference"]), 1, "--offload optimizer reference"),
+             (dict(shard="some"), 1, "--shard must be one of none, all, node, not some"),
+             (dict(offload=["frames", "features"]), 1,
+              "--offload must be some of optimizer reference features, not frames")]
+    wrong = []
+    for settings, processes, words in cases:
+        try:
+            check_flags(rl.Config(**settings), processes)
+            wrong.append(settings)
+        except UserError as error:
+            if not re.search(words, str(error)):
+                wrong.append((settings, str(error)))
+    assert not wrong
+    for settings, processes in ((dict(offload=["features"], shard="all"), 2), (dict(lora_rank=4), 2),
+                                (dict(offload=["optimizer", "reference", "features"]), 1),
+                                (dict(offload=["features"], lora_rank=4), 1)):
+        check_flags(rl.Config(**settings), processes)
 
 
 # ------------------------------------------------------------------------------------------------------ a GPU
@@ -321,15 +367,15 @@ def test_what_does_not_go_together_is_one_line_before_anything_is_written(tmp_pa
 def test_on_a_gpu_copies_beside_other_work_change_nothing(place, dtype):
     device = torch.device("cuda", 0)
     same = dict(model="untied-bfloat16", dtype=dtype, max_grad_norm=0.05)
-    theirs = Updated(config_of(place, offload=False, **same), place, device=device)
-    mine = Updated(config_of(place, on_host=["reference"], **same), place, device=device)
-    tolerance = dict(gradient=1e-3, master=1e-5) if dtype == "float32" else dict(gradient=0.05, master=1e-3)
+    theirs = Updated(config_of(place, offload=[], **same), place, device=device)
+    mine = Updated(config_of(place, offload=["optimizer", "reference"], **same), place, device=device)
+    tolerance = dict(gradient=1e-3, weight=1e-5) if dtype == "float32" else dict(gradient=0.05, weight=1e-3)
     mine.assert_like(theirs, **tolerance)  # the GPU adds up in no fixed order
     weights = mine.weights
     assert all(slab.is_pinned() and slab.device == CPU for slab in (*weights.slabs, *weights.staging))
     assert {p.device.type for p in weights.policy.parameters()} == {"cuda"}
     for name, p in weights.compute.items():
-        assert torch.equal(p.cpu(), weights.masters[name].detach().to(p.dtype))
+        assert torch.equal(p.cpu(), weights.master_weights[name].detach().to(p.dtype))
     assert not weights.gradients and not [ref for ref in mine.buffers if ref() is not None]
     weights.policy.eval()
     dialogues = [[e.dialogue for e in group] for group in make_groups(weights.policy, place, 2)]
@@ -341,9 +387,10 @@ def test_on_a_gpu_copies_beside_other_work_change_nothing(place, dtype):
 
 @ON_GPU
 def test_loading_holds_nothing_of_float32_on_the_gpu(place):
-    torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    config = config_of(place, dtype="bfloat16", on_host=["reference"])
-    weights = load_weights(config.model, config, torch.device("cuda", 0), with_reference=True)
+    weights = weights_of(config_of(place, dtype="bfloat16", offload=["optimizer", "reference"]),
+                         torch.device("cuda", 0))
     compute = sum(p.nbytes for p in weights.policy.parameters())
     assert torch.cuda.max_memory_allocated() - before < 2.2 * compute

@@ -251,7 +251,7 @@ class TrainingRun:
     # ---------------------------------------------------------------------------------------- state on disk
     def _shards(self):
         """The rows of master weights and moments that this process writes."""
-        for name, master in self.weights.masters.items():
+        for name, master in self.weights.master_weights.items():
             for what, tensor in {"": master, **self.optimizer.state.get(master, {})}.items():
                 if what != "step":
                     rows, first = self.weights.rows_to_save(tensor)
@@ -262,7 +262,7 @@ class TrainingRun:
         """Master weights and moments of a checkpoint, and random states."""
         state = saved.state
         steps = state["optimizer_steps"]
-        for name, master in self.weights.masters.items():
+        for name, master in self.weights.master_weights.items():
             there = self.optimizer.state.get(master, {})  # adopted
             moments = {what: there[what] if there else torch.zeros_like(master)
                        for what in ("exp_avg", "exp_avg_sq") if steps}

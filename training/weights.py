@@ -1,4 +1,4 @@
-"""Weights that an optimizer changes: float32 masters apart from compute weights of another dtype."""
+"""Weights that an optimizer changes: float32 master weights apart from compute weights of another dtype."""
 
 import math
 from contextlib import contextmanager
@@ -14,26 +14,32 @@ MAX_BAD_STEPS = 5  # optimizer steps in a row whose gradient is not finite, afte
 
 
 class MasterWeights:
-    """Float32 weights, `parameters`, that an optimizer changes, and the compute weights, cast from them. Each
-    process has all of them (scale/sharding.py: a part).
+    """The float32 weights that an optimizer changes, and the compute weights of the policy, cast from them.
+    Each process has all of them (scale/sharding.py: a part).
 
-    Where the compute weights are float32 they are the masters themselves. Else each backward pass adds their
-    gradients to the masters' in float32: an update of 1e-6 would round away in bfloat16, and so would the sum
-    of many passes.
+    Where the compute weights are float32 they are the master weights themselves. Else each backward pass adds
+    their gradients to the master weights' in float32: an update of 1e-6 would round away in bfloat16, and so
+    would the sum of many passes.
 
     Args:
         policy: a module; its trained parameters are the compute weights.
         reference: a frozen policy, or None.
-    player: the policy that plays and is saved, within `gathered`: here the same."""
+    Attributes:
+        policy, reference: what the passes of training go through.
+        player: the policy that plays episodes and is saved. It has its weights only within `gathered`, as it
+            is another copy where training needs the memory meanwhile; here it is the policy itself.
+        compute, master_weights: {name: parameter} of the trained ones.
+        parameters: the master weights as a list, which the optimizer takes.
+        bad_steps: optimizer steps in a row that were left out."""
 
-    gathered_bytes, seconds_gather = 0, 0.0
+    gathered_bytes, seconds_gather = 0, 0.0  # what `gathered` received, and took, see gather_metrics
 
     def __init__(self, policy, reference=None):
         self.policy, self.player, self.reference, self.bad_steps = policy, policy, reference, 0
         self.compute = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.masters = {name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
-                        for name, p in self.compute.items()}
-        self.parameters = list(self.masters.values())
+        self.master_weights = {name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
+                               for name, p in self.compute.items()}
+        self.parameters = list(self.master_weights.values())
         for p, master in zip(self.compute.values(), self.parameters):
             if p is not master:
                 p.register_post_accumulate_grad_hook(partial(self._add_gradient, master))
@@ -48,17 +54,18 @@ class MasterWeights:
         p.grad = None
 
     def adopt(self, optimizer):
-        """Called once, before a run begins or goes on, with the optimizer of `parameters`."""
+        """Called once, before a run begins or goes on, with the optimizer of `parameters`: who keeps AdamW's
+        moments in memory of its own gives it to the optimizer here."""
 
     def gather_metrics(self):
-        """Takes the metrics of what rollouts gathered since the last call: bytes, seconds of this process."""
+        """{metric: what rollouts gathered since the last call}: GB, and seconds of this process."""
         metrics = {"gathered_gb": self.gathered_bytes / 1e9, "seconds_gather": self.seconds_gather}
         self.gathered_bytes, self.seconds_gather = 0, 0.0
         return metrics
 
     @contextmanager
     def gathered(self):
-        """In it, `player` has its weights."""
+        """A context in which `player` has its weights."""
         yield self.player
 
     def export(self, path):
@@ -82,8 +89,9 @@ class MasterWeights:
         return f"{sum(p.numel() for p in self.parameters):,} trained parameters in {self.policy.dtype}"
 
     def passes(self, batches):
-        """The batches, one after the other, of each of which the caller makes its passes. Where a pass needs
-        all processes, more batches follow, without a trained token, until each process has as many."""
+        """Yields batches as `split_by_tokens` makes them, for each of which the caller makes its passes, as
+        many as it likes. Where a pass needs all processes, batches without a trained token, [[Dialogue]],
+        follow until each process has had as many: their loss is 0, and so is each of their gradients."""
         yield from batches
 
     @torch.no_grad()
@@ -107,13 +115,12 @@ class MasterWeights:
         return norm
 
     def sum_gradients(self):
-        """Over all processes."""
+        """Adds the gradients of all processes up."""
         sync_gradients(self.parameters)
 
     def clip(self, max_norm):
         """Scales the gradients down to a norm of `max_norm`. Returns their norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
-        return getattr(norm, "full_tensor", lambda: norm)().item()  # of shards: of all of them
+        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm).item()
 
     def apply(self, optimizer):
         """A step on the gradients as they are."""
@@ -125,13 +132,13 @@ class MasterWeights:
 
     @torch.no_grad()
     def cast(self):
-        """The compute weights, from the masters."""
+        """Casts the master weights to the compute weights."""
         for p, master in zip(self.compute.values(), self.parameters):
             if p is not master:
                 p.copy_(master)
 
     def rows_to_save(self, tensor):
-        """(rows, first): the rows of a master, or of a moment of it, that this process writes into a
+        """(rows, first): the rows of a master weight, or of a moment of it, that this process writes into a
         checkpoint of the run, so that all of them write about as much, and the number of the first."""
         part, parts = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         start, stop = rows_of(len(tensor), part, parts)
@@ -148,19 +155,11 @@ def rows_of(length, part, parts):
     return min(length, part * size), min(length, (part + 1) * size)
 
 
-def sync_gradients(parameters, bucket_bytes=64e6):
-    """Adds the gradients of all processes up, in place, in buckets: small ones together, never a copy of all.
-    A process without tokens takes part with zeros."""
+def sync_gradients(parameters):
+    """Adds the gradients of all processes up, in place. A process without tokens takes part with zeros."""
     if not dist.is_initialized():
         return
-    bucket = []
-    for i, p in enumerate(parameters):
+    for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        bucket.append(p.grad)
-        if i + 1 == len(parameters) or sum(grad.nbytes for grad in bucket) >= bucket_bytes:
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat)
-            for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-                grad.copy_(total.view_as(grad))
-            bucket = []
+        dist.all_reduce(p.grad)
