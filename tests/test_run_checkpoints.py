@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_checkpoints import kill_saves
 
-import training.checkpoints
+import training.run_checkpoints
 from common import UserError, run_main, start_processes
 from training.run_checkpoints import SavedRun, Shard, run_folders, save_run
 from training.weights import rows_of
@@ -28,7 +28,7 @@ SAVE_FOREVER = """
 import os, sys
 sys.path[:0] = sys.argv[1:3]
 from test_run_checkpoints import numbered, small_files
-from training.checkpoints import save_run
+from training.run_checkpoints import save_run
 small_files(100_000)
 for out in sys.argv[3:]:
     if child := os.fork():
@@ -69,7 +69,7 @@ def lines_of(function, *args):
 
 
 def small_files(file_bytes):
-    training.checkpoints.FILE_BYTES = file_bytes
+    training.run_checkpoints.FILE_BYTES = file_bytes
 
 
 # ------------------------------------------------------------------------------------ as many rows as each has
@@ -105,12 +105,12 @@ def assert_reads(folder, part, parts):
 
 def write_and_read(out, file_bytes, *others):
     """What other numbers of processes wrote, and of what these write everything."""
-    rank, world, _ = start_processes("cpu", timeout_min=0.5)
+    rank, world, _ = start_processes("cpu")
     for other in others:
         assert_reads(other, rank, world)
     state = {"step": 3, "order": [3, 1, 2], "rate": 1e-7, "nothing": None, "of": "é"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.checkpoints, "FILE_BYTES", float(file_bytes))
+        patch.setattr(training.run_checkpoints, "FILE_BYTES", float(file_bytes))
         assert save_run(out, 3, shards_of(rank, world), state, {"rank": rank}, keep=1) > 0
     saved = SavedRun(run_folders(out)[-1])
     assert (saved.step, saved.state) == (3, state)
@@ -147,13 +147,13 @@ def test_any_number_of_processes_reads_what_another_number_wrote(written, writer
 
 @pytest.mark.parametrize("file_bytes", [360, 2000, 9000])
 def test_a_file_holds_at_most_the_limit_or_one_row(tmp_path, monkeypatch, file_bytes):
-    monkeypatch.setattr(training.checkpoints, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(training.run_checkpoints, "FILE_BYTES", file_bytes)
     save_run(tmp_path, 1, shards_of(0, 1), {}, {}, keep=1)
     files = [*run_folders(tmp_path)[0].glob("*.safetensors")]
     total = sum(tensor.nbytes for tensor in tensors().values())
     sizes = {}
     for file in files:
-        with training.checkpoints.safe_open(file, "pt") as opened:
+        with training.run_checkpoints.safe_open(file, "pt") as opened:
             parts = [opened.get_tensor(key) for key in opened.keys()]
         sizes[file] = sum(part.nbytes for part in parts)
         assert sizes[file] <= file_bytes or len(parts) == 1 and len(parts[0]) == 1
@@ -164,7 +164,7 @@ def test_a_file_holds_at_most_the_limit_or_one_row(tmp_path, monkeypatch, file_b
 # -------------------------------------------------------------------------------------------------- what is read
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.checkpoints, "FILE_BYTES", 2000)
+    monkeypatch.setattr(training.run_checkpoints, "FILE_BYTES", 2000)
     save_run(tmp_path, 3, shards_of(0, 1), {"step": 3}, {}, keep=1)
     return run_folders(tmp_path)[0]
 
@@ -334,8 +334,8 @@ def test_every_step_of_a_save_leaves_a_whole_checkpoint_of_the_run(tmp_path, mon
             return call
 
         with monkeypatch.context() as patch:
-            for place, name in ((os, "replace"), (os, "rmdir"), (os, "mkdir"), (training.checkpoints, "save_file"),
-                                (training.checkpoints, "sync")):
+            for place, name in ((os, "replace"), (os, "rmdir"), (os, "mkdir"), (training.run_checkpoints, "save_file"),
+                                (training.run_checkpoints, "sync")):
                 patch.setattr(place, name, counted(getattr(place, name)))
             try:
                 save_numbered(out, step, keep)
@@ -355,7 +355,7 @@ def test_every_step_of_a_save_leaves_a_whole_checkpoint_of_the_run(tmp_path, mon
 
 def fill_disk(out):
     """One of two processes can write no large file: both say so, and the next save works."""
-    rank, world, _ = start_processes("cpu", timeout_min=0.5)
+    rank, world, _ = start_processes("cpu")
     shards = lambda step: [Shard("a", torch.full((50_000,), float(step)), 50_000 * rank, (100_000,))]
     save = lambda step: save_run(out, step, shards(step), {"step": step}, {}, keep=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
