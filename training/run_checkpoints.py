@@ -6,9 +6,9 @@ its name (training/safe_files.py), so a kill at any moment leaves the last one w
 
 torch.distributed.checkpoint can write such files, too, one a tensor, by
 HuggingFaceStorageWriter(save_distributed=True) into a folder that is renamed afterwards. A kill is survived
-then, but each file is made twice in memory. Where two processes save 8 float32 tensors of 268 MB, half of the rows each, a process needs 270 MB
-beside them (and 14 seconds) there, 2 MB (7 seconds) here; where each has all rows, 542 MB there, 5 MB here.
-A disk that is full for one process is an error of 19 lines there, of one here.
+then, but each file is made twice in memory. Where two processes save 8 float32 tensors of 268 MB, half of
+the rows each, a process needs 270 MB beside them (and 14 seconds) there, 2 MB (and 7 seconds) here; where
+each has all rows, 542 MB there, 5 MB here. A disk that is full for one process is an error of 19 lines there.
 """
 
 import json
