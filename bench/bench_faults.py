@@ -19,10 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-from test_checkpoints import kill_saves, one_value
-from test_random_bytes import make_place, one_case
 from launcher import launch
-from test_run_checkpoints import SAVE_FOREVER, newest_step
+from test_random_bytes import make_place, one_case
+from test_safe_files import kill_saves, left_over, number_in
 from test_sharding import make_place as make_models
 from test_training import finish, kill_and_go_on, metrics
 from test_training import make_place as make_runs
@@ -38,26 +37,23 @@ def main():
     args = parser.parse_args()
     rng = random.Random(args.seed)
     delays_s = [rng.uniform(0.05, 1) for _ in range(args.kills)]
-    failed = kills("a policy", delays_s, one_value,
-                   lambda folder: len(list(folder.glob("*.tmp/*"))) + len(list(folder.glob("*.safetensors"))) - 1)
-    failed += kills("a run", delays_s, newest_step, lambda folder: len(list(folder.glob("checkpoints/*.tmp/*"))),
-                    SAVE_FOREVER)
+    failed = kills("policy", delays_s) + kills("run", delays_s)
     failed += random_bytes(args.bytes, args.seed)
     failed += killed_runs(args.runs, rng)
     failed += random_splits(args.splits, args.seed)
     sys.exit(1 if failed else 0)
 
 
-def kills(what, delays_s, value_of, left_over, *program):
+def kills(kind, delays_s):
     """How many kills leave no whole checkpoint, or one older than the last that was reported."""
-    print(f"| kill of a save of {what} | after (s) | last save reported | checkpoint in the folder | files left over "
+    print(f"| kill of a save of a {kind} | after (s) | last save reported | checkpoint in the folder | files left over "
           "| whole |\n|---|---|---|---|---|---|")
     failed = 0
     with tempfile.TemporaryDirectory() as root:
-        for number, (folder, reported) in enumerate(kill_saves(root, delays_s, *program)):
-            left = left_over(folder)
+        for number, (folder, reported) in enumerate(kill_saves(root, delays_s, kind)):
+            left = len(left_over(kind, folder))
             try:
-                value = value_of(folder)
+                value = number_in(kind, folder)
             except Exception as error:
                 value = f"{type(error).__name__}: {error}".splitlines()[0]
             whole = value in (reported, reported + 1)

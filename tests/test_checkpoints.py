@@ -1,61 +1,31 @@
-"""Checkpoint folders: each fault is one PolicyError line, end tokens end a turn, and a save may be killed."""
+"""Checkpoint folders: each fault is one PolicyError line, end tokens end a turn, and a save over any other checkpoint."""
 
 import json
-import os
 import random
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from test_safe_files import Stop, end_at_each_call, fill, one_value, small_policy
 from tiny import random_policy
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from common import UserError
 from model import Policy, PolicyError, Sampled, encode
-from training.checkpoints import load_policy
 from rollout import Episode
 from training import checkpoints
-from training.checkpoints import INDEX, save_policy
+from training.checkpoints import INDEX, load_policy, save_policy
 from zoom_env import Message
 
-ROOT = Path(__file__).resolve().parent.parent
 JSONS = ["config.json", "zoom_config.json", "tokenizer.json", "preprocessor_config.json",
          "generation_config.json"]
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3\n"
-# For each folder a child that saves checkpoints 1, 2, ... over each other until it is killed.
-SAVE_FOREVER = """
-import os, sys, torch
-sys.path[:0] = sys.argv[1:3]
-from test_checkpoints import fill, small_policy
-from training.checkpoints import save_policy
-for folder in sys.argv[3:]:
-    if child := os.fork():
-        os.waitpid(child, 0)
-        print("dead", flush=True)
-        continue
-    print(os.getpid(), flush=True)
-    policy = small_policy()
-    for k in range(1, 10_000):
-        save_policy(fill(policy, k), folder)
-        print(k, flush=True)
-"""
-
-
-def small_policy():
-    """A random policy of one layer."""
-    return random_policy(layers=1)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    save_policy(small_policy(), folder)
+    save_policy(random_policy(layers=1), folder)
     return folder
 
 
@@ -70,8 +40,9 @@ def weight_file(folder):
     return next(folder.glob("model-*.safetensors"))
 
 
-def change(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+def changed(file, **changes):
+    """The content of a JSON file with other values."""
+    return json.dumps(json.loads(file.read_text()) | changes).encode()
 
 
 def refusal(folder):
@@ -79,8 +50,27 @@ def refusal(folder):
     with pytest.raises(PolicyError) as raised:
         load_policy(folder)
     line = str(raised.value)
-    assert "\n" not in line and str(folder) in line and len(line) < 600
+    assert "\n" not in line and line.startswith(f"cannot load {folder}: ") and len(line) < 600
+    assert line.count("cannot load") == 1
     return line
+
+
+def not_refused(cases):
+    """Of cases (file, its content or None, what the line must say) those in which a folder is not refused so."""
+    wrong = []
+    for file, content, says in cases:
+        before = file.read_bytes()
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        try:
+            line = refusal(file.parent)
+        except BaseException as error:
+            line = repr(error)
+        file.write_bytes(before)
+        if not line.startswith("cannot load") or says not in line:
+            wrong.append((file.name, content and content[:200], line))
+    return wrong
 
 
 # -------------------------------------------------------------------------------------------- what is refused
@@ -99,27 +89,25 @@ def as_one_file(folder):
     return folder / "model.safetensors"
 
 
-@pytest.mark.parametrize("form", [weight_file, as_one_file, as_bin])
+@pytest.mark.parametrize("form", [weight_file, pytest.param(as_one_file, marks=pytest.mark.slow),
+                                  pytest.param(as_bin, marks=pytest.mark.slow)])
 def test_weights_that_are_none(folder, form):
     file = form(folder)
     load_policy(folder)
     whole = file.read_bytes()
-    for content, say in ((LFS.encode(), "git lfs pull"), (whole[:-1000], "again"), (whole[:4], "again"),
-                         (b"", "again"), (random.Random(0).randbytes(5000), "again"), (b"<!DOC", "again")):
-        file.write_bytes(content)
-        line = refusal(folder)
-        assert file.name in line and say in line
-    file.unlink()
-    assert "weight" in refusal(folder)
+    contents = [whole[:-1000], whole[:4], b"", random.Random(0).randbytes(5000), b"<!DOC"]
+    assert not_refused([(file, LFS.encode(), "git lfs pull"), (file, None, "weight"),
+                        *((file, content, f"{file.name} is cut off") for content in contents)]) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_named(folder, policy, value):
+def test_weights_that_are_not_finite_are_named(folder, policy):
     """Else an evaluation says that nothing is right, and sampling fails."""
     policy = policy.frozen_copy()
-    policy.language_model.layers[0].mlp.up_proj.weight[1, 2] = value
+    policy.language_model.layers[0].mlp.up_proj.weight[1, 2] = float("nan")
+    policy.language_model.layers[1].mlp.up_proj.weight[1, 2] = float("-inf")
     save_policy(policy, folder)
-    assert "layers.0.mlp.up_proj.weight are not finite (1 in all)" in refusal(folder)
+    line = refusal(folder)
+    assert "layers.0.mlp.up_proj.weight, " in line and "layers.1.mlp.up_proj.weight are not finite (2 in all)" in line
 
 
 def test_a_tokenizer_may_be_smaller_than_the_embedding_but_not_larger(folder, policy):
@@ -134,54 +122,30 @@ def test_a_tokenizer_may_be_smaller_than_the_embedding_but_not_larger(folder, po
     assert load_policy(folder).head.out_features == len(tokenizer) + 60
 
 
-@pytest.mark.parametrize("how", ["awq", "gptq", "bitsandbytes", "fp8", "compressed-tensors"])
-def test_quantised(folder, how):
-    change(folder / "config.json", quantization_config={"quant_method": how, "bits": 4})
-    line = refusal(folder)
-    assert how in line and "unquantised" in line
-
-
-def test_other_models_and_adapters(folder):
-    for kind in ("qwen2_vl", "qwen3_vl", "llama", None, 5, ["qwen2_5_vl"]):
-        change(folder / "config.json", model_type=kind)
-        assert str(kind) in refusal(folder)
+def test_quantised_models_other_models_and_adapters(folder):
+    config = folder / "config.json"
+    quantised = [{name: {"quant_method": how, "bits": 4}} for name in ("quantization_config", "compression_config")
+                 for how in ("awq", "gptq", "bitsandbytes", "fp8", "compressed-tensors")]
+    quantised += [{"text_config": json.loads(config.read_text())["text_config"] | part} for part in quantised]
+    cases = [(config, changed(config, **part), "unquantised") for part in quantised]
+    cases += [(config, changed(config, model_type=kind), str(kind))
+              for kind in ("qwen2_vl", "qwen3_vl", "llama", None, 5, ["qwen2_5_vl"])]
+    assert not_refused(cases) == []
     (folder / "adapter_config.json").write_text("{}")
     assert "adapter" in refusal(folder) and "merge" in refusal(folder)
-    (folder / "config.json").unlink()
+    config.unlink()
     assert "adapter" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
-def test_missing_files_are_named(folder, name):
-    (folder / name).unlink()
-    assert name in refusal(folder)
-
-
-@pytest.mark.parametrize("name", [*JSONS, "tokenizer_config.json", INDEX])
-def test_json_files_that_hold_something_else(folder, name):
-    for content in (LFS, "", "[1]", "null", "5", "{", "[" * 100_000, '"\ud800"'):
-        (folder / name).write_bytes(content.encode(errors="surrogatepass"))
-        assert name in refusal(folder)
-
-
-@pytest.mark.parametrize("seed", range(50))
-def test_random_bytes(saved, tmp_path, seed):
-    """In any file: whole, or a piece in its middle, which may also leave something that can be loaded."""
-    rng = random.Random(seed)
-    names = [*JSONS, weight_file(saved).name, "tokenizer_config.json", INDEX]
-    for file in saved.iterdir():
-        os.link(file, tmp_path / file.name)
-    file = tmp_path / names[seed % len(names)]
-    content = bytearray(file.read_bytes())
-    file.unlink()
-    whole, start = seed < 25, rng.randrange(min(len(content), 3000))
-    content[0 if whole else start:None if whole else start + 20] = rng.randbytes(rng.choice([1, 8, 20, 3000]))
-    file.write_bytes(content)
-    try:
-        load_policy(tmp_path)
-        assert not whole
-    except PolicyError as error:
-        assert "\n" not in str(error) and str(tmp_path) in str(error)
+def test_files_that_are_missing_or_hold_something_else_are_named(folder):
+    cases = [(folder / name, None, name) for name in ("config.json", "preprocessor_config.json", "tokenizer.json")]
+    contents = (LFS, "", "[1]", "null", "5", "{", "[" * 100_000, '"\ud800"')
+    cases += [(folder / name, content.encode(errors="surrogatepass"), name)
+              for name in (*JSONS, "tokenizer_config.json", INDEX) for content in contents]
+    cases += [(folder / INDEX, json.dumps({"weight_map": names}).encode(), INDEX)
+              for names in ({}, [], None, "x", {"a": 5}, {"a": None})]
+    cases += [(folder / INDEX, b'{"weight_map": {"a": "other.safetensors"}}', "other.safetensors is missing")]
+    assert not_refused(cases) == []
 
 
 WRONG = [("config.json", key, value) for key, value in (
@@ -194,7 +158,7 @@ WRONG += [("zoom_config.json", key, value) for key, value in (
     ("overview", ["auto"]), ("unknown", 1))]
 WRONG += [("preprocessor_config.json", key, value) for key, value in (
     ("patch_size", "x"), ("patch_size", 16), ("merge_size", None), ("image_mean", "x"),
-    ("image_std", [0, 0, 0]), ("image_mean", [1.0]), ("temporal_patch_size", 0))]
+    ("image_std", [0, 0, 0]), ("image_mean", [1.0]), ("temporal_patch_size", 0), ("merge_size", 1))]
 WRONG += [("generation_config.json", "eos_token_id", value) for value in (
     "2", [2, None], [[2]], {"a": 2}, 2.5, True)]
 WRONG += [("tokenizer.json", key, value) for key, value in (
@@ -202,25 +166,27 @@ WRONG += [("tokenizer.json", key, value) for key, value in (
     ("pre_tokenizer", {"type": "None"}))]
 
 
-@pytest.mark.parametrize("name, key, value", WRONG)
-def test_wrong_types(folder, name, key, value):
-    change(folder / name, **{key: value})
-    refusal(folder)
+def test_wrong_types(folder):
+    assert not_refused([(folder / name, changed(folder / name, **{key: value}), "") for name, key, value in WRONG]) == []
 
 
-@pytest.mark.parametrize("name", ["im_start", "im_end", "vision_start", "vision_end", "image_pad"])
-def test_a_tokenizer_without_a_special_token(folder, name):
-    token = f"<|{name}|>"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text((folder / name).read_text().replace(token, token.replace("|>", "_|>")))
-    assert token in refusal(folder)
+def test_a_tokenizer_without_a_special_token(saved, tmp_path):
+    lines = {}
+    for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad"):
+        token, folder = f"<|{name}|>", tmp_path / name
+        shutil.copytree(saved, folder)
+        for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+            file.write_text(file.read_text().replace(token, token.replace("|>", "_|>")))
+        lines[token] = refusal(folder)
+    assert [token for token, line in lines.items() if token not in line] == []
 
 
 def test_names_that_are_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     for name in (tmp_path / "file", tmp_path / "nothing", "nothing", "./a\0b", "/" + "x" * 400):
-        with pytest.raises(PolicyError):
+        with pytest.raises(PolicyError) as raised:
             load_policy(name)
+        assert str(raised.value).count(str(name)) == 1 and "\n" not in str(raised.value)
 
 
 def test_only_stopping_the_program_escapes(folder, monkeypatch):
@@ -237,7 +203,7 @@ def test_only_stopping_the_program_escapes(folder, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- end tokens
-@pytest.mark.parametrize("eos", [None, 5, [5, 7], 10_000_000])
+@pytest.mark.parametrize("eos", [[5, 7], *(pytest.param(eos, marks=pytest.mark.slow) for eos in (None, 5, 10_000_000))])
 def test_all_end_tokens_of_the_checkpoint_end_a_turn(policy, eos):
     policy = policy.frozen_copy()
     policy.hf.generation_config = GenerationConfig(eos_token_id=eos)
@@ -258,7 +224,8 @@ def test_all_end_tokens_of_the_checkpoint_end_a_turn(policy, eos):
 
 
 def test_end_tokens_are_saved(folder):
-    change(folder / "generation_config.json", eos_token_id=[2, 33], temperature=1e-6, do_sample=False)
+    file = folder / "generation_config.json"
+    file.write_bytes(changed(file, eos_token_id=[2, 33], temperature=1e-6, do_sample=False))
     policy = load_policy(folder)
     assert {2, 33} <= policy.end_tokens and policy.end_tokens == policy.frozen_copy().end_tokens
     save_policy(policy, folder)  # transformers refuses to write such settings
@@ -280,128 +247,52 @@ def test_ids_of_a_padded_vocabulary_do_no_harm(policy):
 
 
 # ------------------------------------------------------------------------------------------------------ saves
-def one_value(folder):
-    """The value that all weights of a checkpoint have."""
+def old_checkpoint(folder, form):
+    """A checkpoint whose weights are all 1, as it, an earlier version or another program wrote it."""
+    old = fill(random_policy(layers=1), 1.0)
+    save_policy(old, folder)
+    if form == "one file":
+        as_one_file(folder)
+    elif form == "bin":
+        as_bin(folder)
+    elif form == "one file and an index":
+        old.hf.save_pretrained(folder)
+    (folder / "other.safetensors").write_text("mine")
+
+
+def transformers_value(folder):
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    values = {v for p in load_policy(folder).parameters() for v in p.unique().tolist()}
-    assert len(values) == 1 and values == {v for p in hf.parameters() for v in p.unique().tolist()}
+    values = {v for p in hf.parameters() for v in p.unique().tolist()}
+    assert len(values) == 1
     return values.pop()
 
 
-def fill(policy, value):
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.fill_(value)
-    return policy
+FORMS = "one file", "bin", "one file and an index"
 
 
-def kill_saves(root, delays_s, program=SAVE_FOREVER):
-    """Kills a save at so many seconds after the first checkpoint stood, in a folder of its own each time.
-
-    Yields (folder, number of the last save that was reported)."""
-    folders = [Path(root) / f"killed{number}" for number in range(len(delays_s))]
-    command = [sys.executable, "-c", program, ROOT, ROOT / "tests", *folders]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for folder, delay_s in zip(folders, delays_s):
-            child, reported = int(process.stdout.readline()), process.stdout.readline()
-            time.sleep(delay_s)
-            os.kill(child, signal.SIGKILL)
-            while (line := process.stdout.readline()) != "dead\n":
-                reported = line
-            yield folder, int(reported)
+def test_a_save_takes_the_place_of_any_checkpoint(tmp_path):
+    for form in FORMS:
+        folder = tmp_path / form
+        old_checkpoint(folder, form)
+        assert one_value(folder) == transformers_value(folder) == 1.0
+        save_policy(fill(small_policy(), 2.0), folder)
+        assert one_value(folder) == transformers_value(folder) == 2.0, form
+        assert len(list(folder.glob("model*.safetensors"))) == 1 and not list(folder.glob("*.bin"))
+        assert (folder / "other.safetensors").read_text() == "mine"
 
 
-def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path):
-    rng = random.Random()
-    for folder, reported in kill_saves(tmp_path, [rng.uniform(0.05, 1) for _ in range(2)]):
-        assert one_value(folder) in (reported, reported + 1)
-        save_policy(fill(small_policy(), 0.5), folder)
-        assert one_value(folder) == 0.5
-        assert not list(folder.glob("*.tmp")) and len(list(folder.glob("*.safetensors"))) == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_every_step_of_a_save_over_any_checkpoint_leaves_a_whole_one(tmp_path, form):
+    old_checkpoint(tmp_path / "start", form)
+    new = fill(small_policy(), 2.0)
+    for folder, value in end_at_each_call(tmp_path / "start", Stop(), lambda folder: save_policy(new, folder), one_value):
+        assert value == transformers_value(folder) and (folder / "other.safetensors").read_text() == "mine"
 
 
-class Stop(BaseException):
-    """Ends a save between two of its steps, as a kill does: nothing of it is cleaned up."""
-
-
-@pytest.mark.parametrize("before", ["new", "model.safetensors", "bin", "both"])
-def test_every_step_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, before):
-    """Over what an earlier version or another program wrote, too."""
-    old, new = fill(small_policy(), 1.0), fill(small_policy(), 2.0)
-    start = tmp_path / "start"
-    save_policy(old, start)
-    (start / "metrics.jsonl").write_text("mine")
-    (start / "other.safetensors").write_text("mine")
-    if before == "model.safetensors":
-        as_one_file(start)
-    elif before == "bin":
-        as_bin(start)
-    elif before == "both":
-        old.hf.save_pretrained(start)
-    steps, values = 0, []
-    while True:
-        folder = tmp_path / f"after{steps}"
-        shutil.copytree(start, folder)
-        left = steps
-
-        def step(original):
-            def counted(*args, **kwargs):
-                nonlocal left
-                if left == 0:
-                    raise Stop
-                left -= 1
-                return original(*args, **kwargs)
-            return counted
-
-        with monkeypatch.context() as patch:
-            patch.setattr("os.replace", step(os.replace))
-            patch.setattr("training.checkpoints.Path.unlink", step(Path.unlink))
-            patch.setattr("training.checkpoints.shutil.rmtree", lambda *args, **kwargs: None)
-            try:
-                save_policy(new, folder)
-                done = True
-            except Stop:
-                done = False
-        values.append(one_value(folder))
-        assert (folder / "metrics.jsonl").read_text() == (folder / "other.safetensors").read_text() == "mine"
-        if done:
-            break
-        steps += 1
-    assert steps >= 8 and values == sorted(values) and values[0] == 1.0 and values[-1] == 2.0
-    save_policy(old, folder)
-    assert one_value(folder) == 1.0 and not list(folder.glob("*.tmp")) and not list(folder.glob("*.bin"))
-    assert len(list(folder.glob("model*.safetensors"))) == 1
-
-
-def test_all_that_the_index_names_is_on_the_disk_before_it(tmp_path, monkeypatch):
-    """Else a power cut could leave the new index and half of the new weights."""
-    save_policy(fill(small_policy(), 1.0), tmp_path)
-    on_disk, lacking, fsync, replace = set(), [], os.fsync, os.replace
-    inode = lambda file: os.stat(file).st_ino
-
-    def synced(descriptor):
-        on_disk.add(os.fstat(descriptor).st_ino)
-        return fsync(descriptor)
-
-    def replaced(source, target):
-        if Path(target).name == INDEX:
-            new = [file for file in tmp_path.glob("*.safetensors") if file not in old]
-            lacking.append([f for f in (source, tmp_path, *new) if inode(f) not in on_disk] if new else "all")
-        on_disk.discard(inode(tmp_path))  # it holds another name now
-        return replace(source, target)
-
-    old = set(tmp_path.glob("*.safetensors"))
-    monkeypatch.setattr("os.fsync", synced)
-    monkeypatch.setattr("os.replace", replaced)
-    save_policy(fill(small_policy(), 2.0), tmp_path)
-    assert lacking == [[]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype, tied", [(torch.float32, True), (torch.bfloat16, False)])
 def test_a_save_is_of_the_compute_dtype_tied_or_not(tmp_path, dtype, tied):
-    policy = small_policy().to(dtype)
+    policy = random_policy(layers=1).to(dtype)
     if not tied:
         policy.hf.config.tie_word_embeddings = policy.hf.config.text_config.tie_word_embeddings = False
         policy.hf.lm_head.weight = torch.nn.Parameter(policy.head.weight.detach() + 1)
@@ -428,46 +319,3 @@ def test_many_shards(tmp_path, monkeypatch):
         assert len(names) > 3 and names == set(index["weight_map"].values())
     for a, b in zip(policy.hf.parameters(), load_policy(tmp_path).hf.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
-    save_policy(fill(small_policy(), 1.0), tmp_path)
-    files = sorted(f.name for f in tmp_path.iterdir())
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (100, 60_000, 500_000):  # bytes a file: config.json, tokenizer.json, weights are larger
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
-            with pytest.raises(UserError) as raised:
-                save_policy(fill(small_policy(), 2.0), tmp_path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
-        assert one_value(tmp_path) == 1.0 and sorted(f.name for f in tmp_path.iterdir()) == files
-
-
-@pytest.mark.parametrize("refused", range(10))
-def test_a_read_only_folder_is_one_line_and_the_old_checkpoint_stays(tmp_path, monkeypatch, refused):
-    """Also one that turns read-only between two steps, as disks do that have an error."""
-    save_policy(fill(small_policy(), 1.0), tmp_path)
-    calls, replace = [], os.replace
-
-    def read_only(*args):
-        calls.append(args)
-        if len(calls) > refused:
-            raise OSError(30, "Read-only file system")
-        return replace(*args)
-    monkeypatch.setattr("os.replace", read_only)
-    if refused == 9:  # it has 9 files
-        return save_policy(fill(small_policy(), 2.0), tmp_path)
-    with pytest.raises(UserError, match="Read-only file system") as raised:
-        save_policy(fill(small_policy(), 2.0), tmp_path)
-    assert "\n" not in str(raised.value)
-    assert one_value(tmp_path) == 1.0
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path / "file" / "sub", "/proc/nothing"):
-        with pytest.raises(UserError, match="cannot save"):
-            save_policy(small_policy(), path)
-    assert (tmp_path / "file").read_text() == "x"

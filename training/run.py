@@ -25,11 +25,11 @@ import torch.distributed as dist
 from common import (WAITED, RunConfig, UserError, choose_dtype, gather, on_own_stream, open_folder,
                     parse_flags, sum_over_processes, write_jsonl)
 from training import run_folder
-from training.checkpoints import sync
 from training.environment import load_env_config
 from training.held_out import held_out
 from training.metrics import FILES, Metrics, check_installed
 from training.run_checkpoints import SavedRun, Shard, run_folders, save_run
+from training.safe_files import sync
 from training.stopping import GRACE_S, Stopping
 
 # Settings that may differ when a run goes on, beside those of run_folder.py: how often is saved and shown,
