@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = "import rl, sft, test_rl, test_held_out, test_sharding, test_training, scale.sharding, test_eval"
+PRELOAD = "import rl, sft, eval, pytest, scale.sharding, scale.lora, scale.offload, demo.tiny_base"
 
 
 class Launcher:
