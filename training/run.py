@@ -27,6 +27,7 @@ from common import (
     RunConfig,
     UserError,
     choose_dtype,
+    first_line,
     gather,
     on_own_stream,
     open_folder,
@@ -229,24 +230,25 @@ class TrainingRun:
         self.saved_step = self.progress["step"]
 
     def _save_before_the_end(self):
-        """At a signal, in a thread: saves the end of the last step if all processes can. Returns what to say."""
-        if self.progress is None:
-            return "stopped; nothing is lost"
-        deadline = time.monotonic() + GRACE_S - 1
-        while time.monotonic() < deadline and self.last_save_s < GRACE_S / 2:
-            mine = self.at_rest.acquire(timeout=0.5)
-            step = self.progress["step"] if mine else None
-            try:
-                steps = set(gather([step], self.agreeing))
-                if len(steps) == 1 and mine:
-                    if step != self.saved_step:
-                        with on_own_stream(self.device):
-                            self._save()
+        """At a signal, in a thread: saves the end of the last step, once all processes are at rest after the
+        same one. Returns what to say."""
+        if self.progress is None or self.last_save_s > GRACE_S / 2:
+            return self._stopped()
+        try:
+            while True:
+                resting = self.at_rest.acquire(timeout=0.5)
+                step = self.progress["step"] if resting else None
+                steps = gather([step], self.agreeing)
+                if resting and steps == [step] * self.world:
                     break
-            except Exception:  # another process has left, or the disk is full: nothing more can be done
-                break
-            if mine:  # some are within their optimizer steps, and wait there for this one
-                self.at_rest.release()
+                if resting:
+                    self.at_rest.release()
+                    time.sleep(0.1)  # the main thread takes it: another one may wait for its optimizer step
+            if step != self.saved_step:
+                with on_own_stream(self.device):
+                    self._save()
+        except Exception as error:  # another process has left, or the disk is full
+            return f"{self._stopped()} ({first_line(error)})"
         return self._stopped()
 
     def _stopped(self):

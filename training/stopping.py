@@ -1,11 +1,10 @@
 """SIGTERM and Ctrl-C: a thread saves what can be saved and ends the process in time.
 
-The main thread is not asked: it may wait for another process, or for the device. While it goes on, the thread
-calls `save`; what `save` needs to be left as it is, a lock keeps (training/run.py).
+The main thread is not asked: it may be in a rollout of minutes, or wait for another process or for the device.
+While it goes on, the thread calls `save`; what `save` needs to be left as it is, a lock keeps (training/run.py).
 """
 
 import os
-import queue
 import signal
 import sys
 import threading
@@ -34,13 +33,9 @@ class Stopping:
         number = 0
         while number not in (signal.SIGTERM, signal.SIGINT):
             number = os.read(self.woken, 1)[0]
-        said = queue.SimpleQueue()
-        threading.Thread(target=lambda: said.put(self.save()), daemon=True).start()
-        try:
-            message = said.get(timeout=GRACE_S - 1)
-        except queue.Empty:
-            message = self.lost()
-        leave(message, 128 + number)
+        status = 128 + number
+        threading.Timer(GRACE_S - 1, lambda: leave(self.lost(), status)).start()
+        leave(self.save(), status)
 
     @staticmethod
     def _forget():
