@@ -1,4 +1,4 @@
-"""What both scripts that train do beside training: begin or go on, save, and say how it goes.
+"""What both scripts that train do beside training: begin or go on, save, and report how it goes.
 
     run = TrainingRun("rl", config, inputs, rank, world, device)    before anything is loaded; may be finished
     progress = run.start(weights, optimizer, total_steps, {"step": 0, ...})
@@ -7,12 +7,16 @@
         run.end_step(metrics, {"step": step, ...})
     run.finish(skipped)
 
-A checkpoint is of the time between two steps: the weights, the optimizer, `progress` and the random states as
-they were then. It is saved after every `save_every` steps. At SIGTERM or Ctrl-C a thread saves the end of the
-last step, as long as the weights have not moved since (training/stopping.py); the loop knows nothing of it.
+A checkpoint is of the end of a step: the weights, the optimizer, `progress` and the random states as they
+were then. It is saved after every `save_every` steps.
+
+At SIGTERM or Ctrl-C a thread (training/stopping.py) saves the end of the last step, in a rollout of minutes,
+too; the loop knows nothing of it. It can do so while the weights are at rest: from the end of a step to the
+first optimizer step of the next one. In between the main thread holds the lock `at_rest`, and the thread waits
+for it as long as there is time, for instance not for a long play of held-out questions. All processes must get
+the signal, as torchrun sends it: they agree on the step that is saved.
 """
 
-import base64
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -98,6 +102,13 @@ def make_optimizer(weights, config):
                              fused=True)
 
 
+def new_gloo_group():
+    """A process group of all processes; None where there is one that was not started by torchrun."""
+    if dist.is_initialized():
+        return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    return None
+
+
 class TrainingRun:
     """One run in the folder `config.out`. `finished` says whether there is nothing left to do.
 
@@ -114,14 +125,11 @@ class TrainingRun:
         self.rank, self.world, self.device = rank, world, device
         self.progress = None  # until `start`
         self.saved_step, self.last_save_s, self.seconds_save = 0, 0.0, 0.0
-        # held by this thread from a step's first optimizer step to its end, by the one that saves at a signal
+        # held while the weights move by the main thread, which is then `moving`, else by one that saves
         self.at_rest, self.moving = threading.Lock(), False
-        # where processes meet to save, and to agree on it at a signal: apart from where main threads may be
-        self.saving = self.agreeing = None
-        if dist.is_initialized():
-            self.saving, self.agreeing = (dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-                                          for _ in range(2))
-        Stopping(self._save_before_the_end, self._stopped)
+        # groups in which processes save, and agree on it at a signal: main threads may be in the default one
+        self.saving, self.agreeing = new_gloo_group(), new_gloo_group()
+        Stopping(self._save_at_a_signal, self._stopped)
         # a new run, an unfinished one, or a finished one; and the checkpoint to go on from
         state, folder = None, None
         if rank == 0:
@@ -130,7 +138,7 @@ class TrainingRun:
                                          TRAINING_MAY_DIFFER, inputs | run_folder.files_of(config), NAMES)
             folders = run_folders(self.out) if state == "unfinished" else []
             folder = str(folders[-1]) if folders else None
-        (state, folder), *_ = gather([(state, folder)])
+        state, folder = gather([(state, folder)])[0]
         self.finished = state == "finished"
         if self.finished and rank == 0:
             print(f"{name}: the run in {self.out} is finished; --resume never makes it again")
@@ -223,13 +231,13 @@ class TrainingRun:
 
     def _save(self):
         """A checkpoint to go on from. All processes call it."""
-        if self.rank == 0 and (self.out / "metrics.jsonl").exists():
+        if self.rank == 0:
             sync(self.out / "metrics.jsonl")  # its lines go with the checkpoint
         self.last_save_s = save_run(self.out, self.progress["step"], self._shards(), self.state, self.rank_state,
                                     self.config.keep, self.saving)
         self.saved_step = self.progress["step"]
 
-    def _save_before_the_end(self):
+    def _save_at_a_signal(self):
         """At a signal, in a thread: saves the end of the last step, once all processes are at rest after the
         same one. Returns what to say."""
         if self.progress is None or self.last_save_s > GRACE_S / 2:
@@ -272,34 +280,34 @@ class TrainingRun:
     @torch.no_grad()
     def _read(self, saved):
         """Master weights and moments of a checkpoint, and random states."""
-        state = saved.state
-        steps = state["optimizer_steps"]
+        steps = saved.state["optimizer_steps"]
         for name, master in self.weights.masters.items():
-            there = self.optimizer.state.get(master, {})  # adopted
-            moments = {what: there[what] if there else torch.zeros_like(master)
-                       for what in ("exp_avg", "exp_avg_sq") if steps}
-            for what, tensor in {"": master, **moments}.items():
+            tensors = {"": master}
+            if steps:
+                there = self.optimizer.state.get(master)  # of weights that the host holds
+                if there is None:
+                    there = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+                count = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
+                self.optimizer.state[master] = there | {"step": count}
+                tensors |= {"exp_avg": there["exp_avg"], "exp_avg_sq": there["exp_avg_sq"]}
+            for what, tensor in tensors.items():
                 rows, first = self.weights.rows_to_load(tensor)
                 saved.read_into(f"{name} {what}".strip(), rows, first, tensor.shape)
-            if steps:
-                count = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
-                self.optimizer.state[master] = {"step": count} | moments
         self.weights.cast()
-        self.weights.bad_steps = state["bad_steps"]
-        if len(saved.rank_states) == self.world:
-            texts = saved.rank_states[self.rank]["random"]
-            states = [torch.tensor([*base64.b64decode(text)], dtype=torch.uint8) for text in texts]
-            # another device's are of another length
-            if [len(x) for x in states] == [len(g.get_state()) for g in self.generators]:
-                for generator, random_state in zip(self.generators, states):
-                    generator.set_state(random_state)
-                return
+        self.weights.bad_steps = saved.state["bad_steps"]
+        # random states are of a process and a device; with others there are new seeds
+        lengths = [len(generator.get_state()) for generator in self.generators]
+        states = saved.rank_states[self.rank]["random"] if len(saved.rank_states) == self.world else []
+        if [len(numbers) for numbers in states] == lengths:
+            for generator, numbers in zip(self.generators, states):
+                generator.set_state(torch.tensor(numbers, dtype=torch.uint8))
+            return
         for number, generator in enumerate(self.generators):
-            seeds = self.config.seed, state["step"], self.rank, self.world, number
+            seeds = self.config.seed, saved.step, self.rank, self.world, number
             generator.manual_seed(hash(seeds) % 2 ** 63)
         if self.rank == 0:
             print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now, or another "
                   "device: random numbers are drawn from new seeds")
 
     def _random_states(self):
-        return {"random": [base64.b64encode(bytes(g.get_state().numpy())).decode() for g in self.generators]}
+        return {"random": [generator.get_state().tolist() for generator in self.generators]}
