@@ -12,13 +12,13 @@ folder of its own beside the first one, which may lack the last steps before a k
 metrics.jsonl is whole.
 """
 
-import importlib
 import json
 import math
 import os
 import secrets
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,12 +40,10 @@ class Metrics:
         tensorboard: whether to write for TensorBoard, too.
         wandb: project in Weights & Biases, or None. WANDB_MODE=offline writes into `out` alone.
         done: steps that are there already.
-    Raises UserError where a package is missing or Weights & Biases refuses."""
+    Raises UserError where Weights & Biases refuses; the packages are there (`check_installed`)."""
 
     def __init__(self, out, total_steps, name, tensorboard=False, wandb=None, done=0, rank=0):
         self.out, self.rank, self.board, self.run = Path(out), rank, None, None
-        if rank == 0:
-            check_installed(tensorboard, wandb)
         if rank == 0 and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             # later steps of before, which a run that goes on makes again, are not shown
@@ -122,13 +120,9 @@ def step_of(line):
 
 def check_installed(tensorboard, wandb):
     """Raises UserError where a package that a flag needs is missing."""
-    for package, module, wanted in (("tensorboard", "torch.utils.tensorboard", tensorboard),
-                                    ("wandb", "wandb.sdk", wandb is not None)):
-        try:
-            if wanted:
-                importlib.import_module(module)
-        except ImportError:
-            raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
+    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"--{package} needs the package {package}: pip install {package}")
 
 
 def begin_wandb(out, project, name, done):

@@ -24,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from common import (
     WAITED,
@@ -45,7 +44,7 @@ from training.environment import load_env_config
 from training.held_out import held_out
 from training.metrics import FILES, Metrics, check_installed
 from training.run_checkpoints import SavedRun, Shard, run_folders, save_run
-from training.stopping import GRACE_S, Stopping
+from training.stopping import stop_at_signals
 
 # Settings that may differ when a run goes on, beside those of run_folder.py: how often is saved and shown,
 # what bounds memory alone. Of the model the content counts (see `inputs`).
@@ -102,13 +101,6 @@ def make_optimizer(weights, config):
                              fused=True)
 
 
-def new_gloo_group():
-    """A process group of all processes; None where there is one that was not started by torchrun."""
-    if dist.is_initialized():
-        return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-    return None
-
-
 class TrainingRun:
     """One run in the folder `config.out`. `finished` says whether there is nothing left to do.
 
@@ -124,12 +116,13 @@ class TrainingRun:
         self.config, self.name, self.out = config, name, Path(config.out)
         self.rank, self.world, self.device = rank, world, device
         self.progress = None  # until `start`
-        self.saved_step, self.last_save_s, self.seconds_save = 0, 0.0, 0.0
+        self.saved_step, self.seconds_save = 0, 0.0
         # held while the weights move by the main thread, which is then `moving`, else by one that saves
         self.at_rest, self.moving = threading.Lock(), False
         # groups in which processes save, and agree on it at a signal: main threads may be in the default one
-        self.saving, self.agreeing = new_gloo_group(), new_gloo_group()
-        Stopping(self._save_at_a_signal, self._stopped)
+        self.saving = run_folder.own_group(timedelta(minutes=30))
+        self.agreeing = run_folder.own_group(timedelta(minutes=30))
+        stop_at_signals(self._save_at_a_signal, self._stopped)
         # a new run, an unfinished one, or a finished one; and the checkpoint to go on from
         state, folder = None, None
         if rank == 0:
@@ -233,14 +226,14 @@ class TrainingRun:
         """A checkpoint to go on from. All processes call it."""
         if self.rank == 0:
             sync(self.out / "metrics.jsonl")  # its lines go with the checkpoint
-        self.last_save_s = save_run(self.out, self.progress["step"], self._shards(), self.state, self.rank_state,
-                                    self.config.keep, self.saving)
+        save_run(self.out, self.progress["step"], self._shards(), self.state, self.rank_state, self.config.keep,
+                 self.saving)
         self.saved_step = self.progress["step"]
 
     def _save_at_a_signal(self):
         """At a signal, in a thread: saves the end of the last step, once all processes are at rest after the
         same one. Returns what to say."""
-        if self.progress is None or self.last_save_s > GRACE_S / 2:
+        if self.progress is None:
             return self._stopped()
         try:
             while True:
@@ -262,37 +255,39 @@ class TrainingRun:
     def _stopped(self):
         if self.progress is None:
             return "stopped; nothing is lost"
-        lost = self.progress["step"] - self.saved_step
         said = f"stopped; the same command goes on after step {self.saved_step}"
-        if lost:
-            said += f", {lost} finished step{'s are' if lost > 1 else ' is'} lost"
-        return said
+        lost = self.progress["step"] - self.saved_step
+        return f"{said}, finished steps lost: {lost}" if lost else said
 
     # ---------------------------------------------------------------------------------------- state on disk
-    def _shards(self):
-        """The rows of master weights and moments that this process writes."""
+    def _tensors(self):
+        """{name: tensor} of the master weights and of the optimizer's moments."""
+        tensors = dict(self.weights.masters)
         for name, master in self.weights.masters.items():
-            for what, tensor in {"": master, **self.optimizer.state.get(master, {})}.items():
+            for what, moment in self.optimizer.state.get(master, {}).items():
                 if what != "step":
-                    rows, first = self.weights.rows_to_save(tensor)
-                    yield Shard(f"{name} {what}".strip(), rows, first, tuple(tensor.shape))
+                    tensors[f"{name} {what}"] = moment
+        return tensors
+
+    def _shards(self):
+        """The rows of these that this process writes."""
+        for name, tensor in self._tensors().items():
+            rows, first = self.weights.rows_to_save(tensor)
+            yield Shard(name, rows, first, tuple(tensor.shape))
 
     @torch.no_grad()
     def _read(self, saved):
         """Master weights and moments of a checkpoint, and random states."""
         steps = saved.state["optimizer_steps"]
-        for name, master in self.weights.masters.items():
-            tensors = {"": master}
-            if steps:
-                there = self.optimizer.state.get(master)  # of weights that the host holds
-                if there is None:
-                    there = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-                count = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
-                self.optimizer.state[master] = there | {"step": count}
-                tensors |= {"exp_avg": there["exp_avg"], "exp_avg_sq": there["exp_avg_sq"]}
-            for what, tensor in tensors.items():
-                rows, first = self.weights.rows_to_load(tensor)
-                saved.read_into(f"{name} {what}".strip(), rows, first, tensor.shape)
+        for master in self.weights.parameters if steps else ():
+            state = self.optimizer.state[master]
+            for what in ("exp_avg", "exp_avg_sq"):
+                if what not in state:
+                    state[what] = torch.zeros_like(master)
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
+        for name, tensor in self._tensors().items():
+            rows, first = self.weights.rows_to_load(tensor)
+            saved.read_into(name, rows, first, tensor.shape)
         self.weights.cast()
         self.weights.bad_steps = saved.state["bad_steps"]
         # random states are of a process and a device; with others there are new seeds

@@ -150,6 +150,14 @@ def move_aside(paths):
 
 
 # -------------------------------------------------------------------------------------- rows of all processes
+def own_group(timeout):
+    """A process group of all processes for `gather`, in which they meet whatever they do in the default one;
+    None where there is one process. timeout: after which one that waits for another ends."""
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
 class Rows:
     """Rows of a run, each written as soon as it is there. The first process appends to name.jsonl, the others
     to name.rank1.jsonl, ..., and all of them must make this object.
@@ -158,10 +166,7 @@ class Rows:
 
     def __init__(self, out, name, key, rank):
         self.out, self.name, self.key, self.rank = Path(out), name, key, rank
-        # processes wait for the slowest one, however long it plays
-        self.group = None
-        if dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        self.group = own_group(timedelta(days=30))  # they wait for the slowest one, however long it plays
 
     def begin(self, config, may_differ, inputs, names):
         """`begin_run` in the first process. Returns (state, keys of the rows that are there) on all."""
@@ -187,8 +192,7 @@ class Rows:
 
     def wait(self):
         """Until all processes are here."""
-        if self.group is not None:
-            dist.barrier(self.group)
+        gather([], self.group)
 
     def files(self):
         pattern = rf"{re.escape(self.name)}(\.rank\d+)?\.jsonl"
