@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from launcher import launch
-from test_training import finish, flags, lines, metrics, place, wait_for  # noqa: F401
+from test_training import finish, flags, lines, metrics, shared_place, wait_for, whole_run
 
+from training import stopping
 from training.run_checkpoints import run_folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,9 +96,9 @@ say("alive")
 
 
 # ---------------------------------------------------------------------------------------------- runs that train
-def rl_held_up(where, ranks, after, *flags):
-    """rl.py with planted rewards, of which some processes are held up somewhere after some finished steps: for 3 s in an
-    optimizer step, which is then over, else for as long as it takes."""
+def rl_held_up(where, ranks, after, hurry, *flags):
+    """rl.py with planted rewards, of which some processes are held up somewhere after some finished steps: for 3 s in a slow
+    optimizer step, which is then over, else for as long as it takes. hurry: they end within 5 s."""
     import runpy
 
     import rl
@@ -107,13 +108,15 @@ def rl_held_up(where, ranks, after, *flags):
 
     run, rank = training.run.TrainingRun, os.environ["RANK"]
     finished, after = [0], int(after)
+    if hurry == "True":
+        stopping.GRACE_S = 5
 
     def hold_up():
         if rank in ranks and finished[0] >= after:
             print(f"inside{rank}", flush=True)
             end = time.time() + (3 if where == "slow optimizer step" else 1000)
-            while time.time() < end:  # a busy main thread
-                time.sleep(0.01)
+            while time.time() < end:
+                time.sleep(0.05)
                 sum(range(100_000))
 
     def before(owner, name):
@@ -146,11 +149,12 @@ def rl_held_up(where, ranks, after, *flags):
     runpy.run_path(str(ROOT / "bench/planted_rl.py"), run_name="__main__")
 
 
-def stopped(place, out, where, ranks="01", after=2, shard="none", number=signal.SIGTERM, processes=2, times=1, more=()):  # noqa: F811
+def stopped(out, where, ranks="01", after=2, shard="none", number=signal.SIGTERM, processes=2, times=1, hurry=False,
+            more=()):
     """Starts a run, which saves nothing by itself, waits until it is held up, and sends a signal to its processes. Returns
     what they say, the number of the step that is saved, and how long it took."""
     runs = launch(processes, "test_stopping:rl_held_up",
-                  [where, ranks, after, *flags(place, out, "rl.py", shard, "--save_every", 100, *more)])
+                  [where, ranks, after, hurry, *flags(shared_place(), out, "rl.py", shard, "--save_every", 100, *more)])
     wait_for(runs, lambda: None not in [log.exists() or None for log in runs.logs])
     wait_for(runs, lambda: all(f"inside{rank}" in runs.said() for rank in ranks[:processes]))
     began = time.monotonic()
@@ -163,88 +167,67 @@ def stopped(place, out, where, ranks="01", after=2, shard="none", number=signal.
     return said, int(folders[-1].name.removeprefix("step_")) if folders else 0, took_s
 
 
-def check_goes_on(place, out, whole, processes=2, shard="none"):  # noqa: F811
-    said = finish(place, out, "rl.py", shard, processes, "--save_every", 100)
-    assert "goes on after step" in said and metrics(out) == metrics(whole)
+def check_goes_on(out, processes=2, shard="none"):
+    """The metrics are those of an undisturbed run."""
+    finish(shared_place(), out, "rl.py", shard, processes, "--save_every", 100)
+    assert metrics(out) == metrics(whole_run("rl.py", shard, processes))
 
 
-@pytest.fixture(scope="module")
-def whole_run(place, tmp_path_factory):  # noqa: F811
-    """The folder of an undisturbed run."""
-    folders = {}
-
-    def whole(processes, shard):
-        if (processes, shard) not in folders:
-            folders[processes, shard] = tmp_path_factory.mktemp("whole") / "out"
-            finish(place, folders[processes, shard], "rl.py", shard, processes)
-            assert len({m["loss"] for m in metrics(folders[processes, shard]) if "loss" in m}) > 3
-        return folders[processes, shard]
-
-    return whole
-
-
-def test_a_run_that_is_stopped_in_a_rollout_saves_the_step_before(place, tmp_path, whole_run):  # noqa: F811
+def test_a_run_that_is_stopped_in_a_rollout_saves_the_step_before(tmp_path):
     """One process, Ctrl-C twice: no finished step is lost, and what follows is an undisturbed run."""
-    said, saved, took_s = stopped(place, tmp_path, "rollout", "0", number=signal.SIGINT, processes=1, times=2)
+    said, saved, took_s = stopped(tmp_path, "rollout", "0", number=signal.SIGINT, processes=1, times=2)
     assert saved == 2 and "rl.py: stopped; the same command goes on after step 2\n" in said and took_s < 10
-    check_goes_on(place, tmp_path, whole_run(1, "none"), 1)
+    check_goes_on(tmp_path, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where, ranks, shard, saved", [
     ("rollout", "01", "none", 2), ("rollout", "0", "all", 2), ("adding gradients up", "1", "none", 2),
-    ("slow optimizer step", "01", "none", 3), ("slow optimizer step", "1", "none", 3)])
-def test_two_processes_agree_on_what_they_save(place, tmp_path, whole_run, where, ranks, shard, saved):  # noqa: F811
+    ("slow optimizer step", "1", "none", 3)])
+def test_two_processes_agree_on_what_they_save(tmp_path, where, ranks, shard, saved):
     """The step before, as long as no process is within an optimizer step; then this one, once it is over."""
-    said, step, took_s = stopped(place, tmp_path, where, ranks, shard=shard)
+    said, step, took_s = stopped(tmp_path, where, ranks, shard=shard)
     assert step == saved == len(lines(tmp_path)) and took_s < 20
     assert f"rl.py: stopped; the same command goes on after step {saved}\n" in said
-    check_goes_on(place, tmp_path, whole_run(2, shard), shard=shard)
+    check_goes_on(tmp_path, shard=shard)
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_save_says_so_in_time(place, tmp_path, whole_run):  # noqa: F811
-    """One process hangs where the weights have moved, or before them while the other one is there; the disk is full."""
+def test_a_run_that_cannot_save_says_so_in_time(tmp_path):
+    """One process hangs where the weights have moved, or before that while the other one is there; the disk is full."""
     for where, ranks in (("optimizer step", "0"), ("before an optimizer step", "1")):
-        out = tmp_path / where
-        said, saved, took_s = stopped(place, out, where, ranks)
-        assert saved == 0 and "goes on after step 0, finished steps lost: 2" in said and took_s < 20
-        assert not list(out.glob("checkpoints/*"))
-    check = tmp_path / "optimizer step"
-    assert finish(place, check, "rl.py", "none", 2, "--save_every", 100) and metrics(check) == metrics(whole_run(2, "none"))
+        said, saved, took_s = stopped(tmp_path / where, where, ranks, 1, hurry=True)
+        assert saved == 0 and "goes on after step 0, finished steps lost: 1" in said and 2 < took_s < 6
+        assert not list((tmp_path / where).glob("checkpoints/*"))
+    check_goes_on(tmp_path / "optimizer step")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "checkpoints").symlink_to("/dev/full")
-    said, _, took_s = stopped(place, tmp_path / "full", "rollout")
-    assert "finished steps lost: 2 (UserError: cannot save " in said and took_s < 10
+    said, _, took_s = stopped(tmp_path / "full", "rollout", after=1)
+    assert "finished steps lost: 1 (UserError: cannot save " in said and took_s < 10
+    assert stopping.GRACE_S == 20  # torchrun kills after 30
 
 
 @pytest.mark.slow
-def test_before_the_first_step_nothing_is_lost_and_held_out_questions_end_in_time(place, tmp_path):  # noqa: F811
-    said, saved, took_s = stopped(place, tmp_path / "loading", "loading", after=0)
+def test_before_the_first_step_nothing_is_lost_and_held_out_questions_end_in_time(tmp_path):
+    said, saved, took_s = stopped(tmp_path / "loading", "loading", after=0, processes=1, ranks="0")
     assert saved == 0 and "stopped; nothing is lost" in said and took_s < 3
-    said, saved, took_s = stopped(place, tmp_path / "rollout", "rollout", "1", after=0)
+    said, saved, took_s = stopped(tmp_path / "rollout", "rollout", "1", after=0)
     assert saved == 0 and "goes on after step 0\n" in said and took_s < 3
-    held_out = ("--val", place / "test.jsonl", "--val_every", 3)
-    said, saved, took_s = stopped(place, tmp_path / "val", "held-out questions", "01", 2, more=held_out)
-    assert saved == 0 and "goes on after step 0, finished steps lost: 2" in said and took_s < 20
-    assert "goes on" not in finish(place, tmp_path / "val", "rl.py", "none", 2) and len(lines(tmp_path / "val")) == 5
+    held_out = ("--val", shared_place() / "test.jsonl", "--val_every", 2)
+    said, saved, took_s = stopped(tmp_path / "val", "held-out questions", "0", 1, processes=1, more=held_out, hurry=True)
+    assert saved == 0 and "goes on after step 0, finished steps lost: 1" in said and 2 < took_s < 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_passes_the_signal_on(place, tmp_path, number):  # noqa: F811
-    """SIGTERM to torchrun, Ctrl-C to all in the terminal: the steps are saved. torchrun's own exit status is 1."""
+def test_torchrun_passes_the_signal_on(tmp_path):
+    """The steps are saved. torchrun's own exit status is 1."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "bench/planted_rl.py",
-               *flags(place, tmp_path, "rl.py", "none", "--steps", 1000, "--save_every", 1000)]
-    with subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          start_new_session=True) as process:
+               *flags(shared_place(), tmp_path, "rl.py", "none", "--steps", 1000, "--save_every", 1000)]
+    with subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         end = time.time() + 120
         while len(lines(tmp_path)) < 2 and time.time() < end:
             time.sleep(0.05)
-        if number == signal.SIGTERM:
-            process.send_signal(number)
-        else:
-            os.killpg(process.pid, number)
+        process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[0]
     saved = int(run_folders(tmp_path)[-1].name.removeprefix("step_"))
     assert process.returncode == 1 and f"the same command goes on after step {saved}\n" in said, said[-2000:]

@@ -1,11 +1,15 @@
 """Runs that are killed and started again: nothing is lost but the steps since the last save, and what follows is what an
 undisturbed run would have done."""
 
+import atexit
+import functools
 import json
 import pickle
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,11 +34,27 @@ from training.run_checkpoints import SavedRun, run_folders
 TIMES = {"seconds", "seconds_rollout", "seconds_update", "seconds_data", "seconds_save", "seconds_idle", "seconds_gather"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    make_place(folder)
-    return folder
+@pytest.fixture(scope="session")
+def place():
+    return shared_place()
+
+
+@functools.cache
+def shared_place():
+    """What `make_place` makes, once for all tests."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    make_place(Path(folder.name))
+    return Path(folder.name)
+
+
+@functools.cache
+def whole_run(script, shard, processes):
+    """The folder of an undisturbed run, once for all tests."""
+    out = shared_place() / f"whole-{script}-{shard}-{processes}"
+    finish(shared_place(), out, script, shard, processes)
+    assert len({m["loss"] for m in metrics(out) if "loss" in m}) > 3
+    return out
 
 
 def make_place(folder):
@@ -90,39 +110,20 @@ def kill_and_go_on(place, out, script, shard, processes, after_lines, delay_s):
     return there
 
 
-@pytest.fixture(scope="module")
-def whole_runs(place, tmp_path_factory):
-    """The folder of an undisturbed run of two processes."""
-    folders = {}
-
-    def whole(script, shard):
-        if (script, shard) not in folders:
-            folders[script, shard] = tmp_path_factory.mktemp("whole") / "out"
-            finish(place, folders[script, shard], script, shard, 2)
-            assert len({m["loss"] for m in metrics(folders[script, shard]) if "loss" in m}) > 3
-        return folders[script, shard]
-
-    return whole
-
-
 def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path):
     """One process of sft.py: the metrics are an undisturbed run's to the bit, and so is the checkpoint."""
-    same_after_a_kill(place, tmp_path / "killed", finished(place, tmp_path / "whole", "sft.py", "none", 1), "sft.py", "none", 1, 3)
+    same_after_a_kill(place, tmp_path, "sft.py", "none", 1, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, shard, after_lines", [("rl.py", "none", 3), ("rl.py", "all", 1), ("sft.py", "all", 4)])
-def test_two_killed_processes_go_on_as_if_nothing_had_been(place, tmp_path, whole_runs, script, shard, after_lines):
-    same_after_a_kill(place, tmp_path, whole_runs(script, shard), script, shard, 2, after_lines)
+def test_two_killed_processes_go_on_as_if_nothing_had_been(place, tmp_path, script, shard, after_lines):
+    same_after_a_kill(place, tmp_path, script, shard, 2, after_lines)
     assert "is finished" in finish(place, tmp_path, script, shard, 2)
 
 
-def finished(place, out, *how):
-    finish(place, out, *how)
-    return out
-
-
-def same_after_a_kill(place, out, whole, script, shard, processes, after_lines):
+def same_after_a_kill(place, out, script, shard, processes, after_lines):
+    whole = whole_run(script, shard, processes)
     kill_and_go_on(place, out, script, shard, processes, after_lines, delay_s=random.random() / 2)
     assert metrics(out) == metrics(whole)
     mine, theirs = (load_policy(folder).state_dict() for folder in (out, whole))
@@ -132,14 +133,13 @@ def same_after_a_kill(place, out, whole, script, shard, processes, after_lines):
 @pytest.mark.slow
 def test_sft_goes_on_with_another_number_of_processes(place, tmp_path):
     """From two, replicated, to three with shards, to one: the same metrics to 1e-5."""
-    finish(place, tmp_path / "whole", "sft.py", "none", 1)
-    out = tmp_path / "changed"
+    whole, out = whole_run("sft.py", "none", 1), tmp_path / "changed"
     for processes, shard, after in ((2, "none", 3), (3, "all", 5)):
         runs = start(place, out, "sft.py", shard, processes)
         wait_for(runs, lambda: len(lines(out)) >= after)
         runs.kill()
     finish(place, out, "sft.py", "none", 1)
-    changed, whole = metrics(out), metrics(tmp_path / "whole")
+    changed, whole = metrics(out), metrics(whole)
     assert [m["step"] for m in changed] == [m["step"] for m in whole]
     for mine, theirs in zip(changed, whole):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
@@ -245,7 +245,7 @@ def test_what_a_run_was_started_with(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_finished_run_says_so_and_never_makes_it_again(place, tmp_path):
     out = tmp_path / "out"
-    finish(place, out, "sft.py", "none", 1)
+    shutil.copytree(whole_run("sft.py", "none", 1), out)
     first = lines(out)
     assert "is finished" in finish(place, out, "sft.py", "none", 1)
     said = start(place, out, "sft.py", "none", 1, "--warmup", 0.5).wait([2])
@@ -294,9 +294,8 @@ def guarded_sft(*flags):
 
 @pytest.mark.slow
 def test_nothing_is_unpickled_when_a_run_goes_on(place, tmp_path):
-    finish(place, tmp_path / "run", "sft.py", "none", 1)
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(run | {"finished": False}))
+    shutil.copytree(whole_run("sft.py", "none", 1), tmp_path / "run")
+    run_folder.note(tmp_path / "run", finished=False)
     said = launch(1, "test_training:guarded_sft", flags(place, tmp_path / "run", "sft.py", "none")).wait()
     assert "guarded __init__" in said and "guarded read_into" in said and "goes on after step" in said
 
