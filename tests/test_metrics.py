@@ -39,6 +39,14 @@ def board(out):
 
 
 def wandb_folders(out):
+    """`read_wandb`, once the last folder has steps: its process writes them a moment after `finish`."""
+    end = time.time() + 10
+    while not (folders := read_wandb(out))[-1][1] and time.time() < end:
+        time.sleep(0.1)
+    return folders
+
+
+def read_wandb(out):
     """[(id of the run, [(step, {name: value})])] of the .wandb files, in order. These are logs as LevelDB's: after a header of
     7 bytes, blocks of 32 KiB of pieces of records, each with checksum (4 bytes), length (2) and kind (1: 1 a whole record, 2
     its first, 3 a middle, 4 its last piece)."""
@@ -84,6 +92,7 @@ def check_services(out, tensorboard, wandb, began_at=1):
 def steps_until_killed(out, first, last, done, services):
     """Writes steps and is killed."""
     os.environ |= OFFLINE
+    os.environ.pop("WANDB_SERVICE", None)  # the tests' own, which would keep the run
     metrics = Metrics(Path(out), 9, "test", done=int(done), **json.loads(services))
     for step in range(int(first), int(last) + 1):
         metrics.write(numbers(step))
@@ -183,7 +192,8 @@ def test_a_missing_package_is_one_line(monkeypatch):
 def with_wandb(out, mode, project):
     """Begins to write to Weights & Biases, of which it knows nothing here."""
     os.environ |= {"WANDB_MODE": mode, "HOME": out, "NETRC": f"{out}/netrc"}
-    os.environ.pop("WANDB_API_KEY", None)
+    for name in ("WANDB_API_KEY", "WANDB_SERVICE"):
+        os.environ.pop(name, None)
     common.run_main(lambda: Metrics(Path(out), 3, "test", wandb=project))
 
 
