@@ -43,14 +43,14 @@ from common import (
     write_jsonl,
 )
 from demo import synthetic
-from rollout import RolloutConfig
+from rollout import Engine, RolloutConfig
 from scale.pick import cache_gb
 from sources.read import read_questions
 from sources.rows import question_error
 from training import run_folder as runs, tables
 from training.checkpoints import load_policy
+from training.decoder_check import check_decoder
 from training.environment import run_environment, with_chosen_frames
-from training.held_out import make_player
 from training.memory import out_of_memory
 from video import open_video
 
@@ -86,7 +86,9 @@ def load(name, config, device):
 def make_engine(policy, config, rank):
     """What plays a policy's episodes, one a question."""
     config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=policy.env_config.max_turn_tokens)
-    return make_player(policy, config, torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank))
+    engine = Engine(policy, 1, config, torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank))
+    check_decoder(engine.decoder)
+    return engine
 
 
 # ---------------------------------------------------------------------------------------------------- playing
@@ -243,7 +245,9 @@ def main():
     plays = [(name, mode) for name in names for mode in modes]
     key = lambda e: None if "skipped" in e else (plays.index((e["policy"], e["mode"])), e["number"])
     written = runs.Rows(config.out, "episodes", key, rank)
-    inputs = {"question file": config.data} | runs.files_of(config)
+    inputs = {"question file": config.data, "system prompt": config.system_prompt,
+              "overview": config.overview if (config.overview or "").endswith(".json") else None,
+              "protocol": config.protocol if (config.protocol or "").endswith(".json") else None}
     inputs |= {f"checkpoint {name}": name for name in names}
     resolved = replace(config, dtype=str(dtype).removeprefix("torch."))
     state, done = written.begin(resolved, MAY_DIFFER, inputs, FILES)

@@ -1,10 +1,13 @@
-"""Processes for tests, as torchrun would start them, but in a blink: one process imports everything once and computes
+"""Processes for tests, as torchrun would start them, but in a blink: one process imports everything once, computes
 nothing, and is forked for each.
 
-    runs = launch(2, "rl.py", flags)            a script of the project, or "test_sharding:three_updates", a function
-    runs = launch(4, ..., nodes=2)              of a test file, called with the flags; two machines with two each
-    runs.wait()                                 raises with what they said if one does not end with 0
-    runs.kill()                                 SIGKILL to all
+    runs = launch(2, "rl.py", flags)                         a script of the project
+    runs = launch(2, "test_sharding:three_updates", flags)   a function of a test file, called with the flags
+    runs = launch(4, ..., nodes=2)                           two machines with two processes each
+    runs.wait()                                              returns what they said; raises with it if one fails
+    runs.kill()                                              SIGKILL to all
+
+Flags arrive as texts.
 """
 
 import atexit
@@ -18,42 +21,55 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = "import rl, sft, eval, pytest, scale.sharding, scale.lora, scale.offload, demo.tiny_base"
+# the slow imports of all scripts and tests; what else a child needs it imports itself
+PRELOAD = ("pytest", "data_prep", "sft", "rl", "eval", "scale.sharding", "scale.offload", "scale.lora", "scale.plan",
+           "scale.memory")
 
 
 class Launcher:
-    """The process that is forked, as seen from the tests."""
+    """The process that is forked, as seen from the tests. It ends, with its children, when its input does."""
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        atexit.register(self.process.kill)
+        self.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, text=True,
+                                        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        atexit.register(self.end)
 
     def ask(self, question):
         print(json.dumps(question), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
 
 launcher = None
 
 
-def launch(processes, script, flags, nodes=1):
+def launch(processes, script, flags=(), nodes=1):
+    """Starts the processes of a run, see above. Returns Runs."""
     global launcher
-    launcher = launcher or Launcher()
+    if launcher is None:
+        launcher = Launcher()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = Path(tempfile.mkdtemp())
     local = processes // nodes
-    children = [{"script": str(script), "flags": [*map(str, flags)], "log": str(folder / f"{rank}.log"), "variables": {
-        "RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port}} for rank in range(processes)]
-    return Runs([launcher.ask(child) for child in children], [Path(child["log"]) for child in children])
+    pids, logs = [], []
+    for rank in range(processes):
+        variables = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        logs.append(folder / f"{rank}.log")
+        pids.append(launcher.ask({"script": str(script), "flags": [*map(str, flags)], "log": str(logs[-1]),
+                                  "variables": variables}))
+    return Runs(pids, logs)
 
 
 class Runs:
@@ -63,20 +79,20 @@ class Runs:
         self.pids, self.logs, self.statuses = pids, logs, {}
 
     def said(self):
-        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+        return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
     def poll(self):
         """Exit statuses so far, in order; None for who still runs."""
         for pid in self.pids:
-            if pid not in self.statuses and (status := launcher.ask({"poll": pid})) is not None:
-                self.statuses[pid] = status
-        return [self.statuses.get(pid) for pid in self.pids]
+            if self.statuses.get(pid) is None:
+                self.statuses[pid] = launcher.ask({"poll": pid})
+        return [self.statuses[pid] for pid in self.pids]
 
     def wait(self, statuses=None, timeout_s=300):
         """Until all have ended, with 0 or `statuses`; if one fails the others are killed, as torchrun does."""
         end = time.time() + timeout_s
         while None in (now := self.poll()):
-            failed = [status for status in now if status] if statuses is None else []
+            failed = statuses is None and any(now)
             if failed or time.time() > end:
                 self.kill()
                 raise AssertionError(f"exit statuses {now} {'' if failed else 'in time'}:\n{self.said()[-5000:]}")
@@ -101,7 +117,9 @@ class Runs:
 def run_child(question):
     """A child: becomes a script, or calls a function of a test file."""
     log = os.open(question["log"], os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1), os.dup2(log, 2), os.close(0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(0)
     os.environ.update({name: str(value) for name, value in question["variables"].items()})
     script, flags = question["script"], question["flags"]
     if ":" in script:
@@ -115,29 +133,42 @@ def run_child(question):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def fork_child(question):
+    """Returns its process id; in the child, never."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        run_child(question)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def main():
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    exec(PRELOAD)
-    answers = sys.stdout
+    for module in PRELOAD:
+        importlib.import_module(module)
+    running = set()
     for line in sys.stdin:
-        question, answer = json.loads(line), None
+        question = json.loads(line)
         if "poll" in question:
             pid, status = os.waitpid(question["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif not (answer := os.fork()):
-            status = 1
-            try:
-                run_child(question)
-                status = 0
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(status)
-        print(json.dumps(answer), file=answers, flush=True)
+            running.discard(pid)
+        else:
+            answer = fork_child(question)
+            running.add(answer)
+        print(json.dumps(answer), flush=True)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

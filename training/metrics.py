@@ -60,7 +60,8 @@ class Metrics:
             return
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({key: finite(value) for key, value in metrics.items()}) + "\n")
-        step, numbers = metrics["step"], numbers_of(metrics)
+        step = metrics["step"]
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
         if self.board:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, step)
@@ -100,11 +101,6 @@ class Metrics:
 
 
 # ------------------------------------------------------------------------------------------------ the parts
-def numbers_of(metrics):
-    """What can be drawn."""
-    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
-
-
 def finite(value):
     """None in place of nan and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,19 +25,8 @@ from pathlib import Path
 
 import torch
 
-from common import (
-    WAITED,
-    RunConfig,
-    UserError,
-    choose_dtype,
-    first_line,
-    gather,
-    on_own_stream,
-    open_folder,
-    parse_flags,
-    sum_over_processes,
-    write_jsonl,
-)
+from common import (WAITED, RunConfig, UserError, choose_dtype, first_line, gather, on_own_stream, open_folder,
+                    parse_flags, sum_over_processes, write_jsonl)
 from training import run_folder
 from training.checkpoints import sync
 from training.environment import load_env_config

@@ -60,13 +60,13 @@ def save_run(out, step, shards, state, rank_state, keep, group=None):
     agree(error, target, group)
     # each process its rows
     try:
-        for number, some in enumerate(grouped(shards), 1):
+        for number, of_file in enumerate(grouped(shards), 1):
             file = temporary / f"rank{rank}-{number:05d}.safetensors"
-            save_file({f"{i}": shard.rows for i, shard in enumerate(some)}, file)
+            save_file({f"{i}": shard.rows for i, shard in enumerate(of_file)}, file)
             sync(file)
             parts += [(shard.name, list(shard.shape), file.name, f"{i}", shard.start, len(shard.rows))
-                      for i, shard in enumerate(some)]
-            some.clear()  # enumerate holds it while the next one is made
+                      for i, shard in enumerate(of_file)]
+            of_file.clear()  # enumerate holds it while the next one is made
     except Exception as failed:  # safetensors has errors of its own
         error = getattr(failed, "strerror", None) or first_line(failed)
     agree(error, target, group)
