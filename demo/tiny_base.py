@@ -40,35 +40,10 @@ import torch
 from tqdm import tqdm
 
 from common import start_processes, sum_over_processes
-from demo.synthetic import (
-    COLOURS,
-    NUM_SLOTS,
-    SHAPES,
-    SIDE,
-    TINY_ENV,
-    TINY_PROMPT,
-    VIDEO_FPS,
-    Draft,
-    Figure,
-    Picture,
-    ask_colour,
-    ask_count,
-    ask_order,
-    ask_scene,
-    ask_shape,
-    choose,
-    chosen,
-    draw_figure,
-    draw_options,
-    frame_tag,
-    neighbours,
-    order_visits,
-    paint,
-    place,
-    survey,
-    transcript,
-    write_video,
-)
+from demo.synthetic import (COLOURS, NUM_SLOTS, SHAPES, SIDE, TINY_ENV, TINY_PROMPT, VIDEO_FPS, Draft, Figure,
+                            Picture, ask_colour, ask_count, ask_order, ask_scene, ask_shape, choose, chosen,
+                            draw_figure, draw_options, frame_tag, neighbours, order_visits, paint, place,
+                            survey, transcript, write_video)
 from model import Policy, encode, frame_features, token_log_probs
 from training.checkpoints import save_policy
 from training.weights import MasterWeights

@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685): small trained matrices beside frozen weights.
 
-    y = W x + (alpha / rank) * B A x        A: (rank, in), B: (out, rank), at first 0
+    y = W x + (alpha / rank) * B A x        A: (rank, in), B: (out, rank), at first 0; alpha is 2 * rank
 
     rl.py --lora_rank 16 --lr 1e-5 ...      rank 0: all weights are trained
 
@@ -26,6 +26,7 @@ from model import Policy
 from training.checkpoints import save_policy
 from training.weights import MasterWeights
 
+ALPHA = 2.0  # alpha / rank: how often an adapter counts
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -37,7 +38,7 @@ class LoRAWeights(MasterWeights):
 
     def __init__(self, policy, name, config, with_reference):
         self.name, self.config = name, config
-        add_adapters(policy, config.lora_rank, config.lora_alpha)
+        add_adapters(policy, config.lora_rank, ALPHA * config.lora_rank)
         super().__init__(policy, without_adapters(policy) if with_reference else None)
 
     def export(self, path):
@@ -114,7 +115,7 @@ def save_adapter(master_weights, name, config, path):
     temporary.rename(path / "adapter_model.safetensors")
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(name),
-        "r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0, "bias": "none",
+        "r": config.lora_rank, "lora_alpha": ALPHA * config.lora_rank, "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         # the vision tower has layers of these names, too
         "target_modules": rf".*language_model.*\.({'|'.join(TARGETS)})"})

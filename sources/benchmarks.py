@@ -20,18 +20,8 @@ from common import UserError, open_folder, write_jsonl
 from sources.files import SUBTITLES, VIDEOS, FileIndex, in_threads, read_annotations, relative_to_file
 from sources.images import place_images, save_image
 from sources.rows import question_error
-from sources.shapes import (
-    RowFault,
-    first_of,
-    letter_at,
-    read_answer,
-    read_list,
-    read_options,
-    read_segments,
-    split_options,
-    unwrap,
-    without_options,
-)
+from sources.shapes import (RowFault, first_of, letter_at, read_answer, read_list, read_options,
+                            read_segments, split_options, unwrap, without_options)
 from sources.subtitles import read_subtitles
 from video import VideoError, open_video
 

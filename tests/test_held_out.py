@@ -14,6 +14,7 @@ from tiny import ScriptedEnv, chatty, random_policy, restless
 import rollout as rollouts
 from common import start_processes
 from generation import KVCache
+from protocols import PROTOCOLS
 from rollout import RolloutConfig, play, rollout
 from training.held_out import held_out
 from zoom_env import ZoomEnv
@@ -29,7 +30,7 @@ def figures(policy, rows, root, rank=0, world=1, config=CONFIG):
 
 def test_figures_are_those_of_plain_episodes_at_temperature_0(policy, data, monkeypatch):
     folder, rows, _ = data
-    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
+    monkeypatch.setitem(PROTOCOLS, ZoomEnv.protocol, ScriptedEnv)
     policy = restless(policy)
     envs = [play(policy, row, RolloutConfig(temperature=0.0, max_turn_tokens=24), folder).env for row in rows]
     mean = lambda values: sum(values) / len(rows)
@@ -68,21 +69,22 @@ def on_processes(folder, numbers, out):
 def of_questions(folder, numbers, rank, world):
     rows = [json.loads(line) for line in open(Path(folder) / "train.jsonl")]
     rows[-1]["video"] = "missing.mp4"
-    ZoomEnv.protocols[ZoomEnv.protocol] = ScriptedEnv
+    PROTOCOLS[ZoomEnv.protocol] = ScriptedEnv
     return figures(restless(random_policy()), [rows[i] for i in numbers], folder, rank, world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3, -1], [0]])
 def test_the_figures_are_of_all_processes(data, tmp_path, monkeypatch, numbers):
     """Two, with unequal shares; with one question one of them has nothing to play."""
     folder, _, _ = data
-    monkeypatch.setitem(ZoomEnv.protocols, ZoomEnv.protocol, ScriptedEnv)
+    monkeypatch.setitem(PROTOCOLS, ZoomEnv.protocol, ScriptedEnv)
     launch(2, "test_held_out:on_processes", [folder, json.dumps(numbers), tmp_path]).wait()
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1] == pytest.approx(of_questions(folder, numbers, 0, 1))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_is_trained_after_it_is_the_same(policy, data, training):
     """The next rollouts, everything that could be drawn, gradients so far, the policy's mode."""
     folder, rows, _ = data

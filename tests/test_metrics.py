@@ -1,25 +1,27 @@
-"""A run's numbers: the same in metrics.jsonl, TensorBoard and Weights & Biases, each step once however often the run is
-killed. TensorBoard's and Weights & Biases' parts need their packages."""
+"""A run's numbers: the same in metrics.jsonl, TensorBoard and Weights & Biases, each step once in the first two however often
+the run is killed. TensorBoard's and Weights & Biases' parts need their packages."""
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from launcher import launch
 
+import common
 from common import UserError
-from training.metrics import Metrics
+from training.metrics import Metrics, check_installed, show_step
+from zoom_env import EnvConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
 def numbers(step):
     """Of all kinds: what is no number is not for a curve."""
-    return {"step": step, "loss": 1 / step, "tokens": 1000 * step, "skipped": step > 2, "kind": "demo", "gap": None}
+    return {"step": step, "loss": 1 / step, "tokens": 1000 * step, "skipped": step > 2, "kind": "demo", "mismatch": None}
 
 
 def lines(out):
@@ -36,15 +38,22 @@ def board(out):
     return {tag: dict(values) for tag, values in shown.items()}
 
 
-def wandb_steps(out):
-    """(ids of runs, [(step, {name: value})]) from all .wandb files. These are logs as LevelDB's: after a header of 7 bytes,
-    blocks of 32 KiB of pieces of records, each with checksum (4 bytes), length (2) and kind (1: 1 a whole record, 2 its
-    first, 3 a middle, 4 its last piece)."""
+def wandb_folders(out):
+    """`read_wandb`, once the last folder has steps: its process writes them a moment after `finish`."""
+    end = time.time() + 10
+    while not (folders := read_wandb(out))[-1][1] and time.time() < end:
+        time.sleep(0.1)
+    return folders
+
+
+def read_wandb(out):
+    """[(id of the run, [(step, {name: value})])] of the .wandb files, in order. These are logs as LevelDB's: after a header of
+    7 bytes, blocks of 32 KiB of pieces of records, each with checksum (4 bytes), length (2) and kind (1: 1 a whole record, 2
+    its first, 3 a middle, 4 its last piece)."""
     from wandb.proto.wandb_internal_pb2 import Record
-    ids, steps = set(), []
-    for path in sorted((out / "wandb").glob("offline-run-*/*.wandb")):
-        data, at, record = path.read_bytes(), 7, b""
-        ids.add(path.stem.removeprefix("run-"))
+    folders = []
+    for path in sorted((out / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        data, at, record, steps = path.read_bytes(), 7, b"", []
         while at + 7 <= len(data):
             if 32768 - at % 32768 < 7:
                 at += 32768 - at % 32768
@@ -57,7 +66,8 @@ def wandb_steps(out):
                 items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in history.item}
                 if items:
                     steps.append((items["_step"], {k: v for k, v in items.items() if not k.startswith("_")}))
-    return ids, steps
+        folders.append((path.stem.removeprefix("run-"), steps))
+    return folders
 
 
 def curves(metrics):
@@ -65,8 +75,8 @@ def curves(metrics):
     return {m["step"]: {k: v for k, v in m.items() if k in ("loss", "tokens", "skipped")} for m in metrics}
 
 
-def check_services(out, tensorboard, wandb):
-    """TensorBoard and Weights & Biases have what metrics.jsonl has, each step once."""
+def check_services(out, tensorboard, wandb, began_at=1):
+    """TensorBoard has what metrics.jsonl has, each step once; the last folder of Weights & Biases what the last process wrote."""
     expected = curves(lines(out))
     if tensorboard:
         shown = board(out)
@@ -74,37 +84,37 @@ def check_services(out, tensorboard, wandb):
         for tag, values in shown.items():
             assert values == pytest.approx({step: float(m[tag]) for step, m in expected.items()}, rel=1e-6)
     if wandb:
-        ids, steps = wandb_steps(out)
-        assert len(ids) == 1 and len(dict(steps)) == len(steps) and dict(steps) == expected
+        folders = wandb_folders(out)
+        assert len({run_id for run_id, _ in folders}) == 1
+        assert folders[-1][1] == [(step, m) for step, m in expected.items() if step >= began_at]
 
 
-def process(*code):
-    """A Python process that runs lines of code; of what Weights & Biases has here it knows nothing."""
-    head = f"import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; from test_metrics import *"
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    return subprocess.run([sys.executable, "-c", "\n".join([head, *code])], capture_output=True, text=True, timeout=120,
-                          env=environment, stdin=subprocess.DEVNULL)
+def steps_until_killed(out, first, last, done, services):
+    """Writes steps and is killed."""
+    os.environ |= OFFLINE
+    os.environ.pop("WANDB_SERVICE", None)  # the tests' own, which would keep the run
+    metrics = Metrics(Path(out), 9, "test", done=int(done), **json.loads(services))
+    for step in range(int(first), int(last) + 1):
+        metrics.write(numbers(step))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_and_die(out, first, last, done, **services):
-    """A process that writes steps and is killed, then half a line, as a kill may leave it."""
-    run = process(f"metrics = Metrics({str(out)!r}, 9, 'test', done={done}, **{services})",
-                  f"for step in range({first}, {last} + 1): metrics.write(numbers(step))",
-                  f"os.kill(os.getpid(), {signal.SIGKILL:d})")
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    """Steps of a process that is killed, then half a line, as a kill may leave it."""
+    launch(1, "test_metrics:steps_until_killed", [out, first, last, done, json.dumps(services)]).wait([-signal.SIGKILL])
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
 
 
-@pytest.fixture(params=["metrics.jsonl alone", "all"])
+@pytest.fixture(params=["metrics.jsonl alone", pytest.param("all", marks=pytest.mark.slow)])
 def services(request, monkeypatch):
     """Flags of Metrics: none, or both services, where their packages are there."""
     if request.param != "all":
         return {"tensorboard": False, "wandb": None}
     pytest.importorskip("tensorboard")
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
     return {"tensorboard": True, "wandb": "videozoomer"}
 
 
@@ -119,7 +129,8 @@ def test_all_have_the_same_numbers(tmp_path, services, capsys):
 
 
 def test_a_run_that_is_killed_twice_has_each_step_once(tmp_path, services):
-    """Seven steps, killed, on from step 4 to 6, killed, on from step 5: then no gap and no double anywhere."""
+    """Seven steps, killed, on from step 4 to 6, killed, on from step 5: no step is missing or stands twice. Offline, Weights &
+    Biases has a folder of each of the three."""
     write_and_die(tmp_path, 1, 7, 0, **services)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     Metrics.cut(tmp_path, 4)
@@ -133,17 +144,18 @@ def test_a_run_that_is_killed_twice_has_each_step_once(tmp_path, services):
         metrics.write(numbers(step))
     metrics.close()
     assert lines(tmp_path) == [numbers(step) for step in range(1, 10)]
-    check_services(tmp_path, **services)
+    check_services(tmp_path, **services, began_at=6)
+    assert not services["wandb"] or len(wandb_folders(tmp_path)) == 3
 
 
 def test_services_that_are_asked_for_later(tmp_path, services):
-    """TensorBoard has the steps from then on, Weights & Biases all."""
+    """They have the steps from then on."""
     for done, flags in ((0, {}), (2, services)):
         metrics = Metrics(tmp_path, 4, "test", done=done, **flags)
         for step in (done + 1, done + 2):
             metrics.write(numbers(step))
         metrics.close()
-    check_services(tmp_path, False, services["wandb"])
+    check_services(tmp_path, False, services["wandb"], began_at=3)
     assert not services["tensorboard"] or set(board(tmp_path)["loss"]) == {3, 4}
 
 
@@ -157,8 +169,8 @@ def test_a_new_run_in_the_same_folder_is_another_one(tmp_path, services):
         metrics.close()
     if services["wandb"]:
         check_services(tmp_path, True, None)
-        ids, steps = wandb_steps(tmp_path)
-        assert len(ids) == 2 and len(steps) == 6
+        folders = wandb_folders(tmp_path)
+        assert len({run_id for run_id, _ in folders}) == 2 and [len(steps) for _, steps in folders] == [3, 3]
 
 
 def test_only_the_first_process_writes(tmp_path, services, capsys):
@@ -169,34 +181,36 @@ def test_only_the_first_process_writes(tmp_path, services, capsys):
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_missing_package_is_one_line(tmp_path, package, monkeypatch):
-    for name in [package, *(name for name in sys.modules if name.startswith((package + ".", "torch.utils.tensorboard")))]:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(UserError, match=f"^--{package} needs the package {package}: pip install {package}$"):
-        Metrics(tmp_path, 3, "test", **{package: "project" if package == "wandb" else True})
-    assert not list(tmp_path.iterdir())
+def test_a_missing_package_is_one_line(monkeypatch):
+    for package in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+        with pytest.raises(UserError, match=f"^--{package} needs the package {package}: pip install {package}$"):
+            check_installed(package == "tensorboard", "project" if package == "wandb" else None)
+    check_installed(False, None)
 
 
+def with_wandb(out, mode, project):
+    """Begins to write to Weights & Biases, of which it knows nothing here."""
+    os.environ |= {"WANDB_MODE": mode, "HOME": out, "NETRC": f"{out}/netrc"}
+    for name in ("WANDB_API_KEY", "WANDB_SERVICE"):
+        os.environ.pop(name, None)
+    common.run_main(lambda: Metrics(Path(out), 3, "test", wandb=project))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, project, word", [("offline", "a/b", "a/b"), ("online", "videozoomer", "key")])
-def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch, mode, project, word):
+def test_what_wandb_refuses_is_one_line(tmp_path, mode, project, word):
     pytest.importorskip("wandb")
-    for name, value in {"WANDB_MODE": mode, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    run = process(f"common.run_main(lambda: Metrics({str(tmp_path)!r}, 3, 'test', wandb={project!r}))")
-    said = run.stderr.strip().splitlines()
-    assert run.returncode == 2 and f"error: --wandb {project}: " in said[-1] and word in said[-1], run.stderr
-    assert "Traceback" not in run.stderr
+    said = launch(1, "test_metrics:with_wandb", [tmp_path, mode, project]).wait([2]).strip().splitlines()
+    assert f"error: --wandb {project}: " in said[-1] and word in said[-1] and "Traceback" not in "".join(said), said
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"step": 3, "loss"', b'{"step": 3}', b"\0" * 30, b'\n[1]\n{"no": 1}\n'])
-def test_cutting_keeps_whole_lines_only(tmp_path, damage):
+def test_cutting_keeps_whole_lines_only(tmp_path):
     whole = b'{"step": 1, "loss": 0.10000000000000001}\n{"step": 2, "loss": NaN}\n'
-    (tmp_path / "metrics.jsonl").write_bytes(whole + damage)
-    Metrics.cut(tmp_path, 3)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    for damage in (b"", b'{"step": 3, "loss"', b'{"step": 3}', b"\0" * 30, b'\n[1]\n{"no": 1}\n7\n'):
+        (tmp_path / "metrics.jsonl").write_bytes(whole + damage)
+        Metrics.cut(tmp_path, 3)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole, damage
     Metrics.cut(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"" and len(list(tmp_path.iterdir())) == 1
 
@@ -220,7 +234,26 @@ def test_the_bar_goes_on_where_the_run_was(tmp_path, capsys):
 def test_what_is_not_finite_is_null(tmp_path):
     """metrics.jsonl is JSON in the strict sense."""
     log = Metrics(tmp_path, 2, "run")
-    log.write({"step": 1, "loss": float("nan"), "gap_max": float("inf"), "lr": 1e-6})
+    log.write({"step": 1, "loss": float("nan"), "mismatch_max": float("inf"), "lr": 1e-6})
     log.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
-    assert line == {"step": 1, "loss": None, "gap_max": None, "lr": 1e-6}
+    assert line == {"step": 1, "loss": None, "mismatch_max": None, "lr": 1e-6}
+
+
+def test_what_is_said_of_a_step():
+    """One line, and warnings; a policy to which no zoom is allowed has not stopped zooming."""
+    from rl import Config
+
+    metrics = {"step": 2, "reward": 0.5, "groups": 1, "zooms": 0.0, "updates": 1}
+
+    def said(env_config=EnvConfig(), **more):
+        lines = []
+        show_step(metrics | more, [], Config(steps=3), env_config, lines.append)
+        return lines
+
+    assert said(zooms=1.0)[0].startswith("step 2/3  reward 0.500") and len(said(zooms=1.0)) == 1
+    assert "stopped zooming" in said()[1] and len(said(EnvConfig(max_zooms=0))) == 1
+    assert "no group had a spread" in said(zooms=1.0, groups=0)[1]
+    left_out = said(zooms=1.0, episodes_left_out=9)
+    assert "9 episodes" in left_out[1] and "--max_mismatch" in left_out[1] and "nothing learned" not in left_out[1]
+    assert "nothing learned" in said(zooms=1.0, episodes_left_out=9, updates=0)[1]

@@ -1,4 +1,4 @@
-"""SIGTERM: real processes get real signals, wherever they are, and end with 143 in time."""
+"""SIGTERM and Ctrl-C: real processes get real signals, wherever they are, end in time, and lose nothing that can be saved."""
 
 import os
 import select
@@ -9,32 +9,29 @@ import time
 from pathlib import Path
 
 import pytest
+from launcher import launch
+from test_training import finish, flags, lines, metrics, shared_place, wait_for, whole_run
 
-from training.stopping import Stopping
+from training import stopping
+from training.run_checkpoints import run_folders
 
 ROOT = Path(__file__).resolve().parent.parent
-HANDLER = signal.getsignal(signal.SIGTERM)  # before any test
 BEGIN = f"""
-import os, sys, threading, time
+import ctypes, os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
-from concurrent.futures import ThreadPoolExecutor
-from training.stopping import Stopping
+from training import stopping
+stopping.GRACE_S = 2.5
 say = lambda *words: print(*words, flush=True)
-"""
-JOIN = BEGIN + """
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+sleep, lock, mutex = lambda: time.sleep(60), ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 """
 
 
 class Child:
-    """A Python process that runs `lines` after BEGIN or another beginning; it is killed after the test."""
+    """A Python process that runs `code` after BEGIN; it is killed after the test."""
 
-    def __init__(self, lines, begin=BEGIN, **variables):
-        self.process = subprocess.Popen([sys.executable, "-c", begin + lines], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)
+    def __init__(self, code):
+        self.process = subprocess.Popen([sys.executable, "-c", BEGIN + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        text=True)
 
     def __enter__(self):
         return self
@@ -49,226 +46,189 @@ class Child:
         line = self.process.stdout.readline().strip()
         assert line == word, line or self.process.stderr.read()
 
-    def stop(self, times=1, pause_s=0.2):
-        for _ in range(times):
-            self.stopped_at = time.monotonic()
-            self.process.send_signal(signal.SIGTERM)
-            time.sleep(pause_s if times > 1 else 0)
 
-    def end(self, within_s):
-        """(exit status, the rest of what it says on stdout, stderr)."""
-        said, complained = self.process.communicate(timeout=within_s)
-        return self.process.returncode, said.split(), complained
-
-
-WAITING = {
-    "in a future": """
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            future = pool.submit(work)
-            say("inside")
-            future.result()
-        except BaseException:
-            pool.shutdown(wait=False)
-            over.set()
-            raise""",
-    "computing": """
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        say("inside")
-        while True: sum(range(1000))
-    finally:
-        over.set()""",
-    "asleep": """
-    say("inside")
-    time.sleep(60)""",
-    "in a generator": """
-    def numbers():
-        try:
-            while True: yield time.sleep(0.001)
-        finally:
-            over.set()
-    say("inside")
-    for _ in numbers(): pass"""}
+# where the main thread is: what it does, what saving does, the line that is printed, and the least and most seconds
+SAVED, LOST = "lambda: 'saved'", "-c: lost\n"
+PLACES = {
+    "computing": ("while True: sum(range(1000))", SAVED, "-c: saved\n", 0, 1.5),
+    "asleep": ("sleep()", SAVED, "-c: saved\n", 0, 1.5),
+    "in C code that runs no handlers": ("lock(mutex), lock(mutex)", SAVED, "-c: saved\n", 0, 1.5),
+    "in a cleanup that does not end": ("try: sleep()\nfinally: sleep()", SAVED, "-c: saved\n", 0, 1.5),
+    "while saving takes too long": ("while True: sum(range(1000))", "sleep", LOST, 1.2, 2.5),
+    "while saving fails": ("sleep()", "lambda: 1 / 0", LOST, 1.2, 2.5),
+    "writing what nobody reads": ("while True: print('x', file=sys.stderr)", SAVED, None, 0, 2.5)}
 
 
-@pytest.mark.parametrize("where", WAITING)
-def test_what_can_be_left_is_left_at_once_and_the_rest_goes_on(where):
-    """Work of other threads, too; what is called next in the same way does not begin."""
-    with Child(f"""
-stopping, over = Stopping(30), threading.Event()
-stopping.armed = True
-def work():
-    while not over.is_set(): sum(range(1000))
-def play():{WAITING[where]}
-returned = stopping.interruptibly(play)
-say("left", returned, stopping.requested, stopping.interruptibly(say, "begun"))
-stopping.leave("saved")
-""") as child:
-        child.says("inside")
-        child.stop()
-        status, said, complained = child.end(5)
-        assert (status, said) == (143, ["left", "None", "True", "None"])
-        assert complained == "-c: saved\n" and time.monotonic() - child.stopped_at < 3
-
-
-LOADING = {"computing": "while True: sum(range(1000))",
-           "asleep": "time.sleep(60)",
-           "in C code that runs no handlers": "os.system('exec sleep 6 >/dev/null 2>&1')"}
-
-
-@pytest.mark.parametrize("where", LOADING)
-def test_before_it_is_armed_the_process_ends_right_away(where):
-    with Child(f"stopping = Stopping(30)\nsay('loading')\n{LOADING[where]}") as child:
-        child.says("loading")
-        time.sleep(0.3)
-        child.stop()
-        child.process.wait(5)
-        status = child.process.returncode
-        assert status == 143 and time.monotonic() - child.stopped_at < 3
-
-
-def test_a_loop_sees_that_it_is_to_stop_and_ends_in_order():
-    """Nothing is raised outside `interruptibly`."""
-    with Child("""
-stopping = Stopping(30)
-stopping.armed, steps = True, 0
-say(stopping.interruptibly(lambda: "played"))
-while not stopping.requested:
-    time.sleep(0.01)
-    steps += 1
-say("saving", steps > 5)
-stopping.leave("stopped after a step")
-""") as child:
-        child.says("played")
-        time.sleep(0.5)
-        child.stop()
-        assert child.end(5) == (143, ["saving", "True"], "-c: stopped after a step\n")
-
-
-def test_exceptions_pass_through_and_a_stop_takes_the_place_of_what_was_returned():
-    """In this process, which gets a real signal, and no end for a long time."""
-    stopping = Stopping(1e6)
-    stopping.armed = True
-    assert stopping.interruptibly(lambda a, b: (a, b), 1, b=2) == (1, 2)
-    for error in (ValueError("mine"), KeyboardInterrupt(), SystemExit(3)):
-        def fail():
-            raise error
-        with pytest.raises(type(error)) as raised:
-            stopping.interruptibly(fail)
-        assert raised.value is error and not stopping.inside and not stopping.requested
-
-    def stop_while_cleaning_up(seen=[]):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # raises nothing again
-            seen.append(time.sleep(0.1))
-        return seen
-    assert stopping.interruptibly(stop_while_cleaning_up) is None
-    assert stop_while_cleaning_up.__defaults__ == ([None],) and stopping.requested
-
-
-@pytest.mark.parametrize("grace_s", [1.5, 2.5])
-@pytest.mark.parametrize("times", [1, 4])
-def test_it_ends_in_time_whatever_the_main_thread_does(grace_s, times):
-    """As if the save took too long. More signals change neither when nor how, nor does work in other threads."""
-    with Child(f"""
-stopping = Stopping({grace_s}, lambda: "2 steps are lost")
-stopping.armed = True
-threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(int, 1)]).start()
-def play():
-    say("inside")
-    time.sleep(60)
-stopping.interruptibly(play)
-try:
-    while True: time.sleep(0.01)
-except BaseException as error:
-    say(error)
-""") as child:
-        child.says("inside")
-        began = time.monotonic()
-        child.stop(times)
-        status, said, complained = child.end(grace_s + 5)
-        assert (status, said, complained) == (143, [], "-c: 2 steps are lost\n")
-        assert grace_s - 1.1 < time.monotonic() - began < grace_s
-
-
-def test_it_ends_in_time_if_nobody_reads_what_it_says_or_the_line_cannot_be_made():
-    """A full pipe holds whoever writes into it."""
-    for lost in ("lambda: 'stopped'", "lambda: 1 / 0"):
-        with Child(f"""
-stopping = Stopping(1.5, {lost})
-stopping.armed = True
-say("inside")
-while True: print("x", file=sys.stderr)
-""") as child:
-            child.says("inside")
-            time.sleep(0.3)
-            child.stop()
-            assert child.process.wait(5) == 143 and time.monotonic() - child.stopped_at < 3
+def test_a_process_ends_in_time_whatever_its_main_thread_does():
+    """With 128 + the signal's number. More signals, of another kind too, change neither when nor how."""
+    failures = []
+    for where, (does, save, line, least_s, most_s) in PLACES.items():
+        for numbers in ((signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
+            with Child(f"stopping.stop_at_signals({save}, lambda: 'lost')\nsay('inside')\n{does}") as child:
+                child.says("inside")
+                time.sleep(0.1)
+                began = time.monotonic()
+                for number in numbers:
+                    child.process.send_signal(number)
+                    time.sleep(0.05 * (len(numbers) - 1))
+                status = child.process.wait(20)
+                took_s = time.monotonic() - began
+                complained = child.process.stderr.read() if line else None
+                fits = status == 128 + numbers[0] and least_s <= took_s < most_s
+                if not fits or (line and not complained.endswith(line)):
+                    failures.append((where, numbers, status, took_s, complained))
+    assert not failures
 
 
 def test_a_forked_child_ends_by_its_own_signal_and_does_not_end_its_parent():
     with Child("""
-stopping = Stopping(1.2)
+stopping.stop_at_signals(lambda: "saved", lambda: "lost")
 child = os.fork()
 if not child: time.sleep(20) or os._exit(1)
 time.sleep(0.2)
 os.kill(child, 15)
 say(os.waitpid(child, 0)[1])
 time.sleep(0.5)
-say(stopping.requested)
+say("alive")
 """) as child:
-        assert child.end(10) == (0, ["15", "False"], "")
+        said, complained = child.process.communicate(timeout=20)
+        assert (said.split(), complained, child.process.returncode) == (["15", "alive"], "", 0)
 
 
-def test_a_process_that_waits_for_one_that_hangs_ends_in_time():
-    """No signal handler runs while it does."""
-    lines = """
-stopping = Stopping(2)
-stopping.armed = True
-say("joined")
-if rank == 1: time.sleep(60)
-dist.all_reduce(torch.ones(1))
-"""
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29700 + os.getpid() % 2000)}
-    with Child(lines, JOIN, RANK="1", **variables) as hanging, Child(lines, JOIN, RANK="0", **variables) as child:
-        hanging.says("joined"), child.says("joined")
-        time.sleep(0.5)
-        child.stop()
-        assert child.end(10) == (143, [], "-c: stopped\n")
-        assert 0.5 < time.monotonic() - child.stopped_at < 2
+# ---------------------------------------------------------------------------------------------- runs that train
+def rl_held_up(where, ranks, after, hurry, *flags):
+    """rl.py with planted rewards, of which some processes are held up somewhere after some finished steps: for 3 s in a slow
+    optimizer step, which is then over, else for as long as it takes. hurry: they end within 5 s."""
+    import runpy
+
+    import rl
+    import rollout
+    import training.run
+    import training.weights
+
+    run, rank = training.run.TrainingRun, os.environ["RANK"]
+    finished, after = [0], int(after)
+    if hurry == "True":
+        stopping.GRACE_S = 5
+
+    def hold_up():
+        if rank in ranks and finished[0] >= after:
+            print(f"inside{rank}", flush=True)
+            end = time.time() + (3 if where == "slow optimizer step" else 1000)
+            while time.time() < end:
+                time.sleep(0.05)
+                sum(range(100_000))
+
+    def before(owner, name):
+        function = getattr(owner, name)
+
+        def call(*args, **how):
+            hold_up()
+            return function(*args, **how)
+        setattr(owner, name, call)
+
+    def end_step(self, *args):
+        end(self, *args)
+        finished[0] += 1
+
+    end, run.end_step = run.end_step, end_step
+    match where:
+        case "loading":
+            before(rl, "load_weights")
+        case "rollout":
+            before(rollout.Engine, "play")
+        case "adding gradients up":
+            before(training.weights.MasterWeights, "sum_gradients")
+        case "before an optimizer step":
+            before(training.weights.MasterWeights, "apply")
+        case "optimizer step" | "slow optimizer step":
+            before(training.weights.MasterWeights, "cast")
+        case "held-out questions":
+            before(training.run, "held_out")
+    sys.argv = ["rl.py", *flags]
+    runpy.run_path(str(ROOT / "bench/planted_rl.py"), run_name="__main__")
 
 
-def test_under_torchrun_the_workers_end_with_143_and_torchrun_with_1(tmp_path):
-    """One of them waits for the other one."""
-    script = tmp_path / "run.py"
-    script.write_text(JOIN + """
-stopping = Stopping(3)
-stopping.armed = True
-def note(status): open(f"{sys.argv[1]}/{rank}", "w").write(str(status))
-leave = os._exit
-os._exit = lambda status: (note(status), leave(status))
-print(f"ready{rank}\\n", end="", flush=True)
-if rank == 1:
-    while not stopping.requested: time.sleep(0.01)
-    time.sleep(60)
-dist.all_reduce(torch.ones(1))
-""")
-    with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           script, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert {run.stdout.readline().strip() for _ in range(2)} == {"ready0", "ready1"}
-        began = time.monotonic()
-        run.send_signal(signal.SIGTERM)
-        _, complained = run.communicate(timeout=20)
-        assert run.returncode == 1 and "SignalException" in complained and "run.py: stopped" in complained
-        assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["143", "143"]
-        assert 1.5 < time.monotonic() - began < 6
+def stopped(out, where, ranks="01", after=2, shard="none", number=signal.SIGTERM, processes=2, times=1, hurry=False,
+            more=()):
+    """Starts a run, which saves nothing by itself, waits until it is held up, and sends a signal to its processes. Returns
+    what they say, the number of the step that is saved, and how long it took."""
+    runs = launch(processes, "test_stopping:rl_held_up",
+                  [where, ranks, after, hurry, *flags(shared_place(), out, "rl.py", shard, "--save_every", 100, *more)])
+    wait_for(runs, lambda: None not in [log.exists() or None for log in runs.logs])
+    wait_for(runs, lambda: all(f"inside{rank}" in runs.said() for rank in ranks[:processes]))
+    began = time.monotonic()
+    for _ in range(times):
+        runs.signal(number)
+        time.sleep(0.2)
+    said = runs.wait([128 + number] * processes, timeout_s=30)
+    took_s = time.monotonic() - began
+    folders = run_folders(out)
+    return said, int(folders[-1].name.removeprefix("step_")) if folders else 0, took_s
 
 
-def test_the_signals_are_pytests_again():
-    """A test above makes one in this process, as those of the scripts do."""
-    assert signal.getsignal(signal.SIGTERM) == HANDLER and signal.set_wakeup_fd(-1) == -1
+def check_goes_on(out, processes=2, shard="none"):
+    """The metrics are those of an undisturbed run."""
+    finish(shared_place(), out, "rl.py", shard, processes, "--save_every", 100)
+    assert metrics(out) == metrics(whole_run("rl.py", shard, processes))
+
+
+def test_a_run_that_is_stopped_in_a_rollout_saves_the_step_before(tmp_path):
+    """One process, Ctrl-C twice: no finished step is lost, and what follows is an undisturbed run."""
+    said, saved, took_s = stopped(tmp_path, "rollout", "0", number=signal.SIGINT, processes=1, times=2)
+    assert saved == 2 and "rl.py: stopped; the same command goes on after step 2\n" in said and took_s < 10
+    check_goes_on(tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where, ranks, shard, saved", [
+    ("rollout", "01", "none", 2), ("rollout", "0", "all", 2), ("adding gradients up", "1", "none", 2),
+    ("slow optimizer step", "1", "none", 3)])
+def test_two_processes_agree_on_what_they_save(tmp_path, where, ranks, shard, saved):
+    """The step before, as long as no process is within an optimizer step; then this one, once it is over."""
+    said, step, took_s = stopped(tmp_path, where, ranks, shard=shard)
+    assert step == saved == len(lines(tmp_path)) and took_s < 20
+    assert f"rl.py: stopped; the same command goes on after step {saved}\n" in said
+    check_goes_on(tmp_path, shard=shard)
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_save_says_so_in_time(tmp_path):
+    """One process hangs where the weights have moved, or before that while the other one is there; the disk is full."""
+    for where, ranks in (("optimizer step", "0"), ("before an optimizer step", "1")):
+        said, saved, took_s = stopped(tmp_path / where, where, ranks, 1, hurry=True)
+        assert saved == 0 and "goes on after step 0, finished steps lost: 1" in said and 2 < took_s < 6
+        assert not list((tmp_path / where).glob("checkpoints/*"))
+    check_goes_on(tmp_path / "optimizer step")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "checkpoints").symlink_to("/dev/full")
+    said, _, took_s = stopped(tmp_path / "full", "rollout", after=1)
+    assert "finished steps lost: 1 (UserError: cannot save " in said and took_s < 10
+    assert stopping.GRACE_S == 20  # torchrun kills after 30
+
+
+@pytest.mark.slow
+def test_before_the_first_step_nothing_is_lost_and_held_out_questions_end_in_time(tmp_path):
+    said, saved, took_s = stopped(tmp_path / "loading", "loading", after=0, processes=1, ranks="0")
+    assert saved == 0 and "stopped; nothing is lost" in said and took_s < 3
+    said, saved, took_s = stopped(tmp_path / "rollout", "rollout", "1", after=0)
+    assert saved == 0 and "goes on after step 0\n" in said and took_s < 3
+    held_out = ("--val", shared_place() / "test.jsonl", "--val_every", 2)
+    said, saved, took_s = stopped(tmp_path / "val", "held-out questions", "0", 1, processes=1, more=held_out, hurry=True)
+    assert saved == 0 and "goes on after step 0, finished steps lost: 1" in said and 2 < took_s < 6
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_signal_on(tmp_path):
+    """The steps are saved. torchrun's own exit status is 1."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "bench/planted_rl.py",
+               *flags(shared_place(), tmp_path, "rl.py", "none", "--steps", 1000, "--save_every", 1000)]
+    with subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        end = time.time() + 120
+        while len(lines(tmp_path)) < 2 and time.time() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    saved = int(run_folders(tmp_path)[-1].name.removeprefix("step_"))
+    assert process.returncode == 1 and f"the same command goes on after step {saved}\n" in said, said[-2000:]
+    assert saved == len(lines(tmp_path)) >= 2

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from demo.synthetic import COLOURS, SHAPES, TINY_ENV
-from demo.tiny_base import (CURRICULUM, QWEN_SPECIAL, TINY_BASE, Lessons, Stage, answer_probabilities, lesson_log_probs,
-                            make_frame_bank, make_tiny_model, make_tokenizer, pretrain, tokenizer_texts)
+from demo.tiny_base import (CURRICULUM, QWEN_SPECIAL, TINY_BASE, Lessons, Stage, answer_probabilities,
+                            lesson_log_probs, make_frame_bank, make_tiny_model, make_tokenizer, pretrain,
+                            tokenizer_texts)
 from test_synthetic import nearest
 from training.checkpoints import load_policy
 from video import Frame

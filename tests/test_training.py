@@ -1,12 +1,17 @@
-"""Runs that are killed, stopped and started again: nothing is lost but the steps since the last save, and what
-follows is what an undisturbed run would have done."""
+"""Runs that are killed and started again: nothing is lost but the steps since the last save, and what follows is what an
+undisturbed run would have done."""
 
+import atexit
+import functools
 import json
+import pickle
 import random
-import signal
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,23 +21,40 @@ from launcher import launch
 from tiny import random_policy
 
 import rl
-from common import start_processes
+import sft
+from common import UserError, start_processes
 from demo.synthetic import synthetic
-from training.checkpoints import load_policy
-from training.checkpoints import save_policy
-from training.run_checkpoints import run_folders
-from scale.sharding import load_weights
-from training.run import TrainingRun
+from scale.pick import load_weights
+from training import run_folder
+from training.checkpoints import load_policy, save_policy
+from training.environment import run_environment
+from training.run import TrainingRun, make_optimizer
+from training.run_checkpoints import SavedRun, run_folders
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMES = {"seconds", "seconds_rollout", "seconds_update", "seconds_data", "seconds_save", "seconds_idle", "seconds_gather"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    make_place(folder)
-    return folder
+@pytest.fixture(scope="session")
+def place():
+    return shared_place()
+
+
+@functools.cache
+def shared_place():
+    """What `make_place` makes, once for all tests."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    make_place(Path(folder.name))
+    return Path(folder.name)
+
+
+@functools.cache
+def whole_run(script, shard, processes):
+    """The folder of an undisturbed run, once for all tests."""
+    out = shared_place() / f"whole-{script}-{shard}-{processes}"
+    finish(shared_place(), out, script, shard, processes)
+    assert len({m["loss"] for m in metrics(out) if "loss" in m}) > 3
+    return out
 
 
 def make_place(folder):
@@ -52,7 +74,7 @@ def flags(place, out, script, shard, *more):
 
 
 def start(place, out, script, shard, processes, *more):
-    path = {"rl.py": "tests/planted_rl.py"}.get(script, script)
+    path = {"rl.py": "bench/planted_rl.py"}.get(script, script)
     return launch(processes, path, flags(place, out, script, shard, *more))
 
 
@@ -88,42 +110,36 @@ def kill_and_go_on(place, out, script, shard, processes, after_lines, delay_s):
     return there
 
 
-@pytest.fixture(scope="module")
-def whole_runs(place, tmp_path_factory):
-    """The folder of an undisturbed run of two processes."""
-    folders = {}
-
-    def whole(script, shard):
-        if (script, shard) not in folders:
-            folders[script, shard] = tmp_path_factory.mktemp("whole") / "out"
-            finish(place, folders[script, shard], script, shard, 2)
-            assert len({m["loss"] for m in metrics(folders[script, shard]) if "loss" in m}) > 3
-        return folders[script, shard]
-
-    return whole
+def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path):
+    """One process of sft.py: the metrics are an undisturbed run's to the bit, and so is the checkpoint."""
+    same_after_a_kill(place, tmp_path, "sft.py", "none", 1, 3)
 
 
-@pytest.mark.parametrize("script, shard, after_lines", [("rl.py", "none", 3), ("rl.py", "all", 1), ("sft.py", "all", 4)])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path, whole_runs, script, shard, after_lines):
-    """Two processes, killed once: the metrics are an undisturbed run's to the bit, and so is the checkpoint."""
-    whole = whole_runs(script, shard)
-    kill_and_go_on(place, tmp_path, script, shard, 2, after_lines, delay_s=random.random() / 2)
-    assert metrics(tmp_path) == metrics(whole)
-    mine, theirs = (load_policy(folder).state_dict() for folder in (tmp_path, whole))
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, shard, after_lines", [("rl.py", "all", 1), ("sft.py", "all", 4)])
+def test_two_killed_processes_go_on_as_if_nothing_had_been(place, tmp_path, script, shard, after_lines):
+    same_after_a_kill(place, tmp_path, script, shard, 2, after_lines)
     assert "is finished" in finish(place, tmp_path, script, shard, 2)
 
 
+def same_after_a_kill(place, out, script, shard, processes, after_lines):
+    whole = whole_run(script, shard, processes)
+    kill_and_go_on(place, out, script, shard, processes, after_lines, delay_s=random.random() / 2)
+    assert metrics(out) == metrics(whole)
+    mine, theirs = (load_policy(folder).state_dict() for folder in (out, whole))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.slow
 def test_sft_goes_on_with_another_number_of_processes(place, tmp_path):
     """From two, replicated, to three with shards, to one: the same metrics to 1e-5."""
-    finish(place, tmp_path / "whole", "sft.py", "none", 1)
-    out = tmp_path / "changed"
+    whole, out = whole_run("sft.py", "none", 1), tmp_path / "changed"
     for processes, shard, after in ((2, "none", 3), (3, "all", 5)):
         runs = start(place, out, "sft.py", shard, processes)
         wait_for(runs, lambda: len(lines(out)) >= after)
         runs.kill()
     finish(place, out, "sft.py", "none", 1)
-    changed, whole = metrics(out), metrics(tmp_path / "whole")
+    changed, whole = metrics(out), metrics(whole)
     assert [m["step"] for m in changed] == [m["step"] for m in whole]
     for mine, theirs in zip(changed, whole):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
@@ -136,17 +152,19 @@ def state_of_a_run(place, run, shard, out):
     known = {f: saved[f] for f in saved if f in rl.Config.__dataclass_fields__}
     config = rl.Config(**known | dict(out=run, data=f"{place}/train.jsonl", model=f"{place}/model", shard=shard, device="cpu"))
     training = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
-    weights = load_weights(config.model, config, device)
-    optimizer = torch.optim.AdamW(weights.parameters, lr=1.0, fused=True)
+    weights = load_weights(config.model, config, run_environment(config.model, config), device)
+    optimizer = make_optimizer(weights, config)
     progress = training.start(weights, optimizer, 5, {"step": 0}, torch.Generator())
     whole = lambda tensor: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-    tensors = {name: [whole(p), *(whole(x) for x in optimizer.state[p].values())] for name, p in weights.masters.items()}
+    tensors = {name: [whole(p), *(whole(optimizer.state[p][what]) for what in ("step", "exp_avg", "exp_avg_sq"))]
+               for name, p in weights.masters.items()}
     rows = [json.loads(line) for line in open(config.data)]
     draws = [row["id"] for row in islice(rl.endless(rows, config.seed), progress["drawn"], progress["drawn"] + 4)]
     if rank == 0:
         torch.save({"tensors": tensors, "progress": progress, "draws": draws}, Path(out) / "state.pt")
 
 
+@pytest.mark.slow
 def test_rl_goes_on_with_another_number_of_processes(place, tmp_path):
     """Weights, moments, step, place in the data and skipped rows are bit-equal, and the next questions the same."""
     run = tmp_path / "run"
@@ -162,42 +180,72 @@ def test_rl_goes_on_with_another_number_of_processes(place, tmp_path):
         for name, tensors in states[0]["tensors"].items():
             assert len(tensors) == 4 and all(map(torch.equal, tensors, state["tensors"][name])), name
     assert states[0]["progress"]["step"] > 0 and states[0]["progress"]["drawn"] >= 8
-    finish(place, run, "rl.py", "none", 1)
+    said = finish(place, run, "rl.py", "none", 1)
+    assert "random numbers are drawn from new seeds" in said
     assert [m["step"] for m in metrics(run)] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("after_lines", [1, 3])
-def test_a_run_that_is_told_to_stop_saves_the_start_of_its_step(place, tmp_path, whole_runs, after_lines):
-    """SIGTERM, in a rollout or not: no finished step is lost, and what follows is an undisturbed run."""
-    out = tmp_path / "stopped"
-    runs = start(place, out, "rl.py", "none", 2, "--save_every", 100)
-    wait_for(runs, lambda: len(lines(out)) >= after_lines)
-    runs.signal(signal.SIGTERM)
-    said = runs.wait([143, 143], timeout_s=25)
-    there = len(lines(out))
-    saved = int(run_folders(out)[-1].name.removeprefix("step_")) if run_folders(out) else 0
-    assert f"the same command goes on after step {saved}" in said
-    assert saved == there or f"{there} finished step" in said  # the weights had moved already
-    finish(place, out, "rl.py", "none", 2, "--save_every", 100)
-    assert metrics(out) == metrics(whole_runs("rl.py", "none"))
+# ------------------------------------------------------------------------------------------------ the same run?
+@dataclass(frozen=True)
+class Settings:
+    data: str
+    warmup: float = 0.1
+    cache_gb: float = 1.0
+    resume: str = "auto"
 
 
-def test_torchrun_passes_the_signal_on(place, tmp_path):
-    """Its processes end with 143; its own exit status is 1."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests/planted_rl.py"]
-    process = subprocess.Popen([*map(str, command + flags(place, tmp_path, "rl.py", "none", "--steps", 1000))],
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    end = time.time() + 120
-    while len(lines(tmp_path)) < 2 and time.time() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and "the same command goes on after step" in said, said[-2000:]
+def git(folder, *words):
+    subprocess.run(["git", "-C", folder, "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True, capture_output=True)
 
 
-def test_other_settings_are_refused_and_never_moves_aside(place, tmp_path):
+def test_what_a_run_was_started_with(tmp_path, monkeypatch, capsys):
+    """Other settings or inputs are refused; what may differ, and the code, is not; --resume never moves the run aside."""
+    out, data, code = tmp_path / "out", tmp_path / "rows.jsonl", tmp_path / "code"
+    out.mkdir(), code.mkdir(), data.write_text("1")
+    monkeypatch.setattr(run_folder, "__file__", str(code / "file.py"))
+    begin = lambda **more: run_folder.begin_run(out, replace(Settings(str(data)), **more), (), {"rows": data}, "metrics.jsonl")
+    assert begin() == begin() == "new"  # nothing is written yet
+    (out / "metrics.jsonl").write_text("first")
+    assert begin() == begin(cache_gb=2.0) == "unfinished"
+    with pytest.raises(UserError, match=r"--warmup 0.1, not 0.5.*--resume never"):
+        begin(warmup=0.5)
+    data.write_text("2")
+    with pytest.raises(UserError, match="another rows: its content differs"):
+        begin()
+    data.write_text("1")
+    # without a repository nothing is said of the code, in one the commit and changes are
+    assert not capsys.readouterr().err and json.loads((out / "run.json").read_text())["code"] is None
+    git(code, "init")
+    (code / "file.py").write_text("1")
+    git(code, "add", "."), git(code, "commit", "-m", "1")
+    assert begin() == "unfinished" and begin(resume="never") == "new" and not capsys.readouterr().err
+    assert (out / "metrics.1.jsonl").read_text() == "first" and (out / "run.1.json").exists()
+    (out / "metrics.jsonl").write_text("second")
+    assert begin() == "unfinished" and not capsys.readouterr().err
+    (code / "file.py").write_text("2")
+    assert begin() == "unfinished"
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "goes on with" in warning and "with changes" in warning
+    git(code, "commit", "-am", "2")
+    assert begin() == "unfinished" and capsys.readouterr().err.count("\n") == 1
+    # a finished run says so, or is moved aside where its input has changed
+    run_folder.finish_run(out)
+    assert begin() == "finished" and not capsys.readouterr().err
+    with pytest.raises(UserError, match="--warmup"):
+        begin(warmup=0.5)
+    data.write_text("3")
+    assert begin() == "new" and (out / "metrics.2.jsonl").read_text() == "second"
+    # what no run has written is taken for none
+    for text in ("", "[]", "7", '{"settings": {}}', '{"settings": [], "inputs": {}, "finished": false}'):
+        (out / "run.json").write_text(text)
+        (out / "metrics.jsonl").write_text(text or "x")
+        assert begin() == "new", text
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_never_makes_it_again(place, tmp_path):
     out = tmp_path / "out"
-    finish(place, out, "sft.py", "none", 1)
+    shutil.copytree(whole_run("sft.py", "none", 1), out)
     first = lines(out)
     assert "is finished" in finish(place, out, "sft.py", "none", 1)
     said = start(place, out, "sft.py", "none", 1, "--warmup", 0.5).wait([2])
@@ -207,6 +255,8 @@ def test_other_settings_are_refused_and_never_moves_aside(place, tmp_path):
     assert (out / "checkpoints.1").is_dir() and run_folders(out)
 
 
+# --------------------------------------------------------------------------------------------- what else may be
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["sft.py", "rl.py"])
 def test_a_bad_video_on_one_process_is_left_out_by_all(place, tmp_path, script):
     """With shards each pass needs all processes; the one with nothing to do must not keep the others waiting."""
@@ -221,28 +271,36 @@ def test_a_bad_video_on_one_process_is_left_out_by_all(place, tmp_path, script):
     assert "missing.mp4" in skipped and lines(tmp_path / "out")
 
 
-def test_nothing_is_unpickled_when_a_run_goes_on(place, tmp_path, monkeypatch):
-    finish(place, tmp_path / "run", "sft.py", "none", 1)
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(run | {"finished": False}))
-    script = tmp_path / "guarded.py"
-    script.write_text(
-        "import pickle, runpy, sys, torch\n"
-        f"sys.path[:0] = [{str(ROOT)!r}]; sys.argv[0] = {str(ROOT / 'sft.py')!r}\n"
-        "import sft, training.checkpoints as c\n"
-        "read = c.SavedRun.read_into\n"
-        "def guarded(*args):\n"
-        "    def no(*a, **k): raise AssertionError('unpickled')\n"
-        "    pickle.load = pickle.loads = pickle.Unpickler = torch.load = no\n"
-        "    print('guarded', flush=True)\n"
-        "    return read(*args)\n"
-        "c.SavedRun.read_into = guarded\n"
-        "sft.run_main(sft.main)\n")
-    said = subprocess.run([sys.executable, str(script), *map(str, flags(place, tmp_path / "run", "sft.py", "none"))],
-                          capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0 and "guarded" in said.stdout and "goes on after step" in said.stdout, said.stderr[-2000:]
+def guarded_sft(*flags):
+    """sft.py, which fails if anything is unpickled while a checkpoint is read."""
+    def guarded(function):
+        def call(*args):
+            def no(*args, **how):
+                raise AssertionError("unpickled")
+            names = [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")]
+            before = [getattr(module, name) for module, name in names]
+            for module, name in names:
+                setattr(module, name, no)
+            function(*args)
+            for (module, name), value in zip(names, before):
+                setattr(module, name, value)
+            print(f"guarded {function.__name__}")
+        return call
+
+    SavedRun.__init__, SavedRun.read_into = guarded(SavedRun.__init__), guarded(SavedRun.read_into)
+    sys.argv = ["sft.py", *flags]
+    sft.main()
 
 
+@pytest.mark.slow
+def test_nothing_is_unpickled_when_a_run_goes_on(place, tmp_path):
+    shutil.copytree(whole_run("sft.py", "none", 1), tmp_path / "run")
+    run_folder.note(tmp_path / "run", finished=False)
+    said = launch(1, "test_training:guarded_sft", flags(place, tmp_path / "run", "sft.py", "none")).wait()
+    assert "guarded __init__" in said and "guarded read_into" in said and "goes on after step" in said
+
+
+@pytest.mark.slow
 def test_held_out_questions_and_metrics_of_what_a_step_waits_for(place, tmp_path):
     finish(place, tmp_path / "out", "rl.py", "all", 2, "--val", place / "test.jsonl", "--val_every", 2)
     rows = [json.loads(line) for line in lines(tmp_path / "out")]

@@ -15,8 +15,8 @@ from tiny import random_policy
 from model import replay
 from test_video import BAD_FILES, FILES, decode_all, on_screen, write_video
 from video import Frame, Video, VideoError, open_video, scale
-from zoom_env import (LAST_TURN, REWARD_PARTS, Call, EnvConfig, RewardWeights, Tool, ZoomEnv, grade, overview_times,
-                      parse_turn, read_call, stop_strings)
+from zoom_env import (LAST_TURN, REWARD_PARTS, Call, EnvConfig, RewardWeights, Tool, ZoomEnv, grade,
+                      overview_times, parse_turn, read_call, stop_strings)
 
 
 @pytest.fixture(scope="module")

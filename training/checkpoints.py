@@ -19,26 +19,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-)
+from transformers import (AutoTokenizer, GenerationConfig, PreTrainedConfig,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor)
 
 from common import UserError, first_line, read_text, write_json
 from model import Policy, PolicyError
 from training.environment import find_env_config, load_env_config
 from training.memory import out_of_memory
-from training.safe_files import (
-    commit_files,
-    make_temporary,
-    reason_of,
-    remove_leftovers,
-    sync,
-    temporary_of,
-)
+from training.safe_files import commit_files, make_temporary, reason_of, remove_leftovers, sync, temporary_of
 
 INDEX = "model.safetensors.index.json"
 # the files that hold a JSON object

@@ -8,6 +8,13 @@ from rollout import Engine
 from training.decoder_check import check_decoder
 
 
+def make_player(policy, config, generator=None):
+    """An Engine that plays one episode a question, as evaluation does, with a decode step that was checked."""
+    engine = Engine(policy, 1, config, generator)
+    check_decoder(engine.decoder)
+    return engine
+
+
 def held_out(policy, rows, root, config, rank, world, device):
     """Plays each question once, at temperature 0, the way eval.py does; each process plays its share.
 
@@ -21,24 +28,19 @@ def held_out(policy, rows, root, config, rank, world, device):
         more of what is graded by degree), "val_zooms" and "val_frames": means a question}, None where none
         could be played; "val_skipped": how many could not, as their video cannot be read; "seconds_val"."""
     began, training = time.time(), policy.training
-    sums = {"right": 0, "zooms": 0, "frames": 0, "played": 0, "skipped": 0}
-
-    def ended(e):
-        sums["right"] += e.env.rewards["accuracy"] >= 0.5
-        sums["zooms"] += e.env.num_calls()
-        sums["frames"] += e.env.frames_shown
-        sums["played"] += 1
-        e.forget_frames()
-
     policy.eval()
     try:
-        engine = Engine(policy, 1, replace(config, temperature=0.0))
-        check_decoder(engine.decoder)
-        _, skipped = engine.play(rows[rank::world], root, on_end=ended)
+        player = make_player(policy, replace(config, temperature=0.0))
+        groups, skipped = player.play(rows[rank::world], root, on_end=lambda e: e.forget_frames())
     finally:
         policy.train(training)
-    sums["skipped"] = len(skipped)
-    total = sum_over_processes(sums, device)
-    mean = lambda key: total[key] / total["played"] if total["played"] else None
-    return {"val_accuracy": mean("right"), "val_zooms": mean("zooms"), "val_frames": mean("frames"),
-            "val_skipped": total["skipped"], "seconds_val": time.time() - began}
+    envs = [e.env for group in groups for e in group]
+    total = sum_over_processes({
+        "val_accuracy": sum(env.rewards["accuracy"] >= 0.5 for env in envs),
+        "val_zooms": sum(env.num_calls() for env in envs),
+        "val_frames": sum(env.frames_shown for env in envs),
+        "played": len(envs), "val_skipped": len(skipped)}, device)
+    played = total.pop("played")
+    for name in ("val_accuracy", "val_zooms", "val_frames"):
+        total[name] = total[name] / played if played else None
+    return total | {"seconds_val": time.time() - began}

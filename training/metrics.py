@@ -6,24 +6,24 @@
     metrics.close()
 
 A run that goes on after step N calls `Metrics.cut(out, N)` first and gives N as `done`: then each step stands
-once in all three. TensorBoard hides what was made again. Weights & Biases gets the steps that it lacks; what
-its server has already cannot be taken back and stays. A run offline loses what was not on the disk when it
-was killed, so its folder is made anew, of metrics.jsonl, and the old one renamed (replaced-...): only the
-numbers of the machine in it (GPU, memory) are lost to the curves.
+once in metrics.jsonl, and TensorBoard hides what is made again. In Weights & Biases the run keeps its id; what
+the server has of later steps stays there. Offline, a run that goes on writes the steps from N + 1 on into a
+folder of its own beside the first one, which may lack the last steps before a kill and have some after N; only
+metrics.jsonl is whole.
 """
 
-import importlib
 import json
 import math
 import os
 import secrets
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError, sum_over_processes, write_json
+from common import UserError, first_line, sum_over_processes, write_json
 from zoom_env import REWARD_PARTS
 
 SHOW_EVERY = 5  # steps between printed episodes
@@ -40,20 +40,16 @@ class Metrics:
         tensorboard: whether to write for TensorBoard, too.
         wandb: project in Weights & Biases, or None. WANDB_MODE=offline writes into `out` alone.
         done: steps that are there already.
-    Raises UserError where a package is missing or Weights & Biases refuses."""
+    Raises UserError where Weights & Biases refuses; the packages are there (`check_installed`)."""
 
     def __init__(self, out, total_steps, name, tensorboard=False, wandb=None, done=0, rank=0):
         self.out, self.rank, self.board, self.run = Path(out), rank, None, None
-        if rank == 0:
-            check_installed(tensorboard, wandb)
         if rank == 0 and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             # later steps of before, which a run that goes on makes again, are not shown
             self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=done + 1)
         if rank == 0 and wandb is not None:
             self.run = begin_wandb(self.out, wandb, name, done)
-            for earlier in read_steps(self.out, done):
-                self._log(earlier)
         self.bar = tqdm(total=total_steps, initial=done, desc=name, unit="step", dynamic_ncols=True,
                         disable=rank > 0)
 
@@ -64,21 +60,17 @@ class Metrics:
             return
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({key: finite(value) for key, value in metrics.items()}) + "\n")
-        step, numbers = metrics["step"], numbers_of(metrics)
+        step = metrics["step"]
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
         if self.board:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, step)
             self.board.flush()
         if self.run:
-            self._log(metrics)
+            self.run.log(numbers, step=step)
         shown = {key: f"{numbers[key]:.4f}" for key in ("loss", "reward") if key in numbers}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-
-    def _log(self, metrics):
-        """To Weights & Biases, which has the steps before its starting_step already."""
-        if metrics["step"] >= self.run.starting_step:
-            self.run.log(numbers_of(metrics), step=metrics["step"])
 
     def print(self, text):
         """A line, or several, above the bar; of the first process."""
@@ -96,72 +88,52 @@ class Metrics:
 
     @staticmethod
     def cut(out, step):
-        """Takes the lines after `step` out of metrics.jsonl, and one that a kill has cut. All other bytes
-        stay; the file is never seen half written."""
+        """Takes the lines after `step` out of metrics.jsonl, and those that a kill or a power cut has damaged.
+        All other bytes stay; the file is never seen half written."""
         path = Path(out) / "metrics.jsonl"
-        if path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(line for line in read_lines(out) if line_step(line) <= step))
-            os.replace(temporary, path)
+        if not path.exists():
+            return
+        *lines, _ = path.read_bytes().split(b"\n")  # what follows the last end of a line is cut off
+        kept = [line + b"\n" for line in lines if step_of(line) <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------ the parts
-def numbers_of(metrics):
-    """What can be drawn."""
-    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
-
-
 def finite(value):
     """None in place of nan and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(out):
-    return (Path(out) / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-
-
-def line_step(line):
-    """The step of a line of metrics.jsonl; infinity where it is not whole."""
+def step_of(line):
+    """The step of a line of metrics.jsonl; infinity of one that is damaged."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
-    except (ValueError, TypeError, KeyError):  # after a power cut
-        return float("inf")
-
-
-def read_steps(out, done):
-    """The metrics of the first `done` steps."""
-    return [json.loads(line) for line in read_lines(out) if line_step(line) <= done] if done else []
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def check_installed(tensorboard, wandb):
     """Raises UserError where a package that a flag needs is missing."""
-    for package, module, wanted in (("tensorboard", "torch.utils.tensorboard", tensorboard),
-                                    ("wandb", "wandb.sdk", wandb is not None)):
-        try:
-            if wanted:
-                importlib.import_module(module)
-        except ImportError:
-            raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
+    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"--{package} needs the package {package}: pip install {package}")
 
 
 def begin_wandb(out, project, name, done):
     """Begins a run in Weights & Biases, or goes on with the one of wandb_run.json where `done` is above 0.
     Raises UserError."""
     import wandb
-    try:
-        run_id = json.loads((out / "wandb_run.json").read_text(encoding="utf-8"))["id"] if done else None
-    except (OSError, ValueError, LookupError, TypeError):  # none yet: the flag is new
-        run_id = None
-    run_id = run_id or secrets.token_hex(4)
-    write_json(out / "wandb_run.json", {"id": run_id})
-    for folder in (out / "wandb").glob(f"offline-run-*-{run_id}"):
-        folder.rename(folder.with_name(f"replaced-{folder.name}"))
+    path, run_id = out / "wandb_run.json", secrets.token_hex(4)
+    if done and path.exists():  # else it is a new run, or the flag is new
+        run_id = json.loads(path.read_text(encoding="utf-8"))["id"]
+    write_json(path, {"id": run_id})
     try:
         return wandb.init(project=project, name=name, id=run_id, resume="allow" if done else None,
                           dir=str(out), settings=wandb.Settings(console="off"))
     except Exception as error:  # of many types: no key, no network, a name that it refuses
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--wandb {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
+        raise UserError(f"--wandb {project}: {first_line(error)}; wandb login, or set WANDB_MODE=offline") from None
 
 
 # -------------------------------------------------------------------------------- what rl.py says of a step

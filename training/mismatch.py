@@ -14,9 +14,8 @@ is inf where a log-probability is nan.
 import math
 
 import torch
-import torch.distributed as dist
 
-from common import UserError, sum_over_processes
+from common import UserError, gather, sum_over_processes
 from model import split_by_tokens, token_log_probs
 from protocols import protocol_of
 
@@ -43,23 +42,20 @@ class Mismatch:
         now = log_probs.detach().cpu().double()
         means = []
         for dialogue, said in zip(dialogues, now.split([len(d.sampled_log_probs) for d in dialogues])):
-            known = [i for i, p in enumerate(dialogue.sampled_log_probs) if p is not None]  # appended ones have none
-            sampled = torch.tensor([dialogue.sampled_log_probs[i] for i in known], dtype=torch.float64)
-            differences = (said[known] - sampled).abs()
-            self.sum += differences.sum().item()
-            self.tokens += len(known)
-            if known:
-                self.largest = max(self.largest, differences.nan_to_num(nan=math.inf).max().item())
-            means.append(differences.sum().item() / max(1, len(known)))
+            was_sampled = [p is not None for p in dialogue.sampled_log_probs]  # an appended end token was not
+            sampled = [p for p in dialogue.sampled_log_probs if p is not None]
+            differences = (said[was_sampled] - torch.tensor(sampled, dtype=torch.float64)).abs()
+            total = differences.sum().item()
+            self.sum += total
+            self.tokens += len(sampled)
+            self.largest = max([self.largest, *differences.nan_to_num(nan=math.inf).tolist()])
+            means.append(total / max(1, len(sampled)))
         return means
 
     def metrics(self, device):
         """Of all processes, each of which has to call it."""
         sums = sum_over_processes({"sum": self.sum, "tokens": self.tokens, "left out": self.left_out}, device)
-        largest = torch.tensor(self.largest, dtype=torch.float64, device=device)
-        if dist.is_initialized():
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return {"mismatch": sums["sum"] / max(1, sums["tokens"]), "mismatch_max": largest.item(),
+        return {"mismatch": sums["sum"] / max(1, sums["tokens"]), "mismatch_max": max(gather([self.largest])),
                 "episodes_left_out": sums["left out"]}
 
 

@@ -49,20 +49,22 @@ def prefetch(load, batches):
         here.stop = stop
         return load(batch)
 
-    def begin():
-        return next(((batch, thread.submit(prepare, batch)) for batch in upcoming), None)
+    def begin_next():
+        for batch in upcoming:
+            return batch, thread.submit(prepare, batch)
+        return None
 
     thread = ThreadPoolExecutor(1)
     try:
-        ahead = begin()
-        while ahead:
-            batch, future = ahead
+        begun = begin_next()
+        while begun:
+            batch, future = begun
             began = time.monotonic()
             wait([future])
             waited_s = time.monotonic() - began
             # the loop alone keeps what it gets; what it had before goes as it takes this
             loaded = [future.result()]
-            future, ahead = None, begin()
+            future, begun = None, begin_next()
             yield batch, loaded.pop(), waited_s
     finally:
         stop.set()

@@ -1,4 +1,4 @@
-"""What both scripts that train do beside training: begin or go on, save, and say how it goes.
+"""What both scripts that train do beside training: begin or go on, save, and report how it goes.
 
     run = TrainingRun("rl", config, inputs, rank, world, device)    before anything is loaded; may be finished
     progress = run.start(weights, optimizer, total_steps, {"step": 0, ...})
@@ -7,12 +7,16 @@
         run.end_step(metrics, {"step": step, ...})
     run.finish(skipped)
 
-A checkpoint is of the time between two steps: the weights, the optimizer, `progress` and the random states as
-they were then. It is saved after every `save_every` steps. At SIGTERM or Ctrl-C a thread saves the end of the
-last step, as long as the weights have not moved since (training/stopping.py); the loop knows nothing of it.
+A checkpoint is of the end of a step: the weights, the optimizer, `progress` and the random states as they
+were then. It is saved after every `save_every` steps.
+
+At SIGTERM or Ctrl-C a thread (training/stopping.py) saves the end of the last step, in a rollout of minutes,
+too; the loop knows nothing of it. It can do so while the weights are at rest: from the end of a step to the
+first optimizer step of the next one. In between the main thread holds the lock `at_rest`, and the thread waits
+for it as long as there is time, for instance not for a long play of held-out questions. All processes must get
+the signal, as torchrun sends it: they agree on the step that is saved.
 """
 
-import base64
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -20,17 +24,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from common import (WAITED, RunConfig, UserError, choose_dtype, gather, on_own_stream, open_folder,
-                    parse_flags, sum_over_processes, write_jsonl)
+from common import (WAITED, RunConfig, UserError, choose_dtype, first_line, gather, on_own_stream,
+                    open_folder, parse_flags, sum_over_processes, write_jsonl)
 from training import run_folder
 from training.environment import load_env_config
 from training.held_out import held_out
 from training.metrics import FILES, Metrics, check_installed
 from training.run_checkpoints import SavedRun, Shard, run_folders, save_run
 from training.safe_files import sync
-from training.stopping import GRACE_S, Stopping
+from training.stopping import stop_at_signals
 
 # Settings that may differ when a run goes on, beside those of run_folder.py: how often is saved and shown,
 # what bounds memory alone. Of the model the content counts (see `inputs`).
@@ -45,6 +48,7 @@ class TrainConfig(RunConfig):
     """Settings of both scripts that train."""
 
     preset: str | None = None  # paper or demo: the settings where no flag says; else as the checkpoint names it
+    beta2: float = 0.95  # of AdamW's second moment
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
@@ -52,7 +56,6 @@ class TrainConfig(RunConfig):
     shard: str | None = None  # none, all, node: who shares a copy of the weights; else as scale/pick.py says
     offload: list[str] = ()  # what is on the host: optimizer (one process), in RL reference, features, too
     lora_rank: int = 0  # train adapters of this rank beside frozen weights (scale/lora.py); 0: all weights
-    lora_alpha: float = 32.0  # an adapter counts lora_alpha / lora_rank times
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     save_every: int = 10  # steps between checkpoints
     keep: int = 2  # so many checkpoints to go on from stay in --out/checkpoints
@@ -64,7 +67,6 @@ class TrainConfig(RunConfig):
 
 
 AT_LEAST_ONE = ("max_tokens_per_pass", "save_every", "keep", "val_every")
-BETAS = 0.9, 0.95  # of AdamW
 
 
 def parse_training_flags(config_class, description, presets, at_least_one):
@@ -83,8 +85,8 @@ def parse_training_flags(config_class, description, presets, at_least_one):
 
 def make_optimizer(weights, config):
     """AdamW over the trained weights, as both stages use it."""
-    return torch.optim.AdamW(weights.parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay,
-                             fused=True)
+    return torch.optim.AdamW(weights.parameters, lr=config.lr, betas=(0.9, config.beta2),
+                             weight_decay=config.weight_decay, fused=True)
 
 
 class TrainingRun:
@@ -102,15 +104,13 @@ class TrainingRun:
         self.config, self.name, self.out = config, name, Path(config.out)
         self.rank, self.world, self.device = rank, world, device
         self.progress = None  # until `start`
-        self.saved_step, self.last_save_s, self.seconds_save = 0, 0.0, 0.0
-        # held by this thread from a step's first optimizer step to its end, by the one that saves at a signal
+        self.saved_step, self.seconds_save = 0, 0.0
+        # held while the weights move by the main thread, which is then `moving`, else by one that saves
         self.at_rest, self.moving = threading.Lock(), False
-        # where processes meet to save, and to agree on it at a signal: apart from where main threads may be
-        self.saving = self.agreeing = None
-        if dist.is_initialized():
-            self.saving, self.agreeing = (dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-                                          for _ in range(2))
-        Stopping(self._save_before_the_end, self._stopped)
+        # groups in which processes save, and agree on it at a signal: main threads may be in the default one
+        self.saving = run_folder.own_group(timedelta(minutes=30))
+        self.agreeing = run_folder.own_group(timedelta(minutes=30))
+        stop_at_signals(self._save_at_a_signal, self._stopped)
         # a new run, an unfinished one, or a finished one; and the checkpoint to go on from
         state, folder = None, None
         if rank == 0:
@@ -119,7 +119,7 @@ class TrainingRun:
                                          TRAINING_MAY_DIFFER, inputs | run_folder.files_of(config), NAMES)
             folders = run_folders(self.out) if state == "unfinished" else []
             folder = str(folders[-1]) if folders else None
-        (state, folder), *_ = gather([(state, folder)])
+        state, folder = gather([(state, folder)])[0]
         self.finished = state == "finished"
         if self.finished and rank == 0:
             print(f"{name}: the run in {self.out} is finished; --resume never makes it again")
@@ -212,82 +212,85 @@ class TrainingRun:
 
     def _save(self):
         """A checkpoint to go on from. All processes call it."""
-        if self.rank == 0 and (self.out / "metrics.jsonl").exists():
+        if self.rank == 0:
             sync(self.out / "metrics.jsonl")  # its lines go with the checkpoint
-        self.last_save_s = save_run(self.out, self.progress["step"], self._shards(), self.state, self.rank_state,
-                                    self.config.keep, self.saving)
+        save_run(self.out, self.progress["step"], self._shards(), self.state, self.rank_state, self.config.keep,
+                 self.saving)
         self.saved_step = self.progress["step"]
 
-    def _save_before_the_end(self):
-        """At a signal, in a thread: saves the end of the last step if all processes can. Returns what to say."""
+    def _save_at_a_signal(self):
+        """At a signal, in a thread: saves the end of the last step, once all processes are at rest after the
+        same one. Returns what to say."""
         if self.progress is None:
-            return "stopped; nothing is lost"
-        deadline = time.monotonic() + GRACE_S - 1
-        while time.monotonic() < deadline and self.last_save_s < GRACE_S / 2:
-            mine = self.at_rest.acquire(timeout=0.5)
-            step = self.progress["step"] if mine else None
-            try:
-                steps = set(gather([step], self.agreeing))
-                if len(steps) == 1 and mine:
-                    if step != self.saved_step:
-                        with on_own_stream(self.device):
-                            self._save()
+            return self._stopped()
+        try:
+            while True:
+                resting = self.at_rest.acquire(timeout=0.5)
+                step = self.progress["step"] if resting else None
+                steps = gather([step], self.agreeing)
+                if resting and steps == [step] * self.world:
                     break
-            except Exception:  # another process has left, or the disk is full: nothing more can be done
-                break
-            if mine:  # some are within their optimizer steps, and wait there for this one
-                self.at_rest.release()
+                if resting:
+                    self.at_rest.release()
+                    time.sleep(0.1)  # the main thread takes it: another one may wait for its optimizer step
+            if step != self.saved_step:
+                with on_own_stream(self.device):
+                    self._save()
+        except Exception as error:  # another process has left, or the disk is full
+            return f"{self._stopped()} ({first_line(error)})"
         return self._stopped()
 
     def _stopped(self):
         if self.progress is None:
             return "stopped; nothing is lost"
-        lost = self.progress["step"] - self.saved_step
         said = f"stopped; the same command goes on after step {self.saved_step}"
-        if lost:
-            said += f", {lost} finished step{'s are' if lost > 1 else ' is'} lost"
-        return said
+        lost = self.progress["step"] - self.saved_step
+        return f"{said}, finished steps lost: {lost}" if lost else said
 
     # ---------------------------------------------------------------------------------------- state on disk
-    def _shards(self):
-        """The rows of master weights and moments that this process writes."""
+    def _tensors(self):
+        """{name: tensor} of the master weights and of the optimizer's moments."""
+        tensors = dict(self.weights.master_weights)
         for name, master in self.weights.master_weights.items():
-            for what, tensor in {"": master, **self.optimizer.state.get(master, {})}.items():
+            for what, moment in self.optimizer.state.get(master, {}).items():
                 if what != "step":
-                    rows, first = self.weights.rows_to_save(tensor)
-                    yield Shard(f"{name} {what}".strip(), rows, first, tuple(tensor.shape))
+                    tensors[f"{name} {what}"] = moment
+        return tensors
+
+    def _shards(self):
+        """The rows of these that this process writes."""
+        for name, tensor in self._tensors().items():
+            rows, first = self.weights.rows_to_save(tensor)
+            yield Shard(name, rows, first, tuple(tensor.shape))
 
     @torch.no_grad()
     def _read(self, saved):
         """Master weights and moments of a checkpoint, and random states."""
-        state = saved.state
-        steps = state["optimizer_steps"]
-        for name, master in self.weights.master_weights.items():
-            there = self.optimizer.state.get(master, {})  # adopted
-            moments = {what: there[what] if there else torch.zeros_like(master)
-                       for what in ("exp_avg", "exp_avg_sq") if steps}
-            for what, tensor in {"": master, **moments}.items():
-                rows, first = self.weights.rows_to_load(tensor)
-                saved.read_into(f"{name} {what}".strip(), rows, first, tensor.shape)
-            if steps:
-                count = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
-                self.optimizer.state[master] = {"step": count} | moments
+        steps = saved.state["optimizer_steps"]
+        for master in self.weights.parameters if steps else ():
+            state = self.optimizer.state[master]
+            for what in ("exp_avg", "exp_avg_sq"):
+                if what not in state:
+                    state[what] = torch.zeros_like(master)
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
+        for name, tensor in self._tensors().items():
+            rows, first = self.weights.rows_to_load(tensor)
+            saved.read_into(name, rows, first, tensor.shape)
         self.weights.cast()
-        self.weights.bad_steps = state["bad_steps"]
-        if len(saved.rank_states) == self.world:
-            texts = saved.rank_states[self.rank]["random"]
-            states = [torch.tensor([*base64.b64decode(text)], dtype=torch.uint8) for text in texts]
-            # another device's are of another length
-            if [len(x) for x in states] == [len(g.get_state()) for g in self.generators]:
-                for generator, random_state in zip(self.generators, states):
-                    generator.set_state(random_state)
-                return
+        self.weights.bad_steps = saved.state["bad_steps"]
+        # random states are of a process and a device; with others there are new seeds
+        lengths = [len(generator.get_state()) for generator in self.generators]
+        states = saved.rank_states[self.rank]["random"] if len(saved.rank_states) == self.world else []
+        if [len(numbers) for numbers in states] == lengths:
+            for generator, numbers in zip(self.generators, states):
+                generator.set_state(torch.tensor(numbers, dtype=torch.uint8))
+            return
         for number, generator in enumerate(self.generators):
-            seeds = self.config.seed, state["step"], self.rank, self.world, number
+            seeds = self.config.seed, saved.step, self.rank, self.world, number
             generator.manual_seed(hash(seeds) % 2 ** 63)
         if self.rank == 0:
             print(f"{self.name}: {len(saved.rank_states)} processes before, {self.world} now, or another "
                   "device: random numbers are drawn from new seeds")
 
     def _random_states(self):
-        return {"random": [base64.b64encode(bytes(g.get_state().numpy())).decode() for g in self.generators]}
+        return {"random": [generator.get_state().tolist() for generator in self.generators]}

@@ -25,14 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common import UserError, first_line, gather, read_text, write_json
-from training.safe_files import (
-    commit_folder,
-    make_temporary,
-    reason_of,
-    remove_folder,
-    sync,
-    temporary_of,
-)
+from training.safe_files import commit_folder, make_temporary, reason_of, remove_folder, sync, temporary_of
 
 FILE_BYTES = 256e6  # of tensors in a file; those that lie elsewhere, as on a GPU, are copied a file at a time
 

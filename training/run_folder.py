@@ -10,13 +10,14 @@ Several processes must see the same folder. Nothing here loads a model.
 import hashlib
 import json
 import re
+import subprocess
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from common import UserError, open_folder, write_json, write_jsonl
+from common import UserError, gather, open_folder, warn, write_json, write_jsonl
 
 # Settings of all scripts that may differ when a run goes on. Of files the content counts, see `fingerprint`.
 MAY_DIFFER = ("out", "resume", "device", "max_rows", "cache_gb", "compile",
@@ -33,13 +34,13 @@ def fingerprint(path):
             return hash_file(path)
         if not path.is_dir():
             return str(path)
-        found = hashlib.sha256()
-        for pattern in ("*config.json", "*.index.json", "tokenizer.json"):
-            for file in sorted(path.glob(pattern)):
-                found.update(f"{file.name} {hash_file(file)}\n".encode())
-        for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
-            found.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-        return found.hexdigest()
+        found = []
+        for file in sorted(path.iterdir()):
+            if re.fullmatch(r".*config\.json|.*\.index\.json|tokenizer\.json", file.name):
+                found.append(f"{file.name} {hash_file(file)}\n")
+            elif file.suffix in (".safetensors", ".bin"):
+                found.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n")
+        return hashlib.sha256("".join(found).encode()).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -60,37 +61,59 @@ def begin_run(out, config, may_differ, inputs, names):
         names: a regular expression of the names of files that a run writes there, besides run.json.
     Returns: new, unfinished or finished. A finished run whose input has changed since, as a checkpoint that
     was trained again, is moved aside, too. Raises UserError for a run with other settings, and names the
-    first."""
-    may_differ = {*MAY_DIFFER, *may_differ}
+    first. Warns where the run began with other code."""
+    out, may_differ = Path(out), {*MAY_DIFFER, *may_differ}
     settings = {name: value for name, value in asdict(config).items() if name not in may_differ}
-    now = {"settings": settings, "inputs": {what: fingerprint(path) for what, path in inputs.items() if path}}
-    out, now = Path(out), json.loads(json.dumps(now | {"finished": False}))
-    try:
-        old = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        old["settings"].items(), old["inputs"].items(), old["finished"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        old = None
+    now = {"settings": settings, "inputs": {what: fingerprint(path) for what, path in inputs.items() if path},
+           "code": code_version(), "finished": False}
+    now, old = json.loads(json.dumps(now)), read_run(out)
     files = [path for path in sorted(out.iterdir()) if re.fullmatch(names, path.name)]
     something = any(path.stat().st_size for path in files)  # else nothing is lost
     if old and something and config.resume == "auto":
         difference = first_difference(old, now)
-        if difference and not (old["finished"] and old["settings"] == now["settings"]):
+        if not difference:
+            if old["finished"]:
+                return "finished"
+            before, code = old.get("code"), now["code"]
+            if before and code and before != code:
+                warn(f"the run in {out} began with commit {before}, and goes on with {code}")
+            return "unfinished"
+        if not old["finished"] or old["settings"] != now["settings"]:
             raise UserError(f"{out} holds a run with {difference}; give the same, another --out, "
                             f"or --resume never, which moves it aside")
-        if not difference:
-            return "finished" if old["finished"] else "unfinished"
     if something:
         move_aside([*out.glob("run.json"), *files])  # a kill in between leaves no run
     write_json(out / "run.json", now)
     return "new"
 
 
+def read_run(out):
+    """What run.json holds, or None where there is none that `begin_run` wrote."""
+    try:
+        run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        whole = isinstance(run["settings"], dict) and isinstance(run["inputs"], dict) and "finished" in run
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return run if whole else None
+
+
+def code_version():
+    """The git commit of the repository that this file is in, "with changes" where files of it differ; None
+    where git or the repository is missing."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*",
+           "--dirty= with changes"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def files_of(config):
     """{what: path or None} of the files that a RunConfig names, see `begin_run`."""
-    is_file = lambda path: path is not None and path.endswith(".json")
-    return {"system prompt": config.system_prompt,
-            "overview": config.overview if is_file(config.overview) else None,
-            "protocol": config.protocol if is_file(config.protocol) else None}
+    files = {"system prompt": config.system_prompt}
+    for what, name in (("overview", config.overview), ("protocol", config.protocol)):
+        files[what] = name if name is not None and name.endswith(".json") else None
+    return files
 
 
 def note(out, **facts):
@@ -109,21 +132,32 @@ def first_difference(old, now):
     """What a run.json has otherwise, in words, or None."""
     for part, words in (("settings", "--{} {}, not {}"), ("inputs", "another {}: its content differs")):
         for key in now[part] | old[part]:
-            was, is_now = old[part].get(key), now[part].get(key)
-            if was != is_now:
-                return words.format(key, json.dumps(was), json.dumps(is_now))
+            before, value = old[part].get(key), now[part].get(key)
+            if before != value:
+                return words.format(key, json.dumps(before), json.dumps(value))
+    return None
 
 
 def move_aside(paths):
     """Renames files to name.N.ending, with the first N that is free for all of them."""
-    paths, number, aside = [*paths], 1, lambda path: path.with_name(f"{path.stem}.{number}{path.suffix}")
-    while any(aside(path).exists() for path in paths):
+    paths, number = list(paths), 0
+    targets = paths
+    while any(target.exists() for target in targets):
         number += 1
-    for path in paths:
-        path.rename(aside(path))
+        targets = [path.with_name(f"{path.stem}.{number}{path.suffix}") for path in paths]
+    for path, target in zip(paths, targets):
+        path.rename(target)
 
 
 # -------------------------------------------------------------------------------------- rows of all processes
+def own_group(timeout):
+    """A process group of all processes for `gather`, in which they meet whatever they do in the default one;
+    None where there is one process. timeout: after which one that waits for another ends."""
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
 class Rows:
     """Rows of a run, each written as soon as it is there. The first process appends to name.jsonl, the others
     to name.rank1.jsonl, ..., and all of them must make this object.
@@ -132,24 +166,20 @@ class Rows:
 
     def __init__(self, out, name, key, rank):
         self.out, self.name, self.key, self.rank = Path(out), name, key, rank
-        # processes wait for the slowest one, however long it plays
-        self.group = None
-        if dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        self.group = own_group(timedelta(days=30))  # they wait for the slowest one, however long it plays
 
     def begin(self, config, may_differ, inputs, names):
         """`begin_run` in the first process. Returns (state, keys of the rows that are there) on all."""
-        box = [None]
+        found = None
         if self.rank == 0:
-            state = begin_run(open_folder(self.out), config, may_differ, inputs, names)
-            done = {self.key(row) for row in self.merge()} if state == "unfinished" else set()
-            box = [(state, done)]
+            state, done = begin_run(open_folder(self.out), config, may_differ, inputs, names), set()
+            if state == "unfinished":
+                done = {self.key(row) for row in self.merge()}
             say = {"new": "a new run", "finished": "this run is finished",
                    "unfinished": f"the run goes on, {len(done)} {self.name} are there"}
             print(f"{self.out}: {say[state]}", flush=True)
-        if self.group is not None:
-            dist.broadcast_object_list(box, 0, group=self.group)
-        return box[0]
+            found = state, done
+        return gather([found], self.group)[0]
 
     def write(self, row):
         """Appends a line to this process's file. Raises UserError."""
@@ -162,8 +192,7 @@ class Rows:
 
     def wait(self):
         """Until all processes are here."""
-        if self.group is not None:
-            dist.barrier(self.group)
+        gather([], self.group)
 
     def files(self):
         pattern = rf"{re.escape(self.name)}(\.rank\d+)?\.jsonl"
@@ -183,13 +212,14 @@ class Rows:
 
     def merge(self):
         """Makes one file of all files, sorted, of rows with the same key the first. Returns its rows."""
-        rows = {}
+        rows, files = {}, self.files()
         for row in self.read():
             if (key := self.key(row)) is not None:
                 rows.setdefault(key, row)
         rows = [rows[key] for key in sorted(rows)]
-        write_jsonl(self.out / f"{self.name}.jsonl", rows)
-        for path in self.files():
-            if path.name != f"{self.name}.jsonl":
+        whole = self.out / f"{self.name}.jsonl"
+        write_jsonl(whole, rows)
+        for path in files:
+            if path != whole:
                 path.unlink()
         return rows

@@ -1,52 +1,46 @@
 """SIGTERM and Ctrl-C: a thread saves what can be saved and ends the process in time.
 
-The main thread is not asked: it may wait for another process, or for the device. While it goes on, the thread
-calls `save`; what `save` needs to be left as it is, a lock keeps (training/run.py).
+The main thread is not asked: it may be in a rollout of minutes, or wait for another process or for the device.
+While it goes on, the thread calls `save`; what `save` needs to be left as it is, a lock keeps (training/run.py).
 """
 
 import os
-import queue
 import signal
 import sys
 import threading
 
+SIGNALS = signal.SIGTERM, signal.SIGINT
 GRACE_S = 20.0  # seconds from the signal to the end; torchrun kills after 30
 
 
-class Stopping:
-    """From when it is made, SIGTERM or SIGINT ends this process with status 128 + the signal's number.
+def stop_at_signals(save, lost):
+    """From now on the first SIGTERM or SIGINT ends this process, within GRACE_S, with status 128 + its number.
 
     save: called in a thread of its own; returns the line that is printed at the end.
-    lost: returns the line for when `save` has not ended after GRACE_S seconds.
-    It is made in the main thread. A forked child ends by its own signals, and they do not end its parent."""
+    lost: returns that line if `save` does not end in time.
+    The main thread calls this. A forked child ends by its own signals, and they do not end its parent."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)  # each signal writes its number at once
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    os.register_at_fork(after_in_child=forget)
 
-    def __init__(self, save, lost):
-        self.save, self.lost = save, lost
-        self.woken, wake = os.pipe()
-        os.set_blocking(wake, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)  # each signal writes its number at once
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        os.register_at_fork(after_in_child=self._forget)
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self):
+    def watch():
         number = 0
-        while number not in (signal.SIGTERM, signal.SIGINT):
-            number = os.read(self.woken, 1)[0]
-        said = queue.SimpleQueue()
-        threading.Thread(target=lambda: said.put(self.save()), daemon=True).start()
-        try:
-            message = said.get(timeout=GRACE_S - 1)
-        except queue.Empty:
-            message = self.lost()
-        leave(message, 128 + number)
+        while number not in SIGNALS:
+            number = os.read(woken, 1)[0]
+        threading.Timer(GRACE_S - 1, lambda: leave(lost(), 128 + number)).start()
+        leave(save(), 128 + number)
 
-    @staticmethod
-    def _forget():
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def forget():
+    """Signals do what they do without `stop_at_signals`."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def leave(message, status):
