@@ -112,7 +112,7 @@ def test_a_process_waits_no_longer_than_it_was_told(tmp_path):
     assert status != 0 and seconds < 50
 
 
-def sync(bucket_bytes, *buckets):
+def sync():
     """Of one of two processes, each of which lacks some gradients."""
     rank, _, _ = common.start_processes("cpu")
     ps = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 5, 2, 30, 1)]
@@ -121,18 +121,12 @@ def sync(bucket_bytes, *buckets):
             p.grad = torch.full_like(p, i + 1.0)
         if rank == 0 and i > 2:
             p.grad = torch.full_like(p, 10.0)
-    sizes, reduce = [], torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda x: (sizes.append(x.nbytes), reduce(x))
-    sync_gradients(ps, float(bucket_bytes))
-    torch.distributed.all_reduce = reduce
+    sync_gradients(ps)
     assert [p.grad.unique().tolist() for p in ps] == [[1.0], [2.0], [0.0], [14.0], [15.0]]
-    assert sizes == [*map(int, buckets)], sizes
 
 
-@pytest.mark.parametrize("bucket_bytes, buckets", [(1, [12, 60, 24, 360, 12]), (70, [72, 384, 12]), (1e9, [468])])
-def test_gradients_add_up_in_buckets(bucket_bytes, buckets):
-    """A bucket is full with the gradient that reaches its size."""
-    launch(2, "test_processes:sync", [bucket_bytes, *buckets]).wait()
+def test_gradients_add_up_where_some_lack_them():
+    launch(2, "test_processes:sync", []).wait()
 
 
 def test_metrics_of_an_earlier_run_are_kept(tmp_path):
