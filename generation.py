@@ -8,7 +8,7 @@ within a turn gets one token a step (`decode_hidden`, `sample`).
 A step is plain PyTorch over transformers' layers. With `compile` it goes through torch.compile, on any
 device, and where launching costs more than computing (CUDA) a whole step is captured as one graph. What is
 compiled is the function that runs without, so tests on a CPU see what a GPU runs; and before the first
-rollout training/decoder_check.py compares it with a float32 pass.
+rollout training/decoder_check.py compares it with the pass of training.
 """
 
 from collections import deque

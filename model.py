@@ -145,7 +145,7 @@ class Policy(torch.nn.Module):
         hidden = self.hidden_states(pack.ids, pack.positions, attend, pack.is_image, pack.features)
         return ScoreChunks.apply(self, hidden[0, predictors], self.head.weight, targets, temperature, entropy)
 
-    def hidden_states(self, ids, positions, attend, is_image=None, features=None, in_float32=False):
+    def hidden_states(self, ids, positions, attend, is_image=None, features=None):
         """The language model's last hidden states, (B, T, hidden).
 
         Args:
@@ -153,21 +153,17 @@ class Policy(torch.nn.Module):
             positions: (3, B, T), time, row and column for the rotary embedding.
             attend: the attention of each layer, attend(number of the layer, query (B, heads, T, D), key and
                 value (B, kv heads, T, D)) -> (B, T, heads, D); queries and keys are rotated already.
-            is_image, features: (B, T), and (number of image tokens, hidden) in reading order.
-            in_float32: the weights are cast, a layer at a time: what the pass says without rounding."""
+            is_image, features: (B, T), and (number of image tokens, hidden) in reading order."""
         lm = self.language_model
-        module_of = (lambda module: copy.deepcopy(module).float()) if in_float32 else lambda module: module
         # the embeddings, with the frames' features at their tokens
         hidden = lm.embed_tokens(ids)
-        if in_float32:
-            hidden = hidden.float()
         if features is not None:
             hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
         # the layers
         rotary = lm.rotary_emb(hidden, positions)  # angles in float32, cosines and sines in the compute dtype
         for layer in lm.layers:
-            hidden = module_of(layer)(hidden, position_embeddings=rotary, attend=attend)
-        return module_of(lm.norm)(hidden)
+            hidden = layer(hidden, position_embeddings=rotary, attend=attend)
+        return lm.norm(hidden)
 
     def logits(self, hidden, temperature=1.0):
         """Float32 logits over the vocabulary, divided by the temperature: sampling and scoring share them."""

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from generation import ROW_UNIT, KVCache, Row, decode_hidden, prefill, sample
-from model import Dialogue, attend_pieces, pack
+from model import Dialogue, Piece, attend_pieces, pack
 
 PROMPT, TURN = 32, 16  # tokens of the text
 
@@ -40,7 +40,7 @@ def score(policy, ids):
     """Log-probability of the likeliest token after each of the last TURN tokens, (TURN,)."""
     dialogue = Dialogue()
     dialogue.add(ids)
-    text = pack(policy, [(dialogue, 0, len(ids))])
+    text = pack(policy, [Piece(dialogue, 0, len(ids))])
     attend = lambda layer, q, k, v: attend_pieces(q, k, v, text.spans, lambda piece: None)
     hidden = policy.hidden_states(text.ids, text.positions, attend, text.is_image, text.features)
     _, log_probs = sample(policy, hidden[0, PROMPT:], temperature=0)
