@@ -1,13 +1,15 @@
-"""Faults, more of them than the tests have time for. A process that saves checkpoint after checkpoint, of a policy and
-then of a run that is to go on, is killed at random points, and what is in the folder is loaded: every weight of checkpoint
-k is k, so one that is a mixture shows. Then random bytes are put into each file that a command reads. Then whole runs of
-rl.py and sft.py on two processes are killed once each and started again, with shards and without: their metrics have to be
-an undisturbed run's to the bit. Then groups are dealt to two processes at random, and no update may hang or differ.
+"""Faults, more of them than the tests have time for. A process that saves checkpoint after checkpoint, of a
+policy and then of a run that is to go on, is killed at random points, and what is in the folder is loaded:
+every weight of checkpoint k is k, so one that is a mixture shows. Then random bytes are put into each file
+that a command reads. Then whole runs of rl.py and sft.py on two processes are killed once each and started again,
+with shards and without: their metrics have to be an undisturbed run's to the bit. Then groups are dealt to
+two processes at random, and no update may hang or differ.
 
     python bench/bench_faults.py [--kills 20] [--bytes 500] [--runs 20] [--splits 50] [--seed 0]
 """
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
@@ -22,9 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 from launcher import launch
 from test_random_bytes import make_place, one_case
 from test_safe_files import kill_saves, left_over, number_in
-from test_sharding import make_place as make_models
 from test_training import finish, kill_and_go_on, metrics
 from test_training import make_place as make_runs
+from tiny import tied_and_untied
+
+from demo.synthetic import synthetic
+from training.checkpoints import save_policy
 
 
 def main():
@@ -46,8 +51,8 @@ def main():
 
 def kills(kind, delays_s):
     """How many kills leave no whole checkpoint, or one older than the last that was reported."""
-    print(f"| kill of a save of a {kind} | after (s) | last save reported | checkpoint in the folder | files left over "
-          "| whole |\n|---|---|---|---|---|---|")
+    print(f"| kill of a save of a {kind} | after (s) | last save reported | checkpoint in the folder | "
+          "files left over | whole |\n|---|---|---|---|---|---|")
     failed = 0
     with tempfile.TemporaryDirectory() as root:
         for number, (folder, reported) in enumerate(kill_saves(root, delays_s, kind)):
@@ -71,16 +76,17 @@ def killed_runs(number, rng):
     with tempfile.TemporaryDirectory() as root:
         place, whole = Path(root), {}
         make_runs(place)
-        for i in range(number):
-            kind = script, shard = [("rl.py", "none"), ("rl.py", "all"), ("sft.py", "none"), ("sft.py", "all")][i % 4]
-            if kind not in whole:
-                whole[kind] = place / f"whole-{script}-{shard}"
-                finish(place, whole[kind], script, shard, 2)
+        kinds = itertools.cycle([("rl.py", "none"), ("rl.py", "all"), ("sft.py", "none"), ("sft.py", "all")])
+        for i, (script, shard) in enumerate(itertools.islice(kinds, number)):
+            if (script, shard) not in whole:
+                whole[script, shard] = place / f"whole-{script}-{shard}"
+                finish(place, whole[script, shard], script, shard, 2)
             after, delay_s, out = rng.randrange(4), rng.uniform(0, 1), place / f"killed{i}"
             there = kill_and_go_on(place, out, script, shard, 2, after, delay_s)
-            same = metrics(out) == metrics(whole[kind])
+            same = metrics(out) == metrics(whole[script, shard])
             failed += not same
-            print(f"| {script} | {shard} | {after}, {delay_s:.2f} | {there} | {'yes' if same else 'NO'} |", flush=True)
+            print(f"| {script} | {shard} | {after}, {delay_s:.2f} | {there} | {'yes' if same else 'NO'} |",
+                  flush=True)
     print(f"\n{number - failed} of {number} runs went on as if nothing had been\n")
     return failed
 
@@ -88,9 +94,12 @@ def killed_runs(number, rng):
 def random_splits(number, seed):
     """1 if an update with groups dealt at random hangs or is not that of replicas."""
     with tempfile.TemporaryDirectory() as root:
-        make_models(Path(root))
+        synthetic(Path(root), 10, 5, seed=3)
+        for name, policy in tied_and_untied():
+            save_policy(policy, Path(root) / name)
         try:
-            launch(2, "test_sharding:random_splits", [root, root, seed, number]).wait(timeout_s=60 + 30 * number)
+            runs = launch(2, "test_sharding:random_splits", [root, root, seed, number])
+            runs.wait(timeout_s=60 + 30 * number)
             print(f"{number} of {number} random splits: no hang, the same metrics")
             return 0
         except AssertionError as error:

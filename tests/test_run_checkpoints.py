@@ -1,4 +1,4 @@
-"""Checkpoints of a run: any number of processes reads what another number wrote; faults; a full disk in one process."""
+"""Checkpoints of a run: any number of processes reads what another wrote; faults; a full disk."""
 
 import json
 import os
@@ -22,14 +22,15 @@ from training.run_checkpoints import SavedRun, Shard, run_folders, save_run
 from training.weights import rows_of
 
 
-# ------------------------------------------------------------------------------------ as many rows as each has
+# ----------------------------------------------------------------------------------- as many rows as each has
 def tensors():
     """Rows that 2 and 3 processes cannot share evenly, some of which have none; special values; views."""
     generator = torch.Generator().manual_seed(7)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     special = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38])
-    return {"head.weight": draw(7, 300), "head.weight exp_avg": draw(7, 300).bfloat16(), "one row": draw(1, 5),
-            "bias": draw(11), "bias.half": draw(2).bfloat16(), "one": draw(1), "special": special,
+    return {"head.weight": draw(7, 300), "head.weight exp_avg": draw(7, 300).bfloat16(),
+            "one row": draw(1, 5), "bias": draw(11), "bias.half": draw(2).bfloat16(), "one": draw(1),
+            "special": special,
             "not contiguous": draw(40, 10).t(), "every second": draw(20, 3)[::2], "cube": draw(4, 2, 3),
             "longer than a file": draw(1000, 9), "row longer than a file": draw(2, 2000)}
 
@@ -60,7 +61,8 @@ def write_and_read(root, file_bytes, *others):
         rank, world, _ = start_processes("cpu")
     for other in others:
         assert_reads(Path(root) / other / "checkpoints" / "step_3", rank, world)
-    out, state = Path(root) / f"by{world}", {"step": 3, "order": [3, 1, 2], "rate": 1e-7, "nothing": None, "of": "é"}
+    out = Path(root) / f"by{world}"
+    state = {"step": 3, "order": [3, 1, 2], "rate": 1e-7, "nothing": None, "of": "é"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_checkpoints, "FILE_BYTES", float(file_bytes))
         assert save_run(out, 3, shards_of(rank, world), state, {"rank": rank}, keep=1) > 0
@@ -80,7 +82,8 @@ def test_any_number_of_processes_reads_what_another_number_wrote(tmp_path):
             for part in range(parts):
                 assert_reads(folder, part, parts)
         files = [file.name.split("-")[0] for file in folder.glob("*.safetensors")]
-        assert set(files) == {f"rank{rank}" for rank in range(writers)} and (len(files) > 15) == (writers == 3)
+        assert set(files) == {f"rank{rank}" for rank in range(writers)}
+        assert (len(files) > 15) == (writers == 3)
 
 
 def save_beside_a_barrier(out):
@@ -116,7 +119,7 @@ def test_a_file_holds_at_most_the_limit_or_one_row(tmp_path, monkeypatch):
         assert size == total and total / max(file_bytes, 8000) <= len(files) <= 2 * total / file_bytes + 1
 
 
-# -------------------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------------------- what is read
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_checkpoints, "FILE_BYTES", 2000)
@@ -152,8 +155,8 @@ def refusal(folder, read=None):
 def test_a_broken_index_is_one_line(folder):
     begin = '{"step": 3, "state": {}, "rank_states": [], "tensors": '
     refusal_of = {}
-    for text in ("", "{", "[]", "3", "null", "{}", '{"step": 3}', "[" * 100_000, "\0", "\udcff", begin + "[]}",
-                 begin + '{"head.weight": 3}}', begin + '{"head.weight": {}}}',
+    for text in ("", "{", "[]", "3", "null", "{}", '{"step": 3}', "[" * 100_000, "\0", "\udcff",
+                 begin + "[]}", begin + '{"head.weight": 3}}', begin + '{"head.weight": {}}}',
                  begin + '{"head.weight": {"shape": [7, 300], "parts": [[1]]}}}', None):
         (folder / "checkpoint.json").unlink()
         if text is not None:
@@ -229,7 +232,7 @@ def test_rows_of_another_shape_in_a_file_are_one_line(folder):
     assert "cube" in refusal(folder, read)
 
 
-# ------------------------------------------------------------------------------------------------- what is kept
+# ----------------------------------------------------------------------------------------------- what is kept
 def names(out):
     return sorted(path.name for path in (Path(out) / "checkpoints").iterdir())
 
@@ -249,7 +252,7 @@ def test_a_checkpoint_of_the_same_step_stays(tmp_path):
     assert newest_step(tmp_path) == 4 and names(tmp_path) == ["step_3", "step_4"]
 
 
-# -------------------------------------------------------------------------------------- a full disk in one process
+# --------------------------------------------------------------------------------- a full disk in one process
 def fill_disk(out):
     """One of two processes can write no large file: both say so, and the next save works."""
     rank, world, _ = start_processes("cpu")
@@ -288,7 +291,7 @@ def test_a_full_disk_in_one_process_is_one_line_in_all_and_the_last_checkpoint_s
         assert line.endswith(f"{stays}; make room and start again")
 
 
-# -------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 def peak_bytes(function):
     """By how much the resident memory of this process grows at most while it calls the function."""
     def kilobytes(name):
@@ -306,16 +309,18 @@ MEMORY = {"contiguous": ((1000, 12_500), 30e6, 0.5), "copied, in many files": ((
 
 
 def measure_saves(out):
-    """Of each case, in a process of its own: name, peak without a save, with it, bytes of the largest file."""
+    """Prints of each case, in its own process: name, peak without a save, with it, largest file's bytes."""
     torch.set_num_threads(1)
     for name, (shape, file_bytes, _) in MEMORY.items():
         if child := os.fork():
             assert os.waitpid(child, 0)[1] == 0
             continue
         run_checkpoints.FILE_BYTES = file_bytes
-        make = lambda i: torch.full(shape, float(i)) if name == "contiguous" else torch.full(shape, float(i)).t()
-        number = 200_000_000 // make(0).nbytes
-        shards = [Shard(f"{i}", make(i), 0, tuple(make(0).shape)) for i in range(number)]
+        number = 200_000_000 // torch.empty(shape).nbytes
+        tensors = [torch.full(shape, float(i)) for i in range(number)]
+        if name != "contiguous":
+            tensors = [tensor.t() for tensor in tensors]
+        shards = [Shard(f"{i}", tensor, 0, tuple(tensor.shape)) for i, tensor in enumerate(tensors)]
         nothing = peak_bytes(lambda: sum(range(1_000_000)))
         save = peak_bytes(lambda: save_run(out, 1, shards, {}, {}, keep=1))
         largest = max(file.stat().st_size for file in run_folders(out)[0].iterdir())
@@ -326,13 +331,14 @@ def measure_saves(out):
 
 @pytest.mark.slow
 def test_a_save_needs_little_more_than_its_largest_file(tmp_path):
-    """With 200 MB of tensors. Those that are not contiguous are copied first, as those on a GPU are; a row may
-    fill two thirds of a file."""
+    """With 200 MB of tensors. Those that are not contiguous are copied first, as those on a GPU are; a row
+    may fill two thirds of a file."""
     said = launch(1, "test_run_checkpoints:measure_saves", [tmp_path / "out"]).wait()
     cases = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
     assert [name for name, *_ in cases] == list(MEMORY)
     for name, nothing, save, largest in cases:
         _, file_bytes, times = MEMORY[name]
         print(f"{name}: {save / 1e6:.1f} MB, {save / largest:.2f} x the largest file")
-        assert nothing < 1e6 and 0.6 * file_bytes < largest < file_bytes + 1e4 and save <= times * largest, name
+        assert nothing < 1e6 and 0.6 * file_bytes < largest < file_bytes + 1e4, name
+        assert save <= times * largest, name
         assert name == "contiguous" or save > 0.9 * largest, name  # it is seen

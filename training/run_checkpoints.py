@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import UserError, first_line, gather, read_text, write_json
@@ -92,11 +92,11 @@ def save_run(out, step, shards, state, rank_state, keep, group=None):
 
 @contextmanager
 def failing_together(group):
-    """A context that all processes enter. If an exception ends it in one, UserError is raised in all."""
+    """A context that all processes enter. If one of them cannot write in it, UserError is raised in all."""
     errors = []
     try:
         yield
-    except Exception as error:  # safetensors has errors of its own
+    except (OSError, SafetensorError) as error:
         errors.append(reason_of(error))
     errors = gather(errors, group)
     if errors:
