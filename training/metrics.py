@@ -7,9 +7,9 @@
 
 A run that goes on after step N calls `Metrics.cut(out, N)` first and gives N as `done`: then each step stands
 once in metrics.jsonl, and TensorBoard hides what is made again. In Weights & Biases the run keeps its id, and
-what the server has of later steps stays there. Offline, a run that goes on writes the steps from N + 1 on into
-a folder of its own, beside that of before, which may lack the last ones before a kill or have some after N:
-only metrics.jsonl has each once.
+what the server has of later steps stays there. Offline, a run that goes on writes the steps from N + 1 on
+into a folder of its own, beside that of before, which may lack the last ones before a kill or have some after
+N: only metrics.jsonl has each once.
 """
 
 import json
@@ -88,8 +88,8 @@ class Metrics:
 
     @staticmethod
     def cut(out, step):
-        """Takes the lines after `step` out of metrics.jsonl, and those that a kill or a power cut damaged. All
-        other bytes stay; the file is never seen half written."""
+        """Takes the lines after `step` out of metrics.jsonl, and those that a kill or a power cut damaged.
+        All other bytes stay; the file is never seen half written."""
         path = Path(out) / "metrics.jsonl"
         if not path.exists():
             return
@@ -162,7 +162,7 @@ PER_TOKEN = "loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy"
 class UpdateMetrics:
     """What rl.py's update reports: means over the trained tokens of all processes.
 
-    updates: optimizer steps so far, bad_steps of them were left out as their gradient's norm is not finite."""
+    updates: optimizer steps so far. bad_steps: those left out as their gradient's norm was not finite."""
 
     def __init__(self, device):
         self.device, self.updates, self.bad_steps, self.norm_sum, self.tokens = device, 0, 0, 0.0, 0
