@@ -31,7 +31,7 @@ def figures(policy, rows, root, rank=0, world=1, config=CONFIG):
 def test_figures_are_those_of_plain_episodes_at_temperature_0(policy, data, monkeypatch):
     folder, rows, _ = data
     monkeypatch.setitem(PROTOCOLS, ZoomEnv.protocol, ScriptedEnv)
-    policy = restless(policy)
+    policy, rows = restless(policy), rows[:6]
     envs = [play(policy, row, RolloutConfig(temperature=0.0, max_turn_tokens=24), folder).env for row in rows]
     mean = lambda values: sum(values) / len(rows)
     expected = {"val_accuracy": mean([env.rewards["accuracy"] for env in envs]),

@@ -14,8 +14,8 @@ PROMPT, TURN = 32, 16  # tokens of the text
 def check_decoder(decoder):
     """Compares the compiled (and captured) decode step of a Decoder with the plain one. Both are fed a short
     text, and the log-probabilities of the likeliest next tokens are compared with those of one pass over the
-    whole text, as training makes it. Where the RMS error of the compiled step is above twice that of the plain
-    one, a warning says so and rollouts go on plain.
+    whole text, as training makes it. Where the RMS error of the compiled step is above twice that of the
+    plain one, a warning says so and rollouts go on plain.
 
     Keeps the two errors as the decoder's `errors`; does nothing where nothing is compiled."""
     if decoder.path == "plain":
@@ -48,7 +48,7 @@ def score(policy, ids):
 
 
 def rms_error(decoder, ids, scored):
-    """How far a decoder's log-probabilities are from `scored`, for four rows that are made to say the text."""
+    """How far a decoder's log-probabilities are from `scored` in four rows that are made to say the text."""
     policy = decoder.policy
     prompt = Dialogue(prompt_length=PROMPT)
     prompt.add(ids[:PROMPT])

@@ -9,7 +9,7 @@ from training.decoder_check import check_decoder
 
 
 def make_player(policy, config, generator=None):
-    """An Engine that plays one episode a question, as evaluation does, with a decode step that was checked."""
+    """An Engine that plays one episode a question, as eval.py does too; its decode step is checked."""
     engine = Engine(policy, 1, config, generator)
     check_decoder(engine.decoder)
     return engine

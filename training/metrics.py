@@ -6,10 +6,10 @@
     metrics.close()
 
 A run that goes on after step N calls `Metrics.cut(out, N)` first and gives N as `done`: then each step stands
-once in metrics.jsonl, and TensorBoard hides what is made again. In Weights & Biases the run keeps its id; what
-the server has of later steps stays there. Offline, a run that goes on writes the steps from N + 1 on into a
-folder of its own beside the first one, which may lack the last steps before a kill and have some after N; only
-metrics.jsonl is whole.
+once in metrics.jsonl, and TensorBoard hides what is made again. In Weights & Biases the run keeps its id, and
+what the server has of later steps stays there. Offline, a run that goes on writes the steps from N + 1 on
+into a folder of its own, beside that of before, which may lack the last ones before a kill or have some after
+N: only metrics.jsonl has each once.
 """
 
 import json
@@ -88,7 +88,7 @@ class Metrics:
 
     @staticmethod
     def cut(out, step):
-        """Takes the lines after `step` out of metrics.jsonl, and those that a kill or a power cut has damaged.
+        """Takes the lines after `step` out of metrics.jsonl, and those that a kill or a power cut damaged.
         All other bytes stay; the file is never seen half written."""
         path = Path(out) / "metrics.jsonl"
         if not path.exists():
@@ -133,7 +133,8 @@ def begin_wandb(out, project, name, done):
         return wandb.init(project=project, name=name, id=run_id, resume="allow" if done else None,
                           dir=str(out), settings=wandb.Settings(console="off"))
     except Exception as error:  # of many types: no key, no network, a name that it refuses
-        raise UserError(f"--wandb {project}: {first_line(error)}; wandb login, or set WANDB_MODE=offline") from None
+        reason = first_line(error)
+        raise UserError(f"--wandb {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
 
 
 # -------------------------------------------------------------------------------- what rl.py says of a step
@@ -159,7 +160,9 @@ PER_TOKEN = "loss", "clipped_low", "clipped_high", "kl", "kl_clamped", "entropy"
 
 
 class UpdateMetrics:
-    """What rl.py's update reports: means over trained tokens, over all processes; updates: optimizer steps."""
+    """What rl.py's update reports: means over the trained tokens of all processes.
+
+    updates: optimizer steps so far. bad_steps: those left out as their gradient's norm was not finite."""
 
     def __init__(self, device):
         self.device, self.updates, self.bad_steps, self.norm_sum, self.tokens = device, 0, 0, 0.0, 0

@@ -1,4 +1,5 @@
-"""The train-inference mismatch: |log pi - log pi as sampled| of each sampled token, before a step's first update.
+"""The train-inference mismatch: |log pi - log pi as sampled| of each sampled token, before a step's first
+optimizer step.
 
 Both are of the same policy, so what parts them is rounding, or a mistake. In bfloat16 it is no longer small.
 Metrics: `mismatch` and `mismatch_max`, mean and largest over the sampled tokens of all processes; the largest
@@ -6,8 +7,8 @@ is inf where a log-probability is nan.
 
     --old_log_probs sampled      log pi_old in the loss is what was noted while sampling
     --old_log_probs recomputed   it is what a pass without gradient says before the first update
-    --max_mismatch X             with it: an episode whose mean mismatch a token is above X (or nan) is left out
-                                 of the loss and of the number of tokens. Its reward still counted in its
+    --max_mismatch X             with it: an episode whose mean mismatch a token is above X (or nan) is left
+                                 out of the loss and of the number of tokens. Its reward still counted in its
                                  group's mean and spread: the advantages of the others stay as they are
 """
 
@@ -65,7 +66,7 @@ def set_old_log_probs(weights, groups, config, mismatch):
 
     Args:
         weights: MasterWeights. groups: lists of Episode, of this process; all processes have to call this.
-        config: with old_log_probs and max_mismatch. mismatch: a Mismatch, which measures the pass if there is one.
+        config: with old_log_probs and max_mismatch. mismatch: a Mismatch, to which the pass is added.
     Returns the groups without the episodes that are left out; they keep their places, even if nothing is left
     of one."""
     if config.old_log_probs == "sampled":

@@ -12,9 +12,9 @@ were then. It is saved after every `save_every` steps.
 
 At SIGTERM or Ctrl-C a thread (training/stopping.py) saves the end of the last step, in a rollout of minutes,
 too; the loop knows nothing of it. It can do so while the weights are at rest: from the end of a step to the
-first optimizer step of the next one. In between the main thread holds the lock `at_rest`, and the thread waits
-for it as long as there is time, for instance not for a long play of held-out questions. All processes must get
-the signal, as torchrun sends it: they agree on the step that is saved.
+first optimizer step of the next one. From there on the main thread holds the lock `at_rest`, until the
+held-out questions are played and the step is saved, and the thread waits for it as long as there is time.
+All processes must get the signal, as torchrun sends it: they agree on the step that is saved.
 """
 
 import threading
@@ -47,7 +47,7 @@ NAMES = rf"{FILES}|skipped\.jsonl|checkpoints"  # what a run writes, besides the
 class TrainConfig(RunConfig):
     """Settings of both scripts that train."""
 
-    preset: str | None = None  # paper or demo: the settings where no flag says; else as the checkpoint names it
+    preset: str | None = None  # paper or demo: what holds where no flag says; else as the checkpoint names it
     beta2: float = 0.95  # of AdamW's second moment
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
@@ -206,7 +206,7 @@ class TrainingRun:
             self.moving = True
 
     def _weights_rest(self):
-        """They are again."""
+        """They are those of `progress` again."""
         self.moving = False
         self.at_rest.release()
 
@@ -214,9 +214,9 @@ class TrainingRun:
         """A checkpoint to go on from. All processes call it."""
         if self.rank == 0:
             sync(self.out / "metrics.jsonl")  # its lines go with the checkpoint
-        save_run(self.out, self.progress["step"], self._shards(), self.state, self.rank_state, self.config.keep,
-                 self.saving)
-        self.saved_step = self.progress["step"]
+        step = self.progress["step"]
+        save_run(self.out, step, self._shards(), self.state, self.rank_state, self.config.keep, self.saving)
+        self.saved_step = step
 
     def _save_at_a_signal(self):
         """At a signal, in a thread: saves the end of the last step, once all processes are at rest after the
@@ -258,7 +258,7 @@ class TrainingRun:
         return tensors
 
     def _shards(self):
-        """The rows of these that this process writes."""
+        """The rows of `_tensors` that this process writes."""
         for name, tensor in self._tensors().items():
             rows, first = self.weights.rows_to_save(tensor)
             yield Shard(name, rows, first, tuple(tensor.shape))

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C: a thread saves what can be saved and ends the process in time.
 
-The main thread is not asked: it may be in a rollout of minutes, or wait for another process or for the device.
-While it goes on, the thread calls `save`; what `save` needs to be left as it is, a lock keeps (training/run.py).
+The main thread is not asked: it may be in a rollout of minutes, or wait for another process or the device.
+While it goes on, the thread calls `save`; a lock keeps what `save` reads as it is (training/run.py).
 """
 
 import os
@@ -14,7 +14,7 @@ GRACE_S = 20.0  # seconds from the signal to the end; torchrun kills after 30
 
 
 def stop_at_signals(save, lost):
-    """From now on the first SIGTERM or SIGINT ends this process, within GRACE_S, with status 128 + its number.
+    """From now on the first SIGTERM or SIGINT ends this process in GRACE_S, with status 128 + its number.
 
     save: called in a thread of its own; returns the line that is printed at the end.
     lost: returns that line if `save` does not end in time.
