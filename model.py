@@ -237,7 +237,7 @@ class Dialogue:
     mismatch: float = 0.0  # its mean train-inference mismatch, where log-probabilities are recomputed
 
     def fork(self):
-        """A copy that grows on its own."""
+        """An independent copy, as an episode of a group goes on from the shared prompt."""
         return Dialogue(**{f.name: copy.copy(getattr(self, f.name)) for f in fields(self)})
 
     def add(self, ids, trained=False):
@@ -350,7 +350,8 @@ def turn_is_over(policy, ids, rules):
     if not policy.can_close_tag[ids[-1]]:
         return False
     stops = stop_strings(rules.tools)
-    tail = policy.tokenizer.decode(ids[-max(map(len, stops), default=1):])
+    longest = max(map(len, stops), default=1)  # characters, each of a token at most
+    tail = policy.tokenizer.decode(ids[-longest:])
     return any(stop in tail for stop in stops)
 
 
@@ -358,17 +359,20 @@ def end_turn(policy, said, rules):
     """The tokens with which an assistant turn, a text or Sampled, stands in a dialogue: (Sampled of those that
     the policy produced, ids that are appended)."""
     if isinstance(said, Sampled):
-        kept = [i for i, token in enumerate(said.ids) if token <= rules.largest_id]
+        kept = [i for i, token in enumerate(said.ids) if token <= rules.largest_id]  # the protocol drops others
         ids, log_probs = [said.ids[i] for i in kept], [said.log_probs[i] for i in kept]
-        ends = not rules.trains_appended_end or policy.im_end in ids
+        trains_end = rules.trains_appended_end and policy.im_end not in ids
     else:
         ids = policy.tokenize(said)
         log_probs = [None] * len(ids)
-        ends = said.endswith(stop_strings(rules.tools)) and not rules.trains_appended_end
-    if not ends:
-        ids, log_probs = [*ids, policy.im_end], [*log_probs, None]
-    appended = [] if ids[-1:] == [policy.im_end] else [policy.im_end]
-    return Sampled(ids, log_probs), appended + policy.tokenize(rules.after_turn)
+        trains_end = rules.trains_appended_end or not said.endswith(stop_strings(rules.tools))
+    if trains_end:
+        ids.append(policy.im_end)
+        log_probs.append(None)
+    appended = policy.tokenize(rules.after_turn)
+    if not ids or ids[-1] != policy.im_end:
+        appended = [policy.im_end, *appended]
+    return Sampled(ids, log_probs), appended
 
 
 def turn_text(policy, ids, rules):
@@ -381,8 +385,8 @@ def turn_text(policy, ids, rules):
 
 # --------------------------------------------------------------------------------------------- vision features
 def frame_features(policy, frames):
-    """Vision features of frames, each (tokens, hidden), on `policy.features_device`. A frame that occurs
-    twice, or looks like one whose features are still held, is neither computed nor kept again."""
+    """Vision features of frames, each (tokens, hidden), on `policy.features_device`. A frame whose
+    image equals another one, or one whose features are still held, is neither computed nor kept again."""
     digest = lambda image: (image.shape, hashlib.sha256(image.contiguous().numpy()).digest())
     looks = [digest(frame.image) for frame in frames]
     features = {look: policy.features.get(look) for look in looks}

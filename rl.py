@@ -69,8 +69,8 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     max_draws: int = 4  # draw at most this many times batch_size questions a step
     lr: float = 1e-6  # learning rate of AdamW, constant
     lr_warmup_steps: int = 0  # steps in which the learning rate rises
-    clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
-    clip_high: float = 0.27  # ... and up to 1 + clip_high
+    clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
+    clip_high: float = 0.27  # ... and above 1 + clip_high
     kl_weight: float = 0.001  # of the KL to the reference; 0 skips the reference's pass
     entropy_weight: float = 0.001  # of the entropy bonus
     loss_mean: str = "token"  # over all sampled tokens, or over those of each episode, then over episodes
@@ -87,8 +87,8 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------------- rollouts
 def play_batch(engine, questions, config, root, rank, world, device, bar):
-    """Rollouts of a full batch: draws from the iterator `questions` until batch_size groups of all processes
-    have a spread of rewards, at most max_draws batches of them. Returns (this process's groups with a spread,
+    """Rollouts of a full batch (dynamic sampling): draws from the iterator `questions` until batch_size groups
+    of all processes have rewards that are not all equal, at most max_draws batches of questions. Returns (this process's groups that are kept,
     all its episodes, [(id, reason)] of unreadable videos, number of questions drawn over all processes)."""
     kept, episodes, unreadable = [], [], []
     missing, drawn, most = config.batch_size, 0, config.max_draws * config.batch_size
@@ -157,7 +157,7 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
 # ----------------------------------------------------------------------------------------------- the update
 def update(weights, groups, optimizer, config, rank, device):
     """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals
-    its groups to the mini-batches in turn, starting at its rank, so that all of them are of about the same
+    its groups to the mini-batches round-robin, starting at its rank, so that all of them are of about the same
     size. Returns metrics over all processes."""
     policy, reference = weights.policy, weights.reference
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
@@ -165,7 +165,7 @@ def update(weights, groups, optimizer, config, rank, device):
     groups = set_old_log_probs(weights, groups, config, mismatch)
     for m in range(num_batches):
         mini = groups[(m + rank) % num_batches::num_batches]
-        # the loss's denominator: the sampled tokens of the mini-batch, over all processes
+        # the loss's denominator: the trained tokens of the mini-batch, over all processes
         lengths = [sum(e.dialogue.trained) for group in mini for e in group]
         counts = sum_over_processes({"tokens": sum(lengths), "episodes": len(lengths)}, device)
         tokens, episodes = counts["tokens"], counts["episodes"]
@@ -188,8 +188,9 @@ def update(weights, groups, optimizer, config, rank, device):
                     ref_log_probs, _ = token_log_probs(reference, batch, config.temperature)
             # this pass's part of the loss, whose gradient is added to that of the passes before
             loss, stats = grpo_loss(log_probs, old, advantages, episode, config, ref_log_probs, entropies)
-            if config.loss_mean == "episode":
-                loss = loss * tokens / episodes / torch.bincount(episode)[episode].to(device)
+            if config.loss_mean == "episode":  # each token's weight is 1 / its episode's tokens / episodes
+                own_tokens = torch.bincount(episode)[episode].to(device)
+                loss = loss * tokens / episodes / own_tokens
             loss = loss.sum() / tokens
             loss.backward()
             metrics.add_pass(stats | {"loss": loss.item() * tokens})

@@ -39,7 +39,7 @@ class RolloutConfig:
     max_turn_tokens: int = 1024  # an assistant turn is cut off here, which ends the episode
     max_response_tokens: int = 32_768  # after the prompt; an episode ends before a reply that goes beyond
     max_rows: int = 64  # episodes that a process plays at one time, at most
-    cache_gb: float_or_auto = 16.0  # keys and values, 1e9 bytes, or auto: what is free; few make few rows
+    cache_gb: float_or_auto = 16.0  # KV cache, 1e9 bytes, or auto: what is free; a small one means few rows
     compile: bool | None = None  # compile the decode step; by default on cuda, as a CUDA graph there
 
 
@@ -184,11 +184,11 @@ class Engine:
                 return env, None, str(error)
 
         at_once = max(4, self.config.max_rows // self.group_size)
-        upcoming, opening = deque(questions), deque()
+        upcoming, pending = deque(questions), deque()
         for number in range(len(questions)):
-            while upcoming and len(opening) < at_once:
-                opening.append(self.video_threads.submit(begin, upcoming.popleft()))
-            env, messages, error = opening.popleft().result()
+            while upcoming and len(pending) < at_once:
+                pending.append(self.video_threads.submit(begin, upcoming.popleft()))
+            env, messages, error = pending.popleft().result()
             if error is not None:
                 skipped.append((env.question["id"], error))
                 continue

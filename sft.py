@@ -69,7 +69,7 @@ def learning_rate(step, steps, config):
 
 
 # ------------------------------------------------------------------------------------------------------ data
-def of_kinds(rows, kinds):
+def filter_kinds(rows, kinds):
     """The trajectories of these kinds. Raises UserError where there are none of one."""
     if kinds is None:
         return rows
@@ -167,7 +167,7 @@ def main():
         ensure_demo(Path(config.data).parent, config.seed)
     gather([])  # the others wait until the data is there
     rows, bad = read_trajectories(config.data, config.max_bad)
-    rows = of_kinds(rows, config.kinds)
+    rows = filter_kinds(rows, config.kinds)
     chosen, without = with_chosen_frames([row["question"] for row in rows], config)
     rows = [rows[number] | {"question": question} for number, question in chosen.items()]
     env_config = run_environment(config.model, config)

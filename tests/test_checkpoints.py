@@ -14,7 +14,7 @@ from model import Policy, PolicyError, Sampled, encode
 from rollout import Episode
 from training import checkpoints
 from training.checkpoints import INDEX, load_policy, save_policy
-from zoom_env import Message
+from zoom_env import Message, ZoomEnv
 
 JSONS = ["config.json", "zoom_config.json", "tokenizer.json", "preprocessor_config.json",
          "generation_config.json"]
@@ -196,7 +196,7 @@ def test_only_stopping_the_program_escapes(folder, monkeypatch):
     class Panic(BaseException):
         """As Rust code raises it."""
 
-    for error, seen in ((Panic("x\ny"), PolicyError), (MemoryError(), PolicyError),
+    for error, seen in ((Panic("x\ny"), PolicyError), (MemoryError(), MemoryError),
                         (KeyboardInterrupt(), KeyboardInterrupt)):
         def fail(*args, error=error, **kwargs):
             raise error
@@ -220,9 +220,9 @@ def assert_end_tokens_end_a_turn(policy, eos):
     assert policy.end_tokens == {policy.im_end, endoftext, *also}
     said = policy.tokenizer.encode("<answer>A</answer>")
     for end in (policy.im_end, endoftext, *(i for i in also if i < 100)):
-        e = Episode(encode(policy, [Message("user", ["which?"])]), [*said, end], [0.0] * (len(said) + 1))
+        e = Episode(encode(policy, [Message("user", ["which?"])]), [*said, end], [0.0] * (len(said) + 1), env=ZoomEnv)
         before = len(e.dialogue.ids)
-        assert e.turn_is_over(policy) and not Episode(e.dialogue, said).turn_is_over(policy)
+        assert e.turn_is_over(policy) and not Episode(e.dialogue, said, env=ZoomEnv).turn_is_over(policy)
         assert e.end_turn(policy) == "<answer>A</answer>" and not e.truncated
         newline = policy.tokenizer.encode("\n")
         after = newline if end == policy.im_end else [policy.im_end, *newline]
@@ -246,7 +246,7 @@ def test_ids_of_a_padded_vocabulary_do_no_harm(policy):
     last = policy.head.out_features - 1
     assert not policy.can_close_tag[last]
     said = [*policy.tokenizer.encode("a"), last, *policy.tokenizer.encode("</video_zoom>")]
-    e = Episode(encode(policy, [Message("user", ["x"])]), said[:2], [0.0] * 2)
+    e = Episode(encode(policy, [Message("user", ["x"])]), said[:2], [0.0] * 2, env=ZoomEnv)
     assert not e.turn_is_over(policy)
     e.turn_ids, e.turn_log_probs = said, [0.0] * len(said)
     assert e.turn_is_over(policy) and e.end_turn(policy) == "a</video_zoom>"

@@ -17,6 +17,8 @@ held-out questions are played and the step is saved, and the thread waits for it
 All processes must get the signal, as torchrun sends it: they agree on the step that is saved.
 """
 
+import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -53,14 +55,14 @@ class TrainConfig(RunConfig):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     max_tokens_per_pass: int = 32_768  # tokens in a forward and backward pass: bounds memory, nothing else
     gradient_checkpointing: bool = True  # recompute each layer in the backward pass: less memory, more time
-    shard: str | None = None  # none, all, node: who shares a copy of the weights; else as scale/pick.py says
+    shard: str | None = None  # none, all, node: processes that share the weights; else as scale/pick.py says
     offload: list[str] = ()  # what is on the host: optimizer (one process), in RL reference, features, too
     lora_rank: int = 0  # train adapters of this rank beside frozen weights (scale/lora.py); 0: all weights
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     save_every: int = 10  # steps between checkpoints
-    keep: int = 2  # so many checkpoints to go on from stay in --out/checkpoints
-    val: str | None = None  # questions that are played now and then, at temperature 0
-    val_every: int = 10  # steps between that
+    keep: int = 2  # the newest checkpoints that stay in --out/checkpoints, to go on from
+    val: str | None = None  # held-out questions that are played every val_every steps, at temperature 0
+    val_every: int = 10  # steps between plays of --val
     tensorboard: bool = False  # write the metrics for TensorBoard, too (--out/tensorboard)
     wandb: str | None = None  # ... and to this project in Weights & Biases
     plan: str | None = None  # only say what memory this run needs on so many GPUs of so many GB, as 8x80
@@ -73,11 +75,13 @@ def parse_training_flags(config_class, description, presets, at_least_one):
     """Settings from the command line, over those of a preset: of --preset, else of the one that the model's
     settings name (a checkpoint that descends from the demo's base says demo). presets: {name: settings}."""
     def settings_of(given):
-        name = given.get("preset")
-        if name is None:
-            name = load_env_config(given.get("model", config_class.model)).preset
+        model = given.get("model", config_class.model)
+        name = given.get("preset") or load_env_config(model).preset
         if name not in presets:
             raise UserError(f"--preset must be {' or '.join(presets)}, not {name}")
+        if os.environ.get("RANK", "0") == "0":
+            why = "--preset" if "preset" in given else f"as {model} says"
+            print(f"{Path(sys.argv[0]).name}: default settings of the preset {name} ({why})", flush=True)
         return {"preset": name} | presets[name]
 
     return parse_flags(config_class, description, (*at_least_one, *AT_LEAST_ONE), settings_of)
