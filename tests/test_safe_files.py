@@ -154,7 +154,8 @@ def end_at_each_call(start, error, save_it, number_in_it):
     pytest.param(OSError("no number"), marks=pytest.mark.slow)], ids=repr)
 def test_a_save_that_ends_at_any_step_leaves_a_whole_one(tmp_path, kind, error):
     start = tmp_path / "start"
-    save(kind, start, 1)
+    for number in (0, 1):
+        save(kind, start, number)
     (start / "metrics.jsonl").write_text("mine")
     (start / "other.safetensors").write_text("mine")
     steps = end_at_each_call(start, error, lambda folder: save(kind, folder, 2),
@@ -168,13 +169,14 @@ def test_a_save_that_ends_at_any_step_leaves_a_whole_one(tmp_path, kind, error):
 
 
 @both_kinds
-def test_what_is_saved_is_on_the_disk_before_its_commit(tmp_path, kind):
-    """Else a power cut could leave the new name and half of what it names."""
-    save(kind, tmp_path, 1)
+def test_what_is_saved_is_on_the_disk_before_its_commit_and_that_before_the_old_goes(tmp_path, kind):
+    """Else a power cut could leave the new name and half of what it names, or neither."""
+    for number in (0, 1):
+        save(kind, tmp_path, number)
     old, on_disk, lacking = {*tmp_path.rglob("*")}, set(), []
     commit = tmp_path / INDEX if kind == "policy" else tmp_path / "checkpoints" / "step_2"
     inode = lambda path: os.stat(path).st_ino
-    fsync, replace = os.fsync, os.replace
+    fsync, replace, unlink, kept_until = os.fsync, os.replace, os.unlink, []
 
     def synced(descriptor):
         on_disk.add(os.fstat(descriptor).st_ino)
@@ -186,15 +188,23 @@ def test_what_is_saved_is_on_the_disk_before_its_commit(tmp_path, kind):
             new = [tmp_path if kind == "policy" else Path(source)]
             new += [path for path in tmp_path.rglob("*") if path.is_file() and path not in old]
             lacking.append([path for path in new if inode(path) not in on_disk])
+        elif lacking:
+            kept_until.append(inode(commit.parent) in on_disk)
         result = replace(source, target)
         on_disk.discard(inode(Path(target).parent))  # it holds another name now
         return result
 
+    def unlinked(*args, **options):
+        if lacking:
+            kept_until.append(inode(commit.parent) in on_disk)
+        return unlink(*args, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", synced)
         patch.setattr(os, "replace", replaced)
+        patch.setattr(os, "unlink", unlinked)
         save(kind, tmp_path, 2)
-    assert lacking == [[]] and inode(commit.parent) in on_disk
+    assert lacking == [[]] and kept_until[0]
 
 
 # ------------------------------------------------------------------------------------------------- full disks
