@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, shard, after_lines", [("rl.py", "all", 1), ("sft.py", "all", 4)])
+@pytest.mark.parametrize("script, shard, after_lines", [("sft.py", "all", 4)])
 def test_two_killed_processes_go_on_as_if_nothing_had_been(place, tmp_path, script, shard, after_lines):
     same_after_a_kill(place, tmp_path, script, shard, 2, after_lines)
     assert "is finished" in finish(place, tmp_path, script, shard, 2)
