@@ -1,12 +1,17 @@
-"""What several tests play with: a random policy of the demo's architecture, one that says what ends a turn, and the plain
-way to log-probabilities."""
+"""What several tests play with: random policies of the demo's architecture, some of which say what ends a
+turn, groups of episodes to train on, and the plain way to log-probabilities."""
+
+import json
 
 import torch
 
+import rl
 from demo.synthetic import TINY_PROMPT, synthetic
 from demo.tiny_base import make_tiny_model, make_tokenizer
+from model import Sampled, encode, fill_features, token_log_probs
+from rollout import Episode
 from training.checkpoints import save_policy
-from zoom_env import ZoomEnv
+from zoom_env import Message, ZoomEnv
 
 
 def random_policy(seed=0, layers=None):
@@ -20,11 +25,48 @@ def random_policy(seed=0, layers=None):
     return policy.eval()
 
 
-def make_place(folder):
+def make_place(folder, layers=None):
     """Questions and trajectories, and a random checkpoint, `model`. Returns the folder."""
     synthetic(folder, 10, 5, seed=3)
-    save_policy(random_policy(), folder / "model")
+    save_policy(random_policy(layers=layers), folder / "model")
     return folder
+
+
+def make_groups(policy, folder, num_groups):
+    """Groups of episodes of unequal length with right and wrong answers, whose log-probabilities of sampling
+    are off by some noise."""
+    questions = [json.loads(line) for line in open(folder / "train.jsonl")][:num_groups]
+    noise = torch.Generator().manual_seed(5)
+    zoom = '<think>look</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'
+    groups = []
+    for k, question in enumerate(questions):
+        group, start = [], ZoomEnv(question, policy.env_config, folder)
+        prompt = encode(policy, start.reset())
+        for letter in "ABCD"[: 2 + k % 3]:
+            episode = Episode(prompt.fork(), env=start.fork())
+            num_zooms = "BD".find(letter) + 1
+            answer = question["answer"] if num_zooms else letter
+            for text in [zoom] * num_zooms + [f"<think>{'so ' * (k + 1)}</think><answer>{answer}</answer>"]:
+                ids = policy.tokenizer.encode(text) + ([] if text == zoom else [policy.im_end])
+                encode(policy, [Message("assistant", [Sampled(ids, [0.0] * len(ids))])], episode.dialogue)
+                encode(policy, episode.env.step(text), episode.dialogue)
+            assert episode.env.done
+            group.append(episode)
+        fill_features(policy, [e.dialogue for e in group])
+        with torch.no_grad():
+            for e in group:
+                log_probs, _ = token_log_probs(policy, [[e.dialogue]])
+                noisy = log_probs + 0.3 * torch.randn(len(log_probs), generator=noise)
+                e.dialogue.sampled_log_probs = noisy.tolist()
+        assert rl.set_advantages(group)
+        groups.append(group)
+    return groups
+
+
+def shift(episode, offset, start=0, stop=None):
+    """Puts the log-probabilities of sampling of an episode's tokens `start` to `stop` off by `offset`."""
+    said = episode.dialogue.sampled_log_probs
+    said[start:stop] = [p + offset for p in said[start:stop]]
 
 
 def tied_and_untied():
@@ -38,16 +80,19 @@ def tied_and_untied():
 
 
 def plain_log_probs(policy, dialogue, temperature=1.0):
-    """What token_log_probs must equal: transformers' own forward pass over the whole sequence, all logits at once. (Its
-    top level finds image tokens by their value, which a random policy also says; the dialogue knows which are frames.)"""
+    """What token_log_probs must equal: transformers' own forward pass over the whole sequence, all logits at
+    once. (Its top level finds image tokens by their value, which a random policy also says; the dialogue
+    knows which are frames.)"""
     model = policy.hf.model
     pixels = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
     embeds = model.language_model.embed_tokens(torch.tensor([dialogue.ids]))
-    embeds[0, torch.tensor(dialogue.is_image)] = model.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+    features = model.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+    embeds[0, torch.tensor(dialogue.is_image)] = features
     positions = torch.tensor(dialogue.positions).T[:, None]
     hidden = model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0]
     log_p = torch.log_softmax(policy.hf.lm_head(hidden).float() / temperature, dim=-1)
-    return torch.stack([log_p[t - 1, dialogue.ids[t]] for t, trained in enumerate(dialogue.trained) if trained])
+    trained = [t for t, is_trained in enumerate(dialogue.trained) if is_trained]
+    return torch.stack([log_p[t - 1, dialogue.ids[t]] for t in trained])
 
 
 class ConstantChannel(torch.nn.Module):
@@ -70,7 +115,8 @@ def chatty(policy):
     weight = 0.3 * policy.head.weight.detach()
     weight[:, 0] = 0.0
     weight[[policy.im_end, *policy.tokenizer.encode("</video_zoom>", add_special_tokens=False)], 0] = 4.0
-    policy.hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)  # no longer tied to the embedding
+    # no longer tied to the embedding
+    policy.hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
     return policy
 
 
@@ -86,7 +132,8 @@ class Restless(torch.nn.Module):
 
 
 def restless(policy):
-    """A copy of a random policy whose most likely token is another one each time; a random one repeats itself."""
+    """A copy of a random policy whose most likely token is another one each time; a random one repeats
+    itself."""
     policy = policy.frozen_copy()
     policy.language_model.norm = Restless(policy.language_model.norm)
     policy.hf.lm_head.weight = torch.nn.Parameter(policy.head.weight.detach().clone())
