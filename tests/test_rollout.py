@@ -77,9 +77,9 @@ def test_rollout_scores_what_it_samples(policy, data, temperature, steps):
     folder, questions, _ = data
     policy = chatty(policy)
     config = RolloutConfig(temperature=temperature, max_turn_tokens=24)
-    groups, skipped = rollout(policy, questions[:2], 6, config, root=folder, generator=seeded(), steps=steps)
+    groups, skipped = rollout(policy, questions[:3], 6, config, root=folder, generator=seeded(), steps=steps)
     episodes = [e for group in groups for e in group]
-    assert not skipped and len(episodes) == 12
+    assert not skipped and len(episodes) == 18
     assert len({len(e.env.turns) for e in episodes}) > 1  # they do not all end together
     assert max(len(e.env.turns) for e in episodes) > 2
     check_sampled_log_probs(policy, episodes, temperature)
