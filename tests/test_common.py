@@ -19,7 +19,7 @@ from common import (RunConfig, UserError, choose_device, choose_dtype, field_com
 from training.weights import sync_gradients
 
 
-# ----------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 @dataclass(frozen=True)
 class Base:
     seed: int = 0  # of the order
@@ -78,8 +78,8 @@ def test_values_of_another_type_are_refused(capsys):
 
     all_hold(is_refused, [
         ["--check", "true"], ["--check=maybe"], ["--shuffle=False"], ["--steps", "1.5"], ["--steps"],
-        ["--steps", ""], ["--steps", "x"], ["--most", "many"], ["--shared", "x"], ["--shared", ""], ["--weights"],
-        ["--weights", "1", "x"], ["--size", "x"], ["--unknown", "3"], ["stray"]])
+        ["--steps", ""], ["--steps", "x"], ["--most", "many"], ["--shared", "x"], ["--shared", ""],
+        ["--weights"], ["--weights", "1", "x"], ["--size", "x"], ["--unknown", "3"], ["stray"]])
 
 
 def test_negative_numbers_and_nan_are_refused(capsys):
@@ -144,7 +144,7 @@ def test_help_names_each_setting_its_meaning_and_default(script, monkeypatch, ca
         assert f"{' '.join(comments[f.name].split())} (default {f.default})" in flags[f.name]
 
 
-# ---------------------------------------------------------------------------------------- errors and devices
+# ----------------------------------------------------------------------------------------- errors and devices
 def ends(raised):
     def main():
         raise raised
@@ -189,7 +189,7 @@ def test_devices_and_dtypes_that_are_not_there_are_refused():
             choose_dtype(name, torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 SHARES = [[1.0, 5.0, 2.0], []]  # the tokens of each process; the second has none
 
 
@@ -197,16 +197,16 @@ def add_up(folder):
     """Of one process of two."""
     rank, world, device = start_processes("cpu")
     w, b = (torch.nn.Parameter(torch.tensor(x)) for x in ([[1.0, 2.0], [3.0, 4.0]], [0.5]))
-    only_second = torch.nn.Parameter(torch.zeros(2))
+    only_second, unused = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     mine = SHARES[rank]
     total = sum_over_processes({"tokens": len(mine), "loss": 0.1 * (rank + 1)}, device)
     loss = sum(((w * x) ** 2).sum() + b.sum() * x for x in mine) / total["tokens"]
     if rank == 1:
         loss = loss + (only_second * torch.tensor([1.0, -2.0])).sum()
     loss.backward()
-    sync_gradients([w, b, only_second])
+    sync_gradients([w, unused, b, only_second])
     gathered = gather([f"{rank}{i}" for i in range(2 * rank + 1)])
-    gradients = [p.grad.tolist() for p in (w, b, only_second)]
+    gradients = [p.grad.tolist() for p in (w, b, only_second, unused)]
     seen = {"world": world, "total": total, "gathered": gathered, "gradients": gradients}
     Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
@@ -227,14 +227,15 @@ def test_all_processes_have_the_sums_and_the_joined_lists(two_processes):
 
 
 def test_gradients_add_up_to_those_of_one_process(two_processes):
-    """Also for a process without tokens, and for a weight that only one process used."""
+    """Also for a process without tokens, and for a weight that only one process used, or none."""
     w, b = (torch.tensor(x, requires_grad=True) for x in ([[1.0, 2.0], [3.0, 4.0]], [0.5]))
     tokens = SHARES[0] + SHARES[1]
     (sum(((w * x) ** 2).sum() + b.sum() * x for x in tokens) / len(tokens)).backward()
+    whole = w.grad, b.grad, [1.0, -2.0], [0.0, 0.0]
     for seen in two_processes:
-        for gradient, expected in zip(seen["gradients"], (w.grad, b.grad, [1.0, -2.0]), strict=True):
-            expected = torch.as_tensor(expected)
-            assert torch.allclose(torch.tensor(gradient), expected) and expected.abs().min() > 0
+        for gradient, expected in zip(seen["gradients"], whole, strict=True):
+            torch.testing.assert_close(torch.tensor(gradient), torch.as_tensor(expected))
+    assert w.grad.abs().min() > 0 and b.grad > 0
 
 
 def test_one_process_alone_needs_no_group():
@@ -246,7 +247,7 @@ def test_one_process_alone_needs_no_group():
     assert used.grad.tolist() == [1.0, 1.0] and unused.grad is None
 
 
-# ------------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------------- rows
 def check(row):
     return None if row["n"] > 0 else "n is not positive"
 

@@ -86,7 +86,8 @@ def detail(folder):
 def play_known(folder, question, texts, limit=10**6, **env):
     policy, written = make_policy(layers=1), []
     config, questions = replace(policy.env_config, **env), {n: dict(question) for n in range(len(texts))}
-    evaluation.evaluate(Known(policy, texts, limit), evaluation.Play("p", "zoom"), questions, folder, config, written.append)
+    engine, play = Known(policy, texts, limit), evaluation.Play("p", "zoom")
+    evaluation.evaluate(engine, play, questions, folder, config, written.append)
     return written, tables.figures("p", "zoom", written, questions, 3)[0]
 
 
@@ -132,9 +133,9 @@ def test_a_zoom_whose_reply_was_dropped_is_none(folder, detail):
 
 
 def test_results_file(folder, tmp_path, monkeypatch, capsys):
-    status, said, error = main(monkeypatch, capsys, "--model", folder / "policy", "--data", folder / "test.jsonl",
-                               "--out", tmp_path, "--mode", "uniform", "--num_frames", 24, "--max_turn_tokens", 8,
-                               "--dtype", "bfloat16")
+    status, said, error = main(
+        monkeypatch, capsys, "--model", folder / "policy", "--data", folder / "test.jsonl", "--out", tmp_path,
+        "--mode", "uniform", "--num_frames", 24, "--max_turn_tokens", 8, "--dtype", "bfloat16")
     assert status == 0, error
     assert "torch.bfloat16, decode step plain" in said
     rows = json.loads((tmp_path / "results.json").read_text())
@@ -146,7 +147,7 @@ def test_results_file(folder, tmp_path, monkeypatch, capsys):
     assert rows[0]["frames_per_question"] == 24 and rows[0]["zooms_per_question"] == 0
 
 
-# ----------------------------------------------------------------------------------------- runs that go on
+# -------------------------------------------------------------------------------------------- runs that go on
 TINY = Path(ROOT, "demo", "tiny_base")
 
 
@@ -248,8 +249,8 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path, undisturbed):
 def test_a_finished_run_is_shown_another_is_refused_or_moved_aside(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     write_questions(folder, tmp_path / "q.jsonl")
-    flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", out, "--max_turn_tokens", 4,
-             "--mode", "zoom")
+    flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", out, "--max_turn_tokens",
+             4, "--mode", "zoom")
     call = lambda *more: main(monkeypatch, capsys, *flags, *more)
     assert call()[0] == 0
     first = (out / "episodes.jsonl").read_text()
@@ -327,10 +328,12 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(folder, tmp_path, m
              "--save_frames": ("--video", folder / "videos" / "test_0000.mp4", "--question", "q")}
 
     def is_named(flag, name):
-        status, _, error = main(monkeypatch, capsys, "--model", folder / "policy", *whats[flag], flag, tmp_path / name)
+        flags = ["--model", folder / "policy", *whats[flag], flag, tmp_path / name]
+        status, _, error = main(monkeypatch, capsys, *flags)
         assert status == 2 and "cannot write into" in error and name.split("\0")[0] in error
 
-    all_hold(is_named, [(flag, name) for flag in whats for name in ("file", "file/out", "/proc/none/out", "with\0zero")])
+    names = "file", "file/out", "/proc/none/out", "with\0zero"
+    all_hold(is_named, [(flag, name) for flag in whats for name in names])
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
@@ -343,9 +346,9 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
 
 def test_ask_about_a_video(folder, tmp_path, monkeypatch, capsys):
     video = folder / "videos" / "test_0000.mp4"
-    status, said, error = main(monkeypatch, capsys, "--model", folder / "policy", "--video", video, "--question",
-                               "What happens?", "--options", "this", "that", "--save_frames", tmp_path / "seen",
-                               "--max_turn_tokens", 8)
+    status, said, error = main(
+        monkeypatch, capsys, "--model", folder / "policy", "--video", video, "--question", "What happens?",
+        "--options", "this", "that", "--save_frames", tmp_path / "seen", "--max_turn_tokens", 8)
     assert status == 0, error
     assert "overview: 9 frames" in said and "answer:" in said and "A. this" in said
     assert len(list((tmp_path / "seen").glob("0_overview_*.png"))) == 1

@@ -1,6 +1,6 @@
 """Flags whose value is a word, a file or a folder, given a wrong word, a missing file, a folder for a file, a
-file for a folder: one line that names what is wrong, exit status 2, and nothing done before. (What the parser says
-to values of another type is in test_common.)"""
+file for a folder: one line that names what is wrong, exit status 2, and nothing done before. (What the parser
+says to values of another type is in test_common.)"""
 
 import json
 import sys
@@ -29,7 +29,8 @@ WRONG_WORDS = {
     "data": ["missing", "folder", "bytes", "empty"], "model": ["missing", "folder", "rows", "bytes"],
     "out": ["rows", "rows/below"], "save_frames": ["rows", "rows/below"],
     "video": ["missing", "folder", "rows", "bytes"]}
-TRAINING = ["--offload optimizer --lora_rank 4", "--offload optimizer --shard all", "--lora_rank 4 --shard node"]
+TRAINING = ["--offload optimizer --lora_rank 4", "--offload optimizer --shard all",
+            "--lora_rank 4 --shard node"]
 MORE = {
     "sft": TRAINING,
     "rl": [*TRAINING, "--offload reference", "--max_mismatch 0.1", "--temperature 0", "--group_size 1",
@@ -43,10 +44,11 @@ MORE = {
 
 def wrong_flags(name):
     """What is given to a script."""
+    config = getattr(SCRIPTS[name], "Config", None)
     for flag, words in WRONG_WORDS.items():
-        if hasattr(SCRIPTS[name], "Config") and flag in SCRIPTS[name].Config.__dataclass_fields__:
+        if hasattr(config, flag):
             for word in words:
-                yield [f"--{flag}", word, *(["--question", "What?"] if flag in ("video", "save_frames") else [])]
+                yield [f"--{flag}", word] + ["--question", "What?"] * (flag in ("video", "save_frames"))
     for flags in MORE[name]:
         yield flags.split()
     if name == "eval":

@@ -1,5 +1,4 @@
-"""What the scripts do as one of several processes: torchrun's variables, one voice, gradients in buckets, old
-metrics."""
+"""What the scripts do as one of several processes: torchrun's variables, one voice, old metrics."""
 
 import json
 import subprocess
@@ -21,7 +20,6 @@ import sft
 from demo import synthetic
 from training.checkpoints import save_policy
 from training.run_folder import move_aside
-from training.weights import sync_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
@@ -51,8 +49,9 @@ def test_half_a_process_group_is_one_line(monkeypatch):
 def torchrun(script, *flags):
     """Two processes. Returns (exit status, what they wrote to stderr, seconds)."""
     began = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
-    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = map(str, (script, *flags))
+    run = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
     return run.returncode, run.stderr, time.time() - began
 
 
@@ -94,9 +93,9 @@ def test_wrong_input_that_one_process_finds_is_one_line(tmp_path, which):
 
 @pytest.mark.slow
 def test_a_bug_in_one_process_is_shown_once(tmp_path):
-    status, said, _ = two_processes(tmp_path, "def main():", "    common.gather([rank])",
-                                    "    if rank == 1: raise IndexError('a bug')", "    common.gather([rank])",
-                                    "common.run_main(main)")
+    status, said, _ = two_processes(
+        tmp_path, "def main():", "    common.gather([rank])", "    if rank == 1: raise IndexError('a bug')",
+        "    common.gather([rank])", "common.run_main(main)")
     assert status != 0 and said.count("IndexError: a bug") == 1 and "RuntimeError" not in said
 
 
@@ -133,35 +132,6 @@ def test_a_process_waits_no_longer_than_it_was_told():
     with pytest.raises(AssertionError, match="(?s)exit statuses .*1, .*imed out"):
         launch(2, "test_processes:wait", [2]).wait()
     assert time.monotonic() - began < 50
-
-
-def add_up(bucket_bytes, buckets):
-    """Of one of two processes, each of which lacks some gradients. `buckets`: the bytes of each that is expected."""
-    rank = torch.distributed.get_rank()
-    ps = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 5, 2, 30, 1)]
-    for i, p in enumerate(ps):
-        if rank == 1 and i != 2:
-            p.grad = torch.full_like(p, i + 1.0)
-        if rank == 0 and i > 2:
-            p.grad = torch.full_like(p, 10.0)
-    sizes, reduce = [], torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda x: (sizes.append(x.nbytes), reduce(x))
-    sync_gradients(ps, bucket_bytes)
-    torch.distributed.all_reduce = reduce
-    assert [p.grad.unique().tolist() for p in ps] == [[1.0], [2.0], [0.0], [14.0], [15.0]]
-    assert sizes == buckets, sizes
-
-
-def add_up_in_buckets():
-    common.start_processes("cpu")
-    add_up(1, [12, 60, 24, 360, 12])
-    add_up(70, [72, 384, 12])
-    add_up(1e9, [468])
-
-
-def test_gradients_add_up_in_buckets():
-    """A bucket is full with the gradient that reaches its size."""
-    launch(2, "test_processes:add_up_in_buckets").wait()
 
 
 def test_metrics_of_an_earlier_run_are_kept(tmp_path):

@@ -1,4 +1,5 @@
-"""GRPO: the objective against NumPy, updates that do not depend on how they are split, and a run from end to end."""
+"""GRPO: the objective against NumPy, updates against their definition and however they are split, what is
+drawn, and runs from end to end."""
 
 import functools
 import itertools
@@ -45,7 +46,8 @@ def numpy_grpo(log_p, old, ref, advantage, clip_low, clip_high, kl_weight):
 
 
 def test_objective_and_gradient_equal_numpy():
-    """Positive and negative advantages, inside and outside of the clip range on both sides, k3 clamped and not."""
+    """Positive and negative advantages, inside and outside of the clip range on both sides, k3 clamped and
+    not."""
     config = rl.Config(kl_weight=0.1)
     ratios = np.array([0.5, 0.79, 0.81, 1.0, 1.26, 1.28, 2.0])
     log_p = np.log(np.full(14, 0.3))
@@ -60,7 +62,8 @@ def test_objective_and_gradient_equal_numpy():
     loss.sum().backward()
     np.testing.assert_allclose(loss.detach(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(x.grad, expected_gradient, rtol=1e-5, atol=1e-6)
-    assert (expected_gradient[[5, 6]] == 0.1 * (1 - np.exp(ref - log_p))[[5, 6]]).all()  # clipped: only the KL pulls
+    only_kl = 0.1 * (1 - np.exp(ref - log_p))
+    assert (expected_gradient[[5, 6]] == only_kl[[5, 6]]).all()  # clipped: only the KL pulls
     assert stats["clipped_high"] == 2 and stats["clipped_low"] == 2 and stats["kl_clamped"] == 4
 
 
@@ -109,8 +112,8 @@ def copies(groups):
 
 def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointing=False, dtype=torch.float32,
                prepare=lambda policy, groups: None, lr=1.0, **settings):
-    """Master weights' change in one update by plain gradient descent, and the metrics. prepare(policy, groups)
-    changes the groups before."""
+    """Master weights' change in one update by plain gradient descent, and the metrics. prepare(policy,
+    groups) changes the groups before."""
     policy, reference = make_policy().to(dtype), make_policy(seed=1).to(dtype)
     if checkpointing:
         policy.checkpoint_layers()
@@ -232,8 +235,8 @@ def save_update(folder, out):
 
 
 def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
-    """With unequal numbers of groups and tokens on them. Dealt to three mini-batches, each of these has one of
-    the three groups."""
+    """With unequal numbers of groups and tokens on them. Dealt to three mini-batches, each of these has one
+    of the three groups."""
     launch(2, "test_rl:save_update", [folder, tmp_path]).wait()
     for rank in range(2):
         update, in_three = torch.load(tmp_path / f"{rank}.pt")
@@ -298,7 +301,8 @@ def exact(policy, groups, temperature=1.0):
 
 
 def test_mismatch_is_counted_over_the_tokens_that_were_sampled():
-    """Mean and largest by hand; a token that was appended has none; a nan makes the mean nan, the largest inf."""
+    """Mean and largest by hand; a token that was appended has none; a nan makes the mean nan, the largest
+    inf."""
     dialogues = [Dialogue(sampled_log_probs=[-1.0, None, -2.0]), Dialogue(sampled_log_probs=[-1.0])]
     mismatch = Mismatch()
     means = mismatch.add(torch.tensor([-1.5, -9.0, -2.0, -4.0]), dialogues)
@@ -312,8 +316,8 @@ def test_mismatch_is_counted_over_the_tokens_that_were_sampled():
 
 @pytest.mark.parametrize("old_log_probs, mini_batch_size", [("sampled", 3), ("recomputed", 1)])
 def test_an_update_measures_the_mismatch_before_it(folder, old_log_probs, mini_batch_size):
-    """Of noisy log-probabilities, as counted one by one. Recomputed ones tell it of all groups, not only of the
-    first mini-batch's."""
+    """Of noisy log-probabilities, as counted one by one. Recomputed ones tell it of all groups, not only of
+    the first mini-batch's."""
     differences = []
 
     def prepare(policy, groups):
@@ -393,9 +397,10 @@ def test_an_episode_without_a_finite_mismatch_is_left_out(folder):
     assert change.isfinite().all() and change.any()
 
 
-# ----------------------------------------------------------------------------------------------- a batch
+# ---------------------------------------------------------------------------------------------------- a batch
 class PlantedEnv(ZoomEnv):
-    """Its rewards do not depend on what is said: those of one question's episodes differ, but for the ids in `flat`."""
+    """Its rewards do not depend on what is said: those of one question's episodes differ, but for the ids in
+    `flat`."""
 
     flat, next_reward = set(), itertools.count()
 
@@ -416,8 +421,8 @@ def draw(folder, monkeypatch, flat, rank=0, world=1, **settings):
 
 
 def test_groups_without_a_spread_are_dropped_and_new_questions_drawn(folder, monkeypatch):
-    """Dynamic sampling: of 3 questions two are flat, so two more are drawn; the episodes of all are reported, only the
-    others' are kept, with their advantages, and only their tokens are in the loss's denominator."""
+    """Dynamic sampling: of 3 questions two are flat, so two more are drawn; the episodes of all are reported,
+    only the others' are kept, with their advantages, and only their tokens are in the loss's denominator."""
     rows, (kept, episodes, unreadable, drawn) = draw(folder, monkeypatch, flat=(0, 2))
     assert [group[0].env.question["id"] for group in kept] == [rows[n]["id"] for n in (1, 3, 4)]
     assert drawn == 5 and len(episodes) == 10 and not unreadable
@@ -432,7 +437,8 @@ def test_groups_without_a_spread_are_dropped_and_new_questions_drawn(folder, mon
 
 def test_a_process_plays_its_share_of_what_is_drawn(folder, monkeypatch):
     """The second of two: of each draw the second, the fourth, ..."""
-    rows, (kept, episodes, _, drawn) = draw(folder, monkeypatch, (), rank=1, world=2, batch_size=4, max_draws=1)
+    rows, batch = draw(folder, monkeypatch, (), rank=1, world=2, batch_size=4, max_draws=1)
+    kept, episodes, _, drawn = batch
     assert [group[0].env.question["id"] for group in kept] == [rows[n]["id"] for n in (1, 3)]
     assert len(episodes) == 4 and drawn == 4
 
@@ -467,8 +473,9 @@ def start(folder):
 def test_two_steps_on_two_processes(folder, start, tmp_path, dtype):
     """rl.py from the command line: metrics of each step, a checkpoint that loads and has moved."""
     flags = ["--model", start, "--data", folder / "train.jsonl", "--out", tmp_path / "out", "--steps", 2,
-             "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 8, "--lr", 1e-3,
-             "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu", "--dtype", dtype]
+             "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 8,
+             "--lr", 1e-3, "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu",
+             "--dtype", dtype]
     launch(2, "rl.py", flags).wait()
     metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     assert [m["step"] for m in metrics] == [1, 2]
@@ -482,8 +489,9 @@ def test_two_steps_on_two_processes(folder, start, tmp_path, dtype):
 def run(monkeypatch, folder, start, out, *flags):
     """rl.py with one small step, in this process. Returns its metrics."""
     monkeypatch.setitem(PROTOCOLS, "videozoomer", PlantedEnv)
-    flags = ["--model", start, "--data", folder / "train.jsonl", "--out", out, "--steps", 1, "--batch_size", 1,
-             "--mini_batch_size", 1, "--group_size", 2, "--max_turn_tokens", 3, "--device", "cpu", *flags]
+    flags = ["--model", start, "--data", folder / "train.jsonl", "--out", out, "--steps", 1,
+             "--batch_size", 1, "--mini_batch_size", 1, "--group_size", 2, "--max_turn_tokens", 3,
+             "--device", "cpu", *flags]
     monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])
     rl.main()
     return json.loads((out / "metrics.jsonl").read_text())

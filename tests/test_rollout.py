@@ -57,7 +57,8 @@ def test_the_engine_says_what_the_plain_loop_says(policy, data, monkeypatch, lim
     plain = [play(policy, question, config, folder) for question in questions[:4]]
     assert len({len(e.env.turns) for e in plain}) > 1 and any(e.env.num_calls() for e in plain)
     for steps, max_rows in ((None, 64), (5, 64), (None, 2)):
-        groups, _ = rollout(policy, questions[:4], 1, replace(config, max_rows=max_rows), root=folder, steps=steps)
+        limited = replace(config, max_rows=max_rows)
+        groups, _ = rollout(policy, questions[:4], 1, limited, root=folder, steps=steps)
         assert said(groups) == [e.dialogue.ids for e in plain], (steps, max_rows)
         assert [group[0].env.rewards for group in groups] == [e.env.rewards for e in plain]
         assert [group[0].truncated for group in groups] == [e.truncated for e in plain]
@@ -72,8 +73,8 @@ def test_the_plain_loop_scores_what_it_samples(policy, data):
 
 @pytest.mark.parametrize("temperature, steps", [(1.0, None), (1.3, 5)])
 def test_rollout_scores_what_it_samples(policy, data, temperature, steps):
-    """Log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and tool replies
-    are appended to, equal those of a plain pass over the finished dialogue."""
+    """Log-probabilities noted while sampling, on a shared prefill and a cache that rows leave and tool
+    replies are appended to, equal those of a plain pass over the finished dialogue."""
     folder, questions, _ = data
     policy = chatty(policy)
     config = RolloutConfig(temperature=temperature, max_turn_tokens=24)
@@ -119,7 +120,8 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch):
     unlimited = max(taken)
     for max_rows, share in ((5, 1.0), (1, 1.0), (64, 0.3), (6, 0.3), (64, 0.0)):
         cache_gb = share * unlimited / 1e9
-        episodes, taken, left, rows = recorded(monkeypatch, policy, data, max_rows=max_rows, cache_gb=cache_gb)
+        how = dict(max_rows=max_rows, cache_gb=cache_gb)
+        episodes, taken, left, rows = recorded(monkeypatch, policy, data, **how)
         assert len(episodes) == 20 and all(e.env.done for e in episodes)
         assert max(len(e.env.turns) for e in episodes) > 2
         check_sampled_log_probs(policy, episodes)
@@ -133,7 +135,8 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch):
 
 
 def test_released_memory_comes_back(policy, data):
-    """Between rollouts and update the cache has none; after that the rollouts are those of an engine that kept it."""
+    """Between rollouts and update the cache has none; after that the rollouts are those of an engine that
+    kept it."""
     folder, questions, _ = data
     policy, texts = chatty(policy), []
     for release in (True, False):
@@ -232,18 +235,19 @@ def move(policy):
 
 @pytest.mark.slow
 def test_compiled_rollouts_say_the_same(small, data, monkeypatch, capsys):
-    """Whole rollouts at temperature 0: rows that enter and leave, one row, as many rows as prompts, two sets of
-    weights. Nothing is compiled again when shapes or weights change, but for a group of one and for as many
-    rows as the cache has."""
+    """Whole rollouts at temperature 0: rows that enter and leave, one row, as many rows as prompts, two sets
+    of weights. Nothing is compiled again when shapes or weights change, but for a group of one and for as
+    many rows as the cache has."""
     folder, questions, _ = data
     monkeypatch.setitem(PROTOCOLS, "videozoomer", ScriptedEnv)
-    config = lambda compiled, rows: RolloutConfig(temperature=0.0, max_turn_tokens=16, max_rows=rows, compile=compiled)
+    plainly = RolloutConfig(temperature=0.0, max_turn_tokens=16, compile=False)
     counted = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     start = counted()
     for moved in range(2):
         for rows, number, group_size in ((64, 5, 3), (1, 2, 1), (4, 4, 1), (6, 5, 2)):
-            plain, _ = rollout(small, questions[:number], group_size, config(False, rows), root=folder)
-            engine = Engine(small, group_size, config(True, rows))
+            config = replace(plainly, max_rows=rows)
+            plain, _ = rollout(small, questions[:number], group_size, config, root=folder)
+            engine = Engine(small, group_size, replace(config, compile=True))
             check_decoder(engine.decoder)
             assert engine.decoder.path == "compiled"
             before = counted()
@@ -292,7 +296,7 @@ def test_replayed_steps_survive_new_weights(policy, data, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["raises", "wrong"])
-def test_what_does_not_compile_or_compute_runs_plain_with_one_warning(policy, data, monkeypatch, capsys, fault):
+def test_what_does_not_compile_runs_plain_with_one_warning(policy, data, monkeypatch, capsys, fault):
     folder, questions, _ = data
 
     def compiled(*args):
@@ -307,7 +311,7 @@ def test_what_does_not_compile_or_compute_runs_plain_with_one_warning(policy, da
     warnings = capsys.readouterr().err.strip().splitlines()
     assert len(warnings) == 1 and ("no compiler here" if fault == "raises" else "off by") in warnings[0]
     assert engine.decoder.path == "plain"
-    expected, _ = rollout(policy, questions[:2], 2, RolloutConfig(temperature=0.0, max_turn_tokens=12), root=folder)
+    expected, _ = rollout(policy, questions[:2], 2, replace(config, compile=False), root=folder)
     assert said(engine.play(questions[:2], folder)[0]) == said(expected)
 
 

@@ -1,5 +1,5 @@
-"""SFT: the loss against its definition, the same however it is split, schedule, kinds, skipped rows, and a run end
-to end."""
+"""SFT: the loss against its definition, the same however it is split, schedule, kinds, skipped rows, and a
+run from end to end."""
 
 import json
 import sys
@@ -122,7 +122,8 @@ def test_schedule_warms_up_and_ends_near_zero():
 def test_each_process_has_its_share_of_every_batch():
     """All rows once an epoch, each epoch in another order, batch by batch; the same order for a seed."""
     config = sft.Config(epochs=2, batch_size=4, seed=3)
-    whole, first, second = (list(sft.batches(10, config, rank, world)) for rank, world in ((0, 1), (0, 2), (1, 2)))
+    shares = [list(sft.batches(10, config, rank, world)) for rank, world in ((0, 1), (0, 2), (1, 2))]
+    whole, first, second = shares
     assert [epoch for epoch, _ in whole] == [0, 0, 0, 1, 1, 1]
     assert [len(rows) for _, rows in whole] == [4, 4, 2] * 2
     orders = [[number for epoch, rows in whole if epoch == e for number in rows] for e in range(2)]
@@ -134,8 +135,8 @@ def test_each_process_has_its_share_of_every_batch():
 
 
 def test_what_is_prefetched_changes_nothing_but_times(folder, tmp_path, monkeypatch):
-    """Two epochs with rows that cannot be replayed: metrics, order and skipped rows of a plain loop, to the bit.
-    Each step is made with the learning rate that its metrics say."""
+    """Two epochs with rows that cannot be replayed: metrics, order and skipped rows of a plain loop, to the
+    bit. Each step is made with the learning rate that its metrics say."""
     rows = read_rows(folder, 8)
     rows[2]["turns"] = rows[2]["turns"] + ["more"]
     rows[5]["question"] = rows[5]["question"] | {"id": "gone", "video": "missing.mp4"}
@@ -164,7 +165,8 @@ def test_what_is_prefetched_changes_nothing_but_times(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(sft, "train_step", recorded)
     prefetched = run("prefetched")
-    monkeypatch.setattr(sft, "prefetch", lambda load, batches: ((batch, load(batch), 0.0) for batch in batches))
+    plainly = lambda load, batches: ((batch, load(batch), 0.0) for batch in batches)
+    monkeypatch.setattr(sft, "prefetch", plainly)
     assert prefetched == run("plain")
     metrics, skipped, _ = prefetched
     assert len(metrics) == 6 and len(skipped) == 4 and {"gone"} < {where for where, _ in skipped}
@@ -192,15 +194,18 @@ def test_run_learns_the_protocol_and_names_what_it_skips(folder, tmp_path, monke
     rows[1]["learn"] = [True] * len(rows[1]["turns"])
     (folder / "some.jsonl").write_text("not json\n" + "".join(json.dumps(r) + "\n" for r in rows))
     flags = ["--model", folder / "start", "--data", folder / "some.jsonl"]
-    status, _, error = run(monkeypatch, capsys, *flags, "--out", tmp_path / "out", "--lr", 3e-3, "--batch_size", 4,
-                           "--epochs", 3, "--max_bad", 0.5, "--device", "cpu", "--dtype", dtype)
+    status, _, error = run(monkeypatch, capsys, *flags, "--out", tmp_path / "out", "--lr", 3e-3,
+                           "--batch_size", 4, "--epochs", 3, "--max_bad", 0.5, "--device", "cpu",
+                           "--dtype", dtype)
     assert status == 0, error
     metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
     skipped = [json.loads(line) for line in open(tmp_path / "out" / "skipped.jsonl")]
     assert skipped[0]["row"] == "line 1" and len(skipped) == 7  # the line, and two rows in each epoch
-    assert any("missing.mp4" in s["reason"] for s in skipped) and any("over after" in s["reason"] for s in skipped)
-    policy, start = (load_policy(f, dtype=getattr(torch, dtype)) for f in (tmp_path / "out", folder / "start"))
+    reasons = " ".join(s["reason"] for s in skipped)
+    assert "missing.mp4" in reasons and "over after" in reasons
+    load = lambda path: load_policy(path, dtype=getattr(torch, dtype))
+    policy, start = load(tmp_path / "out"), load(folder / "start")
     same = [torch.equal(a, b) for a, b in zip(policy.visual.parameters(), start.visual.parameters())]
     assert all(same) and not torch.equal(policy.head.weight, start.head.weight)  # vision is frozen
     status, _, error = run(monkeypatch, capsys, *flags, "--out", tmp_path / "out2")
@@ -216,8 +221,8 @@ def test_only_trajectories_of_some_kinds(folder, tmp_path, monkeypatch, capsys):
     policy = make_policy()
     for chosen in (["exemplar"], ["reflection", "exemplar"]):
         out = tmp_path / chosen[0]
-        flags = ["--model", folder / "start", "--data", folder / "sft.jsonl", "--out", out, "--batch_size", 100,
-                 "--device", "cpu", "--kinds", *chosen]
+        flags = ["--model", folder / "start", "--data", folder / "sft.jsonl", "--out", out,
+                 "--batch_size", 100, "--device", "cpu", "--kinds", *chosen]
         status, said, error = run(monkeypatch, capsys, *flags)
         assert status == 0, error
         assert f"sft: {sum(kinds[kind] for kind in chosen)} trajectories" in said
@@ -233,10 +238,12 @@ def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path, monkeypatch, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def is_one_line(flags, word):
-        status, said, error = run(monkeypatch, capsys, "--data", folder / "sft.jsonl", "--out", tmp_path, *flags)
+        flags = ["--data", folder / "sft.jsonl", "--out", tmp_path, *flags]
+        status, said, error = run(monkeypatch, capsys, *flags)
         assert status == 2 and word in error and len(error.strip().splitlines()) == 1 and not said, error
 
     all_hold(is_one_line, [
-        (["--lr", "fast"], "lr"), (["--no_such_flag", "1"], "no_such_flag"), (["--model", "runs/none"], "runs/none"),
+        (["--lr", "fast"], "lr"), (["--no_such_flag", "1"], "no_such_flag"),
+        (["--model", "runs/none"], "runs/none"),
         (["--model", folder / "start", "--kinds", "other"], "--kinds other"),
         (["--model", "x/y", "--data", "none.jsonl"], "none.jsonl")])
