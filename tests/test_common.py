@@ -2,26 +2,24 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import torch
+from cases import all_hold
+from launcher import launch
 
-import common
 import eval as evaluation
 import rl
 import sft
-from common import (RunConfig, UserError, choose_device, choose_dtype, field_comments, gather, parse_flags,
-                    read_rows, run_main, sum_over_processes, write_jsonl)
+from common import (RunConfig, UserError, choose_device, choose_dtype, field_comments, float_or_auto, gather,
+                    parse_flags, read_rows, run_main, start_processes, sum_over_processes, write_jsonl)
 from training.weights import sync_gradients
 
-ROOT = Path(common.__file__).parent
 
-
-# ----------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 @dataclass(frozen=True)
 class Base:
     seed: int = 0  # of the order
@@ -38,6 +36,7 @@ class Settings(Base):
     check: bool = False  # whether to
     shuffle: bool = True  # or not
     shared: float = 0.25  # as the heir has it
+    size: float_or_auto = 16.0  # a number, or auto
 
 
 def parse(*flags, preset=None, at_least_one=()):
@@ -63,6 +62,7 @@ def test_values_have_the_fields_types():
     assert config == Settings(steps=7, most=9, shared=1e-3, model="x", names=["a", "b"],
                               weights=[1.0, 2.5, 0.0])
     assert type(config.most) is int and all(type(w) is float for w in config.weights)
+    assert parse("--size", "auto").size == "auto" and parse("--size", "2").size == 2.0
 
 
 def test_a_bool_is_a_switch():
@@ -72,21 +72,25 @@ def test_a_bool_is_a_switch():
     assert config.check is False and config.shuffle is True
 
 
-@pytest.mark.parametrize("flags", [
-    ["--check", "true"], ["--shuffle=False"], ["--steps", "1.5"], ["--steps"], ["--most", "many"],
-    ["--weights"], ["--weights", "1", "x"], ["--unknown", "3"],
-])
-def test_values_of_another_type_are_refused(capsys, flags):
-    assert "see --help" in message_of(capsys, *flags)
+def test_values_of_another_type_are_refused(capsys):
+    def is_refused(*flags):
+        assert "see --help" in message_of(capsys, *flags)
+
+    all_hold(is_refused, [
+        ["--check", "true"], ["--check=maybe"], ["--shuffle=False"], ["--steps", "1.5"], ["--steps"],
+        ["--steps", ""], ["--steps", "x"], ["--most", "many"], ["--shared", "x"], ["--shared", ""],
+        ["--weights"], ["--weights", "1", "x"], ["--size", "x"], ["--unknown", "3"], ["stray"]])
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--steps", "-1"], "--steps must be at least 0, not -1"), (["--most", "-3"], "--most .* not -3"),
-    (["--shared", "nan"], "--shared .* not nan"), (["--shared=-0.5"], "--shared .* not -0.5"),
-    (["--shared=-inf"], "--shared"), (["--seed", "-1"], "--seed"),  # one that is inherited
-])
-def test_negative_numbers_and_nan_are_refused(capsys, flags, named):
-    assert re.search(named, message_of(capsys, *flags))
+def test_negative_numbers_and_nan_are_refused(capsys):
+    def is_refused(flags, named):
+        assert re.search(named, message_of(capsys, *flags))
+
+    all_hold(is_refused, [
+        (["--steps", "-1"], "--steps must be at least 0, not -1"), (["--most", "-3"], "--most .* not -3"),
+        (["--shared", "nan"], "--shared .* not nan"), (["--shared=-0.5"], "--shared .* not -0.5"),
+        (["--shared=-inf"], "--shared"), (["--seed", "-1"], "--seed"),  # one that is inherited
+        (["--size", "-1"], "--size"), (["--size", "nan"], "--size")])
 
 
 def test_some_must_be_at_least_one(capsys):
@@ -112,7 +116,8 @@ def test_help_is_the_comments_own_fields_first(capsys):
     assert comments == {
         "seed": "of the order", "shared": "as the heir has it", "model": "a folder",
         "steps": "how many, at most 100% of them", "most": "a bound, without one by default",
-        "weights": "one each", "names": "which # of them", "check": "whether to", "shuffle": "or not"}
+        "weights": "one each", "names": "which # of them", "check": "whether to", "shuffle": "or not",
+        "size": "a number, or auto"}
     with pytest.raises(SystemExit) as raised:
         parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
@@ -123,20 +128,23 @@ def test_help_is_the_comments_own_fields_first(capsys):
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("config_class", [rl.Config, sft.Config, evaluation.Config])
-def test_every_setting_of_the_scripts_has_a_comment_and_a_flag(capsys, config_class):
-    names = [f.name for f in fields(config_class)]
-    assert {f.name for f in fields(RunConfig)} < set(names)
-    comments = field_comments(config_class)
-    assert set(comments) == set(names) and all(len(comment) > 3 for comment in comments.values())
-    with pytest.raises(SystemExit):
-        parse_flags(config_class, "", (), None, ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for name, comment in comments.items():
-        assert f"--{name}" in shown and " ".join(comment.split()) in shown
+@pytest.mark.parametrize("script", [sft, rl, evaluation])
+def test_help_names_each_setting_its_meaning_and_default(script, monkeypatch, capsys):
+    settings, comments = fields(script.Config), field_comments(script.Config)
+    assert {f.name for f in fields(RunConfig)} < {f.name for f in settings} == set(comments)
+    assert all(len(comment) > 3 for comment in comments.values())
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    text, flags = capsys.readouterr().out, {}
+    for flag in re.split(r"\n  --", text[text.index("\noptions:"):])[1:]:
+        flags[re.split(r"[ ,]", flag)[0]] = " ".join(flag.split())
+    assert end.value.code == 0
+    for f in settings:
+        assert f"{' '.join(comments[f.name].split())} (default {f.default})" in flags[f.name]
 
 
-# ---------------------------------------------------------------------------------------- errors and devices
+# ----------------------------------------------------------------------------------------- errors and devices
 def ends(raised):
     def main():
         raise raised
@@ -181,41 +189,33 @@ def test_devices_and_dtypes_that_are_not_there_are_refused():
             choose_dtype(name, torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 SHARES = [[1.0, 5.0, 2.0], []]  # the tokens of each process; the second has none
 
-SCRIPT = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-from common import gather, run_main, start_processes, sum_over_processes
-from training.weights import sync_gradients
 
-rank, world, device = start_processes("cpu")
-w, b = (torch.nn.Parameter(torch.tensor(x)) for x in ([[1.0, 2.0], [3.0, 4.0]], [0.5]))
-only_second = torch.nn.Parameter(torch.zeros(2))
-mine = {SHARES}[rank]
-total = sum_over_processes({{"tokens": len(mine), "loss": 0.1 * (rank + 1)}}, device)
-loss = sum(((w * x) ** 2).sum() + b.sum() * x for x in mine) / total["tokens"]
-if rank == 1:
-    loss = loss + (only_second * torch.tensor([1.0, -2.0])).sum()
-loss.backward()
-sync_gradients([w, b, only_second])
-gathered = gather([f"{{rank}}{{i}}" for i in range(2 * rank + 1)])
-gradients = [p.grad.tolist() for p in (w, b, only_second)]
-with open(f"{{rank}}.json", "w") as file:
-    json.dump({{"world": world, "total": total, "gathered": gathered, "gradients": gradients}}, file)
-run_main(lambda: None)  # ends the process group
-"""
+def add_up(folder):
+    """Of one process of two."""
+    rank, world, device = start_processes("cpu")
+    w, b = (torch.nn.Parameter(torch.tensor(x)) for x in ([[1.0, 2.0], [3.0, 4.0]], [0.5]))
+    only_second, unused = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    mine = SHARES[rank]
+    total = sum_over_processes({"tokens": len(mine), "loss": 0.1 * (rank + 1)}, device)
+    loss = sum(((w * x) ** 2).sum() + b.sum() * x for x in mine) / total["tokens"]
+    if rank == 1:
+        loss = loss + (only_second * torch.tensor([1.0, -2.0])).sum()
+    loss.backward()
+    sync_gradients([w, unused, b, only_second])
+    gathered = gather([f"{rank}{i}" for i in range(2 * rank + 1)])
+    gradients = [p.grad.tolist() for p in (w, b, only_second, unused)]
+    seen = {"world": world, "total": total, "gathered": gathered, "gradients": gradients}
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of two gloo processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "script.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    "script.py"], cwd=folder, check=True, capture_output=True, timeout=120)
+    launch(2, "test_common:add_up", [folder]).wait()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -227,14 +227,15 @@ def test_all_processes_have_the_sums_and_the_joined_lists(two_processes):
 
 
 def test_gradients_add_up_to_those_of_one_process(two_processes):
-    """Also for a process without tokens, and for a weight that only one process used."""
+    """Also for a process without tokens, and for a weight that only one process used, or none."""
     w, b = (torch.tensor(x, requires_grad=True) for x in ([[1.0, 2.0], [3.0, 4.0]], [0.5]))
     tokens = SHARES[0] + SHARES[1]
     (sum(((w * x) ** 2).sum() + b.sum() * x for x in tokens) / len(tokens)).backward()
+    whole = w.grad, b.grad, [1.0, -2.0], [0.0, 0.0]
     for seen in two_processes:
-        for gradient, expected in zip(seen["gradients"], (w.grad, b.grad, [1.0, -2.0]), strict=True):
-            expected = torch.as_tensor(expected)
-            assert torch.allclose(torch.tensor(gradient), expected) and expected.abs().min() > 0
+        for gradient, expected in zip(seen["gradients"], whole, strict=True):
+            torch.testing.assert_close(torch.tensor(gradient), torch.as_tensor(expected))
+    assert w.grad.abs().min() > 0 and b.grad > 0
 
 
 def test_one_process_alone_needs_no_group():
@@ -246,7 +247,7 @@ def test_one_process_alone_needs_no_group():
     assert used.grad.tolist() == [1.0, 1.0] and unused.grad is None
 
 
-# ------------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------------- rows
 def check(row):
     return None if row["n"] > 0 else "n is not positive"
 
@@ -273,13 +274,13 @@ def test_more_bad_rows_than_allowed_end_it(tmp_path):
     assert len(read_rows(path, 0.8, check)[1]) == 4
 
 
-@pytest.mark.parametrize("text", [None, "", "\n \n", '{"n": 0}\n'])
-def test_a_file_without_a_good_row_is_refused(tmp_path, text):
+def test_a_file_without_a_good_row_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match="rows.jsonl"):
-        read_rows(path, 1, check)
+    for text in (None, "", "\n \n", '{"n": 0}\n'):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(UserError, match="rows.jsonl"):
+            read_rows(path, 1, check)
 
 
 def test_what_is_written_is_read_again(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import wave
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import all_hold
 from launcher import launch
 from tiny import random_policy as make_policy
 
@@ -29,13 +29,21 @@ ROOT = Path(__file__).resolve().parent.parent
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     synthetic.synthetic(folder, 5, 10, seed=4)
-    save_policy(make_policy(), folder / "policy")
+    save_policy(make_policy(layers=2), folder / "policy")
     return folder
 
 
-def run(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, flags)], capture_output=True,
-                          text=True, timeout=300)
+def main(monkeypatch, capsys, *flags):
+    """eval.py in this process: (exit status, what it printed, its one line of error)."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags), "--device", "cpu"])
+    try:
+        status = evaluation.run_main(evaluation.main) or 0
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert "Traceback" not in said.err and (status != 2 or sum("error:" in line for line in lines) == 1)
+    return status, said.out, lines[-1] if status == 2 else ""
 
 
 def test_wilson_interval():
@@ -76,9 +84,10 @@ def detail(folder):
 
 
 def play_known(folder, question, texts, limit=10**6, **env):
-    policy, written = make_policy(), []
+    policy, written = make_policy(layers=1), []
     config, questions = replace(policy.env_config, **env), {n: dict(question) for n in range(len(texts))}
-    evaluation.evaluate(Known(policy, texts, limit), evaluation.Play("p", "zoom"), questions, folder, config, written.append)
+    engine, play = Known(policy, texts, limit), evaluation.Play("p", "zoom")
+    evaluation.evaluate(engine, play, questions, folder, config, written.append)
     return written, tables.table_rows("p", "zoom", written, questions, 3)[0]
 
 
@@ -123,12 +132,12 @@ def test_a_zoom_whose_reply_was_dropped_is_none(folder, detail):
     assert row["invalid_call_rate"] == 0 and written[0]["hits_known"] == 0
 
 
-def test_results_file(folder, tmp_path):
-    done = run("--model", folder / "policy", "--data", folder / "test.jsonl", "--out", tmp_path,
-               "--mode", "uniform", "--num_frames", 24, "--max_turn_tokens", 8, "--device", "cpu",
-               "--dtype", "bfloat16")
-    assert done.returncode == 0, done.stderr
-    assert "torch.bfloat16, decode step plain" in done.stdout
+def test_results_file(folder, tmp_path, monkeypatch, capsys):
+    status, said, error = main(
+        monkeypatch, capsys, "--model", folder / "policy", "--data", folder / "test.jsonl", "--out", tmp_path,
+        "--mode", "uniform", "--num_frames", 24, "--max_turn_tokens", 8, "--dtype", "bfloat16")
+    assert status == 0, error
+    assert "torch.bfloat16, decode step plain" in said
     rows = json.loads((tmp_path / "results.json").read_text())
     for key in ("policy", "mode", "num_questions", "skipped", "accuracy", "accuracy_low", "accuracy_high",
                 "frames_per_question", "zooms_per_question", "invalid_call_rate", "hit_rate", "untagged",
@@ -140,19 +149,6 @@ def test_results_file(folder, tmp_path):
 
 # -------------------------------------------------------------------------------------------- runs that go on
 TINY = Path(ROOT, "demo", "tiny_base")
-
-
-def main(monkeypatch, capsys, *flags):
-    """eval.py in this process: (exit status, what it printed, its one line of error)."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags), "--device", "cpu"])
-    try:
-        status = evaluation.run_main(evaluation.main) or 0
-    except SystemExit as end:
-        status = end.code
-    said = capsys.readouterr()
-    lines = said.err.strip().splitlines()
-    assert "Traceback" not in said.err and (status != 2 or sum("error:" in line for line in lines) == 1)
-    return status, said.out, lines[-1] if status == 2 else ""
 
 
 def results(out):
@@ -171,13 +167,42 @@ def write_questions(folder, path, **videos):
     return questions
 
 
+def cut_a_line(path):
+    """A line more, of which only the start was written."""
+    first = path.read_text().splitlines()[0]
+    with open(path, "a") as file:
+        file.write(first[:50])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_results(folder, tmp_path, monkeypatch, capsys):
+    """With other rows at one time, and a line that was cut off."""
+    flags = ("--model", folder / "policy", "--data", folder / "test.jsonl", "--max_turn_tokens", 12)
+    assert main(monkeypatch, capsys, *flags, "--out", tmp_path / "undisturbed")[0] == 0
+    out, record, left = tmp_path / "out", evaluation.record, iter(range(4))
+
+    def count(episode):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return record(episode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "record", count)
+        assert main(patched, capsys, *flags, "--out", out, "--max_rows", 2)[0] == 130
+    assert not (out / "results.json").exists()
+    assert len((out / "episodes.jsonl").read_text().splitlines()) == 4
+    cut_a_line(out / "episodes.jsonl")
+    status, said, _ = main(monkeypatch, capsys, *flags, "--out", out, "--max_rows", 5)
+    assert status == 0 and "goes on, 4 episodes" in said
+    assert results(out) == results(tmp_path / "undisturbed")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
-    """(flags, results) of a run with nothing in its way."""
+    """(flags, results) of a run of the tiny base with nothing in its way."""
     out = tmp_path_factory.mktemp("undisturbed")
-    flags = ("--model", TINY, "--data", folder / "test.jsonl", "--max_turn_tokens", 120, "--mode", "zoom", "--device", "cpu")
-    done = run(*flags, "--out", out)
-    assert done.returncode == 0, done.stderr
+    flags = ("--model", TINY, "--data", folder / "test.jsonl", "--max_turn_tokens", 120, "--mode", "zoom",
+             "--device", "cpu")
+    launch(1, "eval.py", [*flags, "--out", out]).wait()
     return flags, results(out)
 
 
@@ -196,6 +221,7 @@ def dies(after, *flags):
     evaluation.run_main(evaluation.main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_results(folder, tmp_path, undisturbed, processes):
     flags, expected = undisturbed
@@ -207,14 +233,13 @@ def test_a_killed_run_goes_on_to_the_same_results(folder, tmp_path, undisturbed,
     parts = sorted(out.glob("episodes*.jsonl"))
     there = [line for path in parts for line in path.read_text().splitlines()]
     assert 1 <= len(there) <= 4, died.said()
-    with open(parts[-1], "a") as file:
-        file.write(there[0][:50])  # cut in the middle of a line
-    done = run(*flags, "--out", out, "--max_rows", 5)  # with other rows, and one process
-    assert done.returncode == 0, done.stderr
-    assert f"goes on, {len(there)} episodes" in done.stdout
+    cut_a_line(next(path for path in parts if path.read_text()))
+    said = launch(1, "eval.py", [*flags, "--out", out, "--max_rows", 5]).wait()  # other rows, and one process
+    assert f"goes on, {len(there)} episodes" in said
     assert results(out) == expected and [path.name for path in out.glob("episodes*")] == ["episodes.jsonl"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(folder, tmp_path, undisturbed):
     flags, expected = undisturbed
     assert "2 process(es)" in launch(2, "eval.py", [*flags, "--out", tmp_path]).wait()
@@ -224,8 +249,8 @@ def test_two_processes_give_the_results_of_one(folder, tmp_path, undisturbed):
 def test_a_finished_run_is_shown_another_is_refused_or_moved_aside(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     write_questions(folder, tmp_path / "q.jsonl")
-    flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", out, "--max_turn_tokens", 4,
-             "--mode", "zoom")
+    flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--out", out, "--max_turn_tokens",
+             4, "--mode", "zoom")
     call = lambda *more: main(monkeypatch, capsys, *flags, *more)
     assert call()[0] == 0
     first = (out / "episodes.jsonl").read_text()
@@ -254,11 +279,11 @@ def test_a_finished_run_is_shown_another_is_refused_or_moved_aside(folder, tmp_p
 
 
 def test_the_checkpoint_counts_by_its_content(tmp_path):
-    save_policy(make_policy(), tmp_path)
+    save_policy(make_policy(layers=1), tmp_path)
     before = run_folder.fingerprint(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{}")
     assert run_folder.fingerprint(tmp_path) == before
-    save_policy(make_policy(seed=1), tmp_path)
+    save_policy(make_policy(seed=1, layers=1), tmp_path)
     assert run_folder.fingerprint(tmp_path) != before
     assert run_folder.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -296,15 +321,19 @@ def test_no_video_at_all_says_why(folder, tmp_path, monkeypatch, capsys):
     assert status == 2 and "text.mp4" in error and "not a video" in error
 
 
-@pytest.mark.parametrize("flag", ["--out", "--save_frames"])
-@pytest.mark.parametrize("name", ["file", "file/out", "/proc/none/out", "with\0zero"])
-def test_a_folder_that_cannot_be_written_to_is_named_at_once(folder, tmp_path, monkeypatch, capsys, flag, name):
+def test_a_folder_that_cannot_be_written_to_is_named_at_once(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(evaluation, "load_policy", None)
-    what = ("--data", folder / "test.jsonl") if flag == "--out" else (
-        "--video", folder / "videos" / "test_0000.mp4", "--question", "q")
-    status, _, error = main(monkeypatch, capsys, "--model", folder / "policy", *what, flag, tmp_path / name)
-    assert status == 2 and "cannot write into" in error and name.split("\0")[0] in error
+    whats = {"--out": ("--data", folder / "test.jsonl"),
+             "--save_frames": ("--video", folder / "videos" / "test_0000.mp4", "--question", "q")}
+
+    def is_named(flag, name):
+        flags = ["--model", folder / "policy", *whats[flag], flag, tmp_path / name]
+        status, _, error = main(monkeypatch, capsys, *flags)
+        assert status == 2 and "cannot write into" in error and name.split("\0")[0] in error
+
+    names = "file", "file/out", "/proc/none/out", "with\0zero"
+    all_hold(is_named, [(flag, name) for flag in whats for name in names])
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
@@ -315,12 +344,13 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
         rows.write({"number": 1})
 
 
-def test_ask_about_a_video(folder, tmp_path):
+def test_ask_about_a_video(folder, tmp_path, monkeypatch, capsys):
     video = folder / "videos" / "test_0000.mp4"
-    done = run("--model", folder / "policy", "--video", video, "--question", "What happens?", "--options",
-               "this", "that", "--save_frames", tmp_path / "seen", "--max_turn_tokens", 8)
-    assert done.returncode == 0, done.stderr
-    assert "overview: 9 frames" in done.stdout and "answer:" in done.stdout and "A. this" in done.stdout
+    status, said, error = main(
+        monkeypatch, capsys, "--model", folder / "policy", "--video", video, "--question", "What happens?",
+        "--options", "this", "that", "--save_frames", tmp_path / "seen", "--max_turn_tokens", 8)
+    assert status == 0, error
+    assert "overview: 9 frames" in said and "answer:" in said and "A. this" in said
     assert len(list((tmp_path / "seen").glob("0_overview_*.png"))) == 1
 
 
@@ -340,20 +370,27 @@ def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path, monkeypatch, 
     text.write_text("this is no video\n" * 100)
     audio = tmp_path / "audio.wav"
     with wave.open(str(audio), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000), file.writeframes(b"\0\0" * 8000)
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(b"\0\0" * 8000)
     video, policy = folder / "videos" / "test_0000.mp4", folder / "policy"
-    for flags, words in [
+
+    def is_one_line(flags, words):
+        status, _, error = main(monkeypatch, capsys, *flags, "--out", tmp_path / "out")
+        assert status == 2 and words in error, error
+
+    data = ["--model", policy, "--data", folder / "test.jsonl"]
+    all_hold(is_one_line, [
         (["--model", policy, "--video", tmp_path / "none.mp4", "--question", "q"], "none.mp4"),
         (["--model", policy, "--video", text, "--question", "q"], "text.mp4"),
         (["--model", policy, "--video", audio, "--question", "q"], "audio.wav"),
         (["--model", policy, "--video", video, "--question", "  "], "--question"),
         (["--model", policy, "--video", video], "--question"),
         (["--model", tmp_path, "--video", video, "--question", "q"], "config.json"),
-        (["--model", policy, "--data", folder / "test.jsonl", "--mode", "sideways"], "sideways"),
-        (["--model", policy, "--data", folder / "test.jsonl", "--num_frames", "0"], "overview_max_frames"),
-        (["--model", policy, "--data", folder / "test.jsonl", "--temperature", "-1"], "--temperature"),
-        (["--model", policy, "--data", folder / "test.jsonl", "--max_bad", "nan"], "--max_bad"),
-        (["--model", policy, "--data", folder / "test.jsonl", "--dtype", "float16"], "--dtype"),
-    ]:
-        status, _, error = main(monkeypatch, capsys, *flags, "--out", tmp_path / "out")
-        assert status == 2 and words in error, (flags, error)
+        ([*data, "--mode", "sideways"], "sideways"),
+        ([*data, "--num_frames", "0"], "overview_max_frames"),
+        ([*data, "--temperature", "-1"], "--temperature"),
+        ([*data, "--max_bad", "nan"], "--max_bad"),
+        ([*data, "--dtype", "float16"], "--dtype"),
+    ])

@@ -1,9 +1,12 @@
-"""GRPO: the objective against NumPy, updates that do not depend on how they are split, and a run from end to end."""
+"""GRPO: the objective against NumPy, updates against their definition and however they are split, what is
+drawn, and runs from end to end."""
 
+import functools
 import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,25 +14,23 @@ import numpy as np
 import pytest
 import torch
 from launcher import launch
+from tiny import make_groups, random_policy, shift
 from tqdm import tqdm
-
-from tiny import random_policy as make_policy
 
 import rl
 import training.weights
 from common import UserError, start_processes
 from demo import synthetic
-from model import Dialogue, Sampled, encode, fill_features, token_log_probs
-from training.checkpoints import load_policy
-from rollout import Episode
-from training.checkpoints import save_policy
+from model import Dialogue, token_log_probs
+from protocols import PROTOCOLS
+from training.checkpoints import load_policy, save_policy
+from training.environment import load_env_config
+from training.metrics import show_step
 from training.mismatch import Mismatch
 from training.weights import MasterWeights
-from training.metrics import show_step
-from protocols import PROTOCOLS
-from zoom_env import EnvConfig, Message, ZoomEnv
+from zoom_env import EnvConfig, ZoomEnv
 
-ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 
 
 def numpy_grpo(log_p, old, ref, advantage, clip_low, clip_high, kl_weight):
@@ -45,7 +46,8 @@ def numpy_grpo(log_p, old, ref, advantage, clip_low, clip_high, kl_weight):
 
 
 def test_objective_and_gradient_equal_numpy():
-    """Positive and negative advantages, inside and outside of the clip range on both sides, k3 clamped and not."""
+    """Positive and negative advantages, inside and outside of the clip range on both sides, k3 clamped and
+    not."""
     config = rl.Config(kl_weight=0.1)
     ratios = np.array([0.5, 0.79, 0.81, 1.0, 1.26, 1.28, 2.0])
     log_p = np.log(np.full(14, 0.3))
@@ -60,7 +62,8 @@ def test_objective_and_gradient_equal_numpy():
     loss.sum().backward()
     np.testing.assert_allclose(loss.detach(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(x.grad, expected_gradient, rtol=1e-5, atol=1e-6)
-    assert (expected_gradient[[5, 6]] == 0.1 * (1 - np.exp(ref - log_p))[[5, 6]]).all()  # clipped: only the KL pulls
+    only_kl = 0.1 * (1 - np.exp(ref - log_p))
+    assert (expected_gradient[[5, 6]] == only_kl[[5, 6]]).all()  # clipped: only the KL pulls
     assert stats["clipped_high"] == 2 and stats["clipped_low"] == 2 and stats["kl_clamped"] == 4
 
 
@@ -85,53 +88,47 @@ def test_advantages():
     assert torch.equal(rl.group_advantages(torch.full((1, 3), 0.1)), torch.zeros(1, 3))  # no rounding noise
 
 
-# --------------------------------------------------------------------------- the same update however it is split
-def make_groups(policy, folder, num_groups):
-    """Groups of episodes of unequal length with right and wrong answers, and old log-probabilities off by some noise."""
-    questions = [json.loads(line) for line in open(folder / "train.jsonl")][:num_groups]
-    noise = torch.Generator().manual_seed(5)
-    groups = []
-    for k, question in enumerate(questions):
-        group, start = [], ZoomEnv(question, policy.env_config, folder)
-        prompt = encode(policy, start.reset())
-        for letter in "ABCD"[: 2 + k % 3]:
-            episode = Episode(prompt.fork(), env=start.fork())
-            zooms = "BD".find(letter) + 1
-            for text in ['<think>look</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'] * zooms + \
-                    [f"<think>{'so ' * (k + 1)}</think><answer>{question['answer'] if zooms else letter}</answer>"]:
-                ids = policy.tokenizer.encode(text) + ([] if "zoom>" in text else [policy.im_end])
-                encode(policy, [Message("assistant", [Sampled(ids, [0.0] * len(ids))])], episode.dialogue)
-                encode(policy, episode.env.step(text), episode.dialogue)
-            assert episode.env.done
-            group.append(episode)
-        fill_features(policy, [e.dialogue for e in group])
-        with torch.no_grad():
-            for e in group:
-                log_probs, _ = token_log_probs(policy, [[e.dialogue]])
-                e.dialogue.sampled_log_probs = (log_probs + 0.3 * torch.randn(len(log_probs), generator=noise)).tolist()
-        assert rl.set_advantages(group)
-        groups.append(group)
-    return groups
+# ------------------------------------------------------------------------ the same update however it is split
+@functools.cache
+def made_once(seed):
+    return random_policy(seed, layers=2)
+
+
+def make_policy(seed=0):
+    """A random policy that can be trained."""
+    policy = made_once(seed).frozen_copy()
+    policy.requires_grad_(True)
+    return policy.freeze_vision()
+
+
+@functools.cache
+def groups_of(folder, dtype):
+    return make_groups(make_policy().to(dtype), folder, 3)
+
+
+def copies(groups):
+    return [[replace(e, dialogue=e.dialogue.fork()) for e in group] for group in groups]
 
 
 def one_update(folder, rank=0, world=1, max_tokens_per_pass=100_000, checkpointing=False, dtype=torch.float32,
                prepare=lambda policy, groups: None, lr=1.0, **settings):
-    """Master weights' change in one update by plain gradient descent, and the metrics. prepare(policy, groups) changes the
-    groups before."""
+    """Master weights' change in one update by plain gradient descent, and the metrics. prepare(policy,
+    groups) changes the groups before."""
     policy, reference = make_policy().to(dtype), make_policy(seed=1).to(dtype)
     if checkpointing:
         policy.checkpoint_layers()
     policy.train()
-    groups = make_groups(policy, folder, 3)
+    groups = copies(groups_of(folder, dtype))
     prepare(policy, groups)
-    settings = {"mini_batch_size": 3} | settings
-    config = rl.Config(batch_size=3, max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9, kl_weight=0.1,
-                       entropy_weight=0.1, **settings)
+    config = replace(UPDATE, max_tokens_per_pass=max_tokens_per_pass, **settings)
     masters = MasterWeights(policy, reference)
     before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
     optimizer = torch.optim.SGD(masters.parameters, lr=lr)
-    metrics = rl.update(masters, groups[rank::world], optimizer, config, rank, torch.device("cpu"))
+    metrics = rl.update(masters, groups[rank::world], optimizer, config, rank, CPU)
     return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
+
+
+UPDATE = rl.Config(batch_size=3, mini_batch_size=3, max_grad_norm=1e9, kl_weight=0.1, entropy_weight=0.1)
 
 
 def assert_same(a, b, rel=1e-5):
@@ -155,37 +152,76 @@ def whole(folder):
 
 def test_an_update_counts_what_was_clamped_and_left_out(whole):
     metrics = whole[1]
-    assert metrics["updates"] == 1 and metrics["bad_steps"] == 0 and 0 <= metrics["kl_clamped"] < 1 and metrics["kl"] > 0
+    assert metrics["updates"] == 1 and metrics["bad_steps"] == 0
+    assert 0 <= metrics["kl_clamped"] < 1 and metrics["kl"] > 0
+
+
+@pytest.mark.parametrize("loss_mean", ["token", "episode"])
+def test_an_update_is_the_gradient_of_the_mean(folder, loss_mean):
+    """The definition: each episode scored alone, the mean over all sampled tokens of the mini-batch, or over
+    those of each episode and then over episodes; with the reference and the temperature."""
+    how = dict(temperature=0.7, loss_mean=loss_mean)
+    change, metrics = one_update(folder, max_tokens_per_pass=600, **how)
+    policy, reference, config = make_policy(), make_policy(seed=1), replace(UPDATE, **how)
+    losses = []
+    for e in (e for group in groups_of(folder, torch.float32) for e in group):
+        dialogue = [[e.dialogue]]
+        log_probs, entropies = token_log_probs(policy, dialogue, 0.7, entropy=True)
+        ref_log_probs = token_log_probs(reference, dialogue, 0.7)[0].detach()
+        old, advantage = torch.tensor(e.dialogue.sampled_log_probs), torch.tensor([e.dialogue.advantage])
+        which = torch.zeros(len(old), dtype=torch.long)
+        losses.append(rl.grpo_loss(log_probs, old, advantage, which, config, ref_log_probs, entropies)[0])
+    mean = torch.cat(losses).mean()
+    if loss_mean == "episode":
+        mean = torch.stack([loss.mean() for loss in losses]).mean()
+    mean.backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    assert len(losses) == 9 and (change + gradient).norm() <= 1e-4 * gradient.norm() > 0
+    assert metrics["loss"] == pytest.approx(mean.item(), rel=1e-4)
+    assert metrics["trained_tokens"] == sum(len(loss) for loss in losses)
+    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
+def test_each_mini_batch_is_an_optimizer_step_of_its_own(folder):
+    """Three questions, a step each: as three updates one after the other, of what was sampled before all."""
+    change, metrics = one_update(folder, mini_batch_size=1, lr=1e-2)
+    policy = make_policy()
+    masters, groups = MasterWeights(policy, make_policy(seed=1)), copies(groups_of(folder, torch.float32))
+    before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
+    optimizer = torch.optim.SGD(masters.parameters, lr=1e-2)
+    for group in groups:
+        rl.update(masters, [group], optimizer, replace(UPDATE, batch_size=1, mini_batch_size=1), 0, CPU)
+    after = torch.cat([p.detach().flatten() for p in masters.parameters]) - before
+    assert (change - after).norm() <= 1e-5 * after.norm() > 0 and metrics["updates"] == 3
 
 
 def test_update_in_bfloat16_goes_the_same_way(folder, whole):
     """Compute weights in bfloat16: nearly the same change of the float32 masters, however it is split."""
-    changes = [one_update(folder, dtype=torch.bfloat16, max_tokens_per_pass=n)[0] for n in (100_000, 600)]
-    for change in changes:
-        assert change.dtype == torch.float32 and torch.cosine_similarity(change, whole[0], dim=0) > 0.95
+    for max_tokens in (100_000, 600):
+        change, _ = one_update(folder, dtype=torch.bfloat16, max_tokens_per_pass=max_tokens)
+        assert change.dtype == torch.float32
+        assert torch.cosine_similarity(change, whole[0], dim=0) > 0.95
 
 
-@pytest.mark.parametrize("split", [dict(max_tokens_per_pass=600), dict(max_tokens_per_pass=1), dict(checkpointing=True)])
+@pytest.mark.parametrize("split", [
+    dict(max_tokens_per_pass=600), dict(max_tokens_per_pass=1), dict(checkpointing=True)])
 def test_update_does_not_depend_on_the_split(folder, whole, split):
     assert_same(whole, one_update(folder, **split))
 
 
+@pytest.mark.slow
 def test_the_mean_over_episodes_is_that_of_updates_on_each_alone(folder):
     """Token means of one episode each, and their mean; the same however it is split."""
-    counts = []
-
     def alone(n):
         def prepare(policy, groups):
-            counts[:] = [len(g) for g in groups]
             chosen = [e for g in groups for e in g][n:n + 1]
             groups[:] = [chosen]
         return prepare
 
-    first = one_update(folder, prepare=alone(0))
-    changes = [first[0]] + [one_update(folder, prepare=alone(n))[0] for n in range(1, sum(counts))]
+    changes = [one_update(folder, prepare=alone(n))[0] for n in range(9)]
     together = one_update(folder, loss_mean="episode")
     mean = torch.stack(changes).double().mean(0)
-    assert (together[0] - mean).norm() <= 1e-4 * mean.norm() > 0 and len(changes) > 3
+    assert (together[0] - mean).norm() <= 1e-4 * mean.norm() > 0
     assert_same(together, one_update(folder, loss_mean="episode", max_tokens_per_pass=600))
     assert (together[0] - one_update(folder)[0]).norm() > 1e-2 * mean.norm()  # token means are something else
 
@@ -193,14 +229,19 @@ def test_the_mean_over_episodes_is_that_of_updates_on_each_alone(folder):
 def save_update(folder, out):
     """Of one process of several."""
     rank, world, _ = start_processes("cpu")
-    torch.save(one_update(Path(folder), rank, world), f"{out}/{rank}.pt")
+    folder = Path(folder)
+    in_three = one_update(folder, rank, world, mini_batch_size=1, lr=1e-3)[1]["updates"]
+    torch.save((one_update(folder, rank, world), in_three), f"{out}/{rank}.pt")
 
 
 def test_update_is_the_same_on_two_processes(folder, whole, tmp_path):
-    """With unequal numbers of groups and tokens on them."""
+    """With unequal numbers of groups and tokens on them. Dealt to three mini-batches, each of these has one
+    of the three groups."""
     launch(2, "test_rl:save_update", [folder, tmp_path]).wait()
     for rank in range(2):
-        assert_same(whole, torch.load(tmp_path / f"{rank}.pt"))
+        update, in_three = torch.load(tmp_path / f"{rank}.pt")
+        assert_same(whole, update)
+        assert in_three == 3
 
 
 def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(monkeypatch, capsys):
@@ -226,21 +267,32 @@ def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run(monkeypatc
         step([float("nan")] * 3)
 
 
-def test_an_update_without_a_finite_gradient_changes_nothing_and_is_counted(folder, monkeypatch, capsys):
-    def poisoned(*args):
-        groups = make(*args)
-        groups[1][0].dialogue.sampled_log_probs[0] = math.nan
-        return groups
+def test_a_gradient_is_scaled_down_to_the_largest_norm():
+    for compute in (torch.float32, torch.bfloat16):
+        weight = torch.nn.Parameter(torch.zeros(2, dtype=compute))
+        masters = MasterWeights(torch.nn.ParameterList([weight]))
+        optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
+        for gradient, step in (([3.0, -4.0], [-1.2, 1.6]), ([0.6, 0.8], [-0.6, -0.8])):
+            (weight * torch.tensor(gradient, dtype=compute)).sum().backward()
+            before = masters.parameters[0].detach().clone()
+            norm = masters.step(optimizer, 2.0)
+            assert norm == pytest.approx(torch.tensor(gradient).norm().item(), rel=1e-2)
+            torch.testing.assert_close(masters.parameters[0] - before, torch.tensor(step), rtol=1e-2, atol=0)
 
-    make = make_groups
-    monkeypatch.setattr(sys.modules[__name__], "make_groups", poisoned)
-    change, metrics = one_update(folder)
+
+def poison(policy, groups):
+    """A nan that was noted while sampling."""
+    groups[1][0].dialogue.sampled_log_probs[0] = math.nan
+
+
+def test_an_update_without_a_finite_gradient_changes_nothing_and_is_counted(folder, capsys):
+    change, metrics = one_update(folder, prepare=poison)
     assert metrics["updates"] == metrics["bad_steps"] == 1 and metrics["grad_norm"] == 0 and not change.any()
     said = capsys.readouterr().err
     assert all(json.loads(line)["id"] in said for line in list(open(folder / "train.jsonl"))[:3])
 
 
-# ------------------------------------------------------------------------------------------ between sampling and training
+# ------------------------------------------------------------------------------ between sampling and training
 @torch.no_grad()
 def exact(policy, groups, temperature=1.0):
     """Log-probabilities as if sampling had computed what training does."""
@@ -248,13 +300,9 @@ def exact(policy, groups, temperature=1.0):
         e.dialogue.sampled_log_probs = token_log_probs(policy, [[e.dialogue]], temperature)[0].tolist()
 
 
-def shift(episode, offset, start=0, stop=None):
-    said = episode.dialogue.sampled_log_probs
-    said[start:stop] = [p + offset for p in said[start:stop]]
-
-
 def test_mismatch_is_counted_over_the_tokens_that_were_sampled():
-    """Mean and largest by hand; a token that was appended has none; a nan makes the mean nan, the largest inf."""
+    """Mean and largest by hand; a token that was appended has none; a nan makes the mean nan, the largest
+    inf."""
     dialogues = [Dialogue(sampled_log_probs=[-1.0, None, -2.0]), Dialogue(sampled_log_probs=[-1.0])]
     mismatch = Mismatch()
     means = mismatch.add(torch.tensor([-1.5, -9.0, -2.0, -4.0]), dialogues)
@@ -268,8 +316,8 @@ def test_mismatch_is_counted_over_the_tokens_that_were_sampled():
 
 @pytest.mark.parametrize("old_log_probs, mini_batch_size", [("sampled", 3), ("recomputed", 1)])
 def test_an_update_measures_the_mismatch_before_it(folder, old_log_probs, mini_batch_size):
-    """Of noisy log-probabilities, as counted one by one. Recomputed ones tell it of all groups, not only of the first
-    mini-batch's."""
+    """Of noisy log-probabilities, as counted one by one. Recomputed ones tell it of all groups, not only of
+    the first mini-batch's."""
     differences = []
 
     def prepare(policy, groups):
@@ -277,10 +325,11 @@ def test_an_update_measures_the_mismatch_before_it(folder, old_log_probs, mini_b
         for e in (e for group in groups for e in group):
             with torch.no_grad():
                 trained = token_log_probs(policy, [[e.dialogue]])[0].tolist()
-            differences.extend(abs(a - b) for a, b in zip(trained, e.dialogue.sampled_log_probs, strict=True))
+            pairs = zip(trained, e.dialogue.sampled_log_probs, strict=True)
+            differences.extend(abs(a - b) for a, b in pairs)
 
-    _, metrics = one_update(folder, prepare=prepare, old_log_probs=old_log_probs, mini_batch_size=mini_batch_size, lr=1e-4,
-                            max_tokens_per_pass=600)
+    _, metrics = one_update(folder, prepare=prepare, old_log_probs=old_log_probs,
+                            mini_batch_size=mini_batch_size, lr=1e-4, max_tokens_per_pass=600)
     assert metrics["mismatch"] == pytest.approx(sum(differences) / len(differences), rel=1e-4)
     assert metrics["mismatch_max"] == pytest.approx(max(differences), rel=1e-4) and max(differences) > 7
 
@@ -292,10 +341,11 @@ def assert_same_training(a, b, rel=1e-5):
     assert_same((a[0], trained(a[1])), (b[0], trained(b[1])), rel)
 
 
-@pytest.mark.parametrize("mini_batch_size, lr, rel", [(3, 1.0, 1e-5), (1, 1e-3, 1e-4)])
+@pytest.mark.parametrize("mini_batch_size, lr, rel", [
+    (3, 1.0, 1e-5), pytest.param(1, 1e-3, 1e-4, marks=pytest.mark.slow)])
 def test_recomputed_old_log_probabilities_are_those_before_the_first_update(folder, mini_batch_size, lr, rel):
-    """The update is that of exactly sampled ones, whatever was noted; also where a step has several updates, with small
-    steps, which weights in float32 round."""
+    """The update is that of exactly sampled ones, whatever was noted; also where a step has several updates,
+    with small steps, which weights in float32 round."""
     how = dict(mini_batch_size=mini_batch_size, lr=lr, max_tokens_per_pass=600, temperature=0.7)
     exactly = partial(exact, temperature=0.7)
     right = one_update(folder, prepare=exactly, **how)
@@ -309,9 +359,10 @@ def test_recomputed_old_log_probabilities_are_those_before_the_first_update(fold
     assert corrected[1]["mismatch"] > 0.2  # of what was noted, not of what is used
 
 
-@pytest.mark.parametrize("which", ["an episode", "a group"])
+@pytest.mark.parametrize("which", ["an episode", pytest.param("a group", marks=pytest.mark.slow)])
 def test_an_episode_above_the_largest_mismatch_is_left_out(folder, which):
-    """As if it were not there, from the advantages on. One token far off in another one does not matter: the mean does."""
+    """As if it were not there, from the advantages on. One token far off in another one does not matter: the
+    mean does."""
     def far(policy, groups):
         for e in groups[1][:1] if which == "an episode" else groups[1]:
             shift(e, 3)
@@ -324,7 +375,8 @@ def test_an_episode_above_the_largest_mismatch_is_left_out(folder, which):
     how = dict(old_log_probs="recomputed", max_mismatch=1.0)
     left_out, removed, all_of_them = (one_update(folder, prepare=p, **how) for p in (far, without, exact))
     assert_same_training(left_out, removed)
-    assert [m["episodes_left_out"] for _, m in (left_out, removed, all_of_them)] == [1 if which == "an episode" else 3, 0, 0]
+    numbers = [m["episodes_left_out"] for _, m in (left_out, removed, all_of_them)]
+    assert numbers == [1 if which == "an episode" else 3, 0, 0]
     assert left_out[1]["trained_tokens"] < all_of_them[1]["trained_tokens"]
     assert left_out[1]["mismatch"] > 1.1 * removed[1]["mismatch"]  # it is measured all the same
     assert (left_out[0] - all_of_them[0]).norm() > 0.01 * left_out[0].norm()
@@ -340,16 +392,15 @@ def test_a_step_that_leaves_all_episodes_out_learns_nothing_and_says_so(folder):
 
 
 def test_an_episode_without_a_finite_mismatch_is_left_out(folder):
-    """A nan that was noted while sampling."""
-    def poisoned(policy, groups):
-        groups[1][0].dialogue.sampled_log_probs[0] = math.nan
-
-    change, metrics = one_update(folder, prepare=poisoned, old_log_probs="recomputed", max_mismatch=1.0)
-    assert metrics["episodes_left_out"] == 1 and metrics["bad_steps"] == 0 and change.isfinite().all() and change.any()
+    change, metrics = one_update(folder, prepare=poison, old_log_probs="recomputed", max_mismatch=1.0)
+    assert metrics["episodes_left_out"] == 1 and metrics["bad_steps"] == 0
+    assert change.isfinite().all() and change.any()
 
 
+# ---------------------------------------------------------------------------------------------------- a batch
 class PlantedEnv(ZoomEnv):
-    """Its rewards do not depend on what is said: those of one question's episodes differ, but for the ids in `flat`."""
+    """Its rewards do not depend on what is said: those of one question's episodes differ, but for the ids in
+    `flat`."""
 
     flat, next_reward = set(), itertools.count()
 
@@ -358,7 +409,7 @@ class PlantedEnv(ZoomEnv):
         self.rewards["reward"] = 0.5 if self.question["id"] in self.flat else float(next(self.next_reward))
 
 
-def draw(folder, monkeypatch, flat, **settings):
+def draw(folder, monkeypatch, flat, rank=0, world=1, **settings):
     """`play_batch` by the real engine: (questions in the order of their drawing, what it returned)."""
     monkeypatch.setitem(PROTOCOLS, "videozoomer", PlantedEnv)
     rows = [json.loads(line) for line in open(folder / "train.jsonl")]
@@ -366,12 +417,12 @@ def draw(folder, monkeypatch, flat, **settings):
     config = rl.Config(**{"batch_size": 3, "group_size": 2, "max_draws": 2, "max_turn_tokens": 3} | settings)
     policy = make_policy()
     engine = rl.Engine(policy, config.group_size, config, torch.Generator().manual_seed(0))
-    return rows, rl.play_batch(engine, iter(rows), config, folder, 0, 1, torch.device("cpu"), tqdm(disable=True))
+    return rows, rl.play_batch(engine, iter(rows), config, folder, rank, world, CPU, tqdm(disable=True))
 
 
 def test_groups_without_a_spread_are_dropped_and_new_questions_drawn(folder, monkeypatch):
-    """Dynamic sampling: of 3 questions two are flat, so two more are drawn; the episodes of all are reported, only the
-    others' are kept, with their advantages, and only their tokens are in the loss's denominator."""
+    """Dynamic sampling: of 3 questions two are flat, so two more are drawn; the episodes of all are reported,
+    only the others' are kept, with their advantages, and only their tokens are in the loss's denominator."""
     rows, (kept, episodes, unreadable, drawn) = draw(folder, monkeypatch, flat=(0, 2))
     assert [group[0].env.question["id"] for group in kept] == [rows[n]["id"] for n in (1, 3, 4)]
     assert drawn == 5 and len(episodes) == 10 and not unreadable
@@ -380,8 +431,16 @@ def test_groups_without_a_spread_are_dropped_and_new_questions_drawn(folder, mon
         assert all(abs(e.dialogue.advantage) > 0.1 for e in group)
     weights = MasterWeights(make_policy())
     config = rl.Config(batch_size=3, mini_batch_size=3, kl_weight=0.0)
-    metrics = rl.update(weights, kept, torch.optim.SGD(weights.parameters, lr=0.0), config, 0, torch.device("cpu"))
+    metrics = rl.update(weights, kept, torch.optim.SGD(weights.parameters, lr=0.0), config, 0, CPU)
     assert metrics["trained_tokens"] == sum(sum(e.dialogue.trained) for group in kept for e in group)
+
+
+def test_a_process_plays_its_share_of_what_is_drawn(folder, monkeypatch):
+    """The second of two: of each draw the second, the fourth, ..."""
+    rows, batch = draw(folder, monkeypatch, (), rank=1, world=2, batch_size=4, max_draws=1)
+    kept, episodes, _, drawn = batch
+    assert [group[0].env.question["id"] for group in kept] == [rows[n]["id"] for n in (1, 3)]
+    assert len(episodes) == 4 and drawn == 4
 
 
 def test_drawing_ends_at_max_draws(folder, monkeypatch):
@@ -396,44 +455,68 @@ def test_the_frames_of_episodes_that_are_over_are_let_go(folder):
     rows = [json.loads(line) for line in open(folder / "train.jsonl")]
     config = rl.Config(batch_size=2, group_size=3, max_draws=1, max_turn_tokens=6)
     engine = rl.Engine(policy, config.group_size, config, torch.Generator().manual_seed(0))
-    _, episodes, *_ = rl.play_batch(engine, iter(rows), config, folder, 0, 1, torch.device("cpu"), tqdm(disable=True))
+    _, episodes, *_ = rl.play_batch(engine, iter(rows), config, folder, 0, 1, CPU, tqdm(disable=True))
     assert len(episodes) == 6 and not any(e.dialogue.frames for e in episodes)
     assert all(frame.image is None for e in episodes for frames in e.env.watched for frame in frames)
     assert "9 frames" in episodes[0].env.describe()
 
 
-# ------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
+@pytest.fixture(scope="module")
+def start(folder):
+    save_policy(made_once(0), folder / "start")
+    return folder / "start"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_steps_on_two_processes(folder, tmp_path, dtype):
+def test_two_steps_on_two_processes(folder, start, tmp_path, dtype):
     """rl.py from the command line: metrics of each step, a checkpoint that loads and has moved."""
-    policy = make_policy()
-    save_policy(policy, tmp_path / "start")
-    flags = ["--model", tmp_path / "start", "--data", folder / "train.jsonl", "--out", tmp_path / "out", "--steps", 2,
-             "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 8, "--lr", 1e-3,
-             "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu", "--dtype", dtype]
+    flags = ["--model", start, "--data", folder / "train.jsonl", "--out", tmp_path / "out", "--steps", 2,
+             "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 8,
+             "--lr", 1e-3, "--max_draws", 1, "--format_weight", 0, "--seed", 1, "--device", "cpu",
+             "--dtype", dtype]
     launch(2, "rl.py", flags).wait()
     metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     assert [m["step"] for m in metrics] == [1, 2]
-    for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "no_spread", "truncated", "response_tokens",
-                "seconds_rollout", "seconds_update"):
+    for key in ("reward", "accuracy", "format", "tool", "zooms", "invalid", "no_spread", "truncated",
+                "response_tokens", "seconds_rollout", "seconds_update"):
         assert key in metrics[0]
     assert metrics[0]["episodes"] == 6
     assert load_policy(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
 
 
-def test_the_learning_rate_rises(folder, tmp_path, monkeypatch):
-    """By the metrics, and by what it does: at the start of a very long warm-up an optimizer step moves nothing."""
+def run(monkeypatch, folder, start, out, *flags):
+    """rl.py with one small step, in this process. Returns its metrics."""
     monkeypatch.setitem(PROTOCOLS, "videozoomer", PlantedEnv)
-    save_policy(make_policy(), tmp_path / "start")
-    start = load_policy(tmp_path / "start").head.weight
-    moved = {}
+    flags = ["--model", start, "--data", folder / "train.jsonl", "--out", out, "--steps", 1,
+             "--batch_size", 1, "--mini_batch_size", 1, "--group_size", 2, "--max_turn_tokens", 3,
+             "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])
+    rl.main()
+    return json.loads((out / "metrics.jsonl").read_text())
+
+
+def test_the_learning_rate_rises(folder, start, tmp_path, monkeypatch, capsys):
+    """By the metrics, and by what it does: at the start of a very long warm-up an optimizer step moves
+    nothing."""
+    before, moved = load_policy(start).head.weight, {}
     for warmup in (2, 10 ** 12):
-        flags = ["--model", tmp_path / "start", "--data", folder / "train.jsonl", "--out", tmp_path / str(warmup), "--steps", 1,
-                 "--batch_size", 1, "--mini_batch_size", 1, "--group_size", 2, "--max_turn_tokens", 3, "--lr", 1e-2,
-                 "--lr_warmup_steps", warmup, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])
-        rl.main()
-        metrics = json.loads((tmp_path / str(warmup) / "metrics.jsonl").read_text())
+        out = tmp_path / str(warmup)
+        metrics = run(monkeypatch, folder, start, out, "--lr", 1e-2, "--lr_warmup_steps", warmup)
         assert metrics["lr"] == pytest.approx(1e-2 / warmup) and metrics["grad_norm"] > 0
-        moved[warmup] = (load_policy(tmp_path / str(warmup)).head.weight - start).abs().max()
+        moved[warmup] = (load_policy(out).head.weight - before).abs().max()
     assert moved[2] > 1e-3 and moved[10 ** 12] < 1e-8
+    assert "the policy has stopped zooming" in capsys.readouterr().out
+
+
+def test_without_the_tool(folder, start, tmp_path, monkeypatch, capsys):
+    """Each episode is one answer to so many frames, in training and for what evaluates the checkpoint; nobody
+    says that the policy has stopped zooming."""
+    metrics = run(monkeypatch, folder, start, tmp_path, "--max_zooms", 0, "--num_frames", 23)
+    assert metrics["frames"] == 23 and metrics["zooms"] == 0 and metrics["turns"] == 1
+    assert metrics["grad_norm"] > 0
+    trained = load_env_config(tmp_path)
+    assert trained.max_zooms == 0 and trained.overview_max_frames == 23
+    said = capsys.readouterr().out
+    assert "overview: 23 frames" in said and "zooming" not in said

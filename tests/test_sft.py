@@ -1,27 +1,26 @@
-"""SFT: the loss against its definition, the same however it is split, schedule, skipped rows, and a run end to end."""
+"""SFT: the loss against its definition, the same however it is split, schedule, kinds, skipped rows, and a
+run from end to end."""
 
 import json
-import os
-import re
-import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from cases import all_hold
 from launcher import launch
-from test_rl import assert_same
-from tiny import random_policy as make_policy
+from test_rl import assert_same, make_policy
 
 import sft
-from common import field_comments, start_processes
+from common import UserError, run_main, start_processes
 from demo import synthetic
-from training.checkpoints import load_policy
-from training.checkpoints import save_policy
-from training.weights import MasterWeights
+from model import replay, token_log_probs
+from training.checkpoints import load_policy, save_policy
 from training.run import TrainingRun
+from training.weights import MasterWeights
 
-ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +31,47 @@ def folder(tmp_path_factory):
     return folder
 
 
-def one_step(folder, rank=0, world=1, max_tokens_per_pass=100_000, rows=None):
+def read_rows(folder, number=None):
+    return [json.loads(line) for line in open(folder / "sft.jsonl")][:number]
+
+
+def flat(masters):
+    return torch.cat([p.detach().flatten().clone() for p in masters.parameters])
+
+
+def one_step(folder, rank=0, world=1, max_tokens_per_pass=100_000):
     """Parameters' change in one step of plain gradient descent, and the metrics."""
-    policy = make_policy()
-    rows = rows or [json.loads(line) for line in open(folder / "sft.jsonl")][:7]
+    policy, rows = make_policy(), read_rows(folder, 7)
     dialogues, bad = sft.load_dialogues(policy, rows[rank::world], folder, 10_000)
     assert not bad
     config = sft.Config(max_tokens_per_pass=max_tokens_per_pass, max_grad_norm=1e9)
     masters = MasterWeights(policy)
-    before = torch.cat([p.detach().flatten().clone() for p in masters.parameters])
+    before = flat(masters)
     optimizer = torch.optim.SGD(masters.parameters, lr=1.0)
-    metrics = sft.train_step(masters, dialogues, [row["question"]["id"] for row in rows], optimizer, config,
-                             torch.device("cpu"))
-    return torch.cat([p.detach().flatten() for p in masters.parameters]) - before, metrics
+    ids = [row["question"]["id"] for row in rows]
+    metrics = sft.train_step(masters, dialogues, ids, optimizer, config, CPU)
+    return flat(masters) - before, metrics
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
     return one_step(folder)
+
+
+def test_a_step_is_the_gradient_of_the_mean(folder, whole):
+    """The definition: each dialogue scored alone, the mean over all trained tokens of the batch."""
+    change, metrics = whole
+    policy = make_policy()
+    dialogues, _ = sft.load_dialogues(policy, read_rows(folder, 7), folder, 10_000)
+    sft.fill_features(policy, dialogues)
+    loss = -torch.cat([token_log_probs(policy, [[d]])[0] for d in dialogues]).mean()
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    assert (change + gradient).norm() <= 1e-4 * gradient.norm() > 0
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    assert metrics["tokens"] == sum(sum(d.trained) for d in dialogues)
+    assert metrics["length"] == sum(len(d.ids) for d in dialogues)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 1200])
@@ -62,7 +84,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(folder,
     monkeypatch.setattr(sft, "token_log_probs", lambda *args: (log_probs(*args)[0] * torch.inf, None))
     change, metrics = one_step(folder)
     assert metrics["bad_steps"] == 1 and metrics["grad_norm"] == 0 and not change.any()
-    assert json.loads(open(folder / "sft.jsonl").readline())["question"]["id"] in capsys.readouterr().err
+    assert read_rows(folder)[0]["question"]["id"] in capsys.readouterr().err
 
 
 def save_step(folder, out):
@@ -79,7 +101,7 @@ def test_step_is_the_same_on_two_processes(folder, whole, tmp_path):
 
 
 def test_only_learned_turns_of_the_assistant_are_in_the_loss(folder):
-    row = next(r for line in open(folder / "sft.jsonl") if len((r := json.loads(line))["turns"]) == 2)
+    row = next(row for row in read_rows(folder) if len(row["turns"]) == 2)
     policy = make_policy()
     trained = lambda learn: sft.load_dialogues(policy, [row | {"learn": learn}], folder, 10_000)[0][0]
     text = lambda d: policy.tokenizer.decode([i for i, t in zip(d.ids, d.trained) if t])
@@ -97,83 +119,131 @@ def test_schedule_warms_up_and_ends_near_zero():
     assert sft.learning_rate(0, 1, config) == 1.0
 
 
-def test_what_is_prepared_ahead_changes_nothing_but_times(folder, tmp_path, monkeypatch):
-    """Two epochs with rows that cannot be replayed: metrics, order and skipped rows of a plain loop, to the bit."""
-    rows = [json.loads(line) for line in open(folder / "sft.jsonl")][:8]
+def test_each_process_has_its_share_of_every_batch():
+    """All rows once an epoch, each epoch in another order, batch by batch; the same order for a seed."""
+    config = sft.Config(epochs=2, batch_size=4, seed=3)
+    shares = [list(sft.batches(10, config, rank, world)) for rank, world in ((0, 1), (0, 2), (1, 2))]
+    whole, first, second = shares
+    assert [epoch for epoch, _ in whole] == [0, 0, 0, 1, 1, 1]
+    assert [len(rows) for _, rows in whole] == [4, 4, 2] * 2
+    orders = [[number for epoch, rows in whole if epoch == e for number in rows] for e in range(2)]
+    assert orders[0] != orders[1] and all(sorted(order) == list(range(10)) for order in orders)
+    for (_, rows), (_, even), (_, odd) in zip(whole, first, second, strict=True):
+        assert even == rows[::2] and odd == rows[1::2]
+    assert list(sft.batches(10, config, 0, 1)) == whole
+    assert list(sft.batches(10, sft.Config(epochs=2, batch_size=4, seed=4), 0, 1)) != whole
+
+
+def test_what_is_prefetched_changes_nothing_but_times(folder, tmp_path, monkeypatch):
+    """Two epochs with rows that cannot be replayed: metrics, order and skipped rows of a plain loop, to the
+    bit. Each step is made with the learning rate that its metrics say."""
+    rows = read_rows(folder, 8)
     rows[2]["turns"] = rows[2]["turns"] + ["more"]
     rows[5]["question"] = rows[5]["question"] | {"id": "gone", "video": "missing.mp4"}
-    trained, step = [], sft.train_step
+    trained, rates, step = [], [], sft.train_step
 
-    def recorded(policy, dialogues, ids, *rest):
+    def recorded(policy, dialogues, ids, optimizer, *rest):
         trained.append((ids, [d.ids for d in dialogues]))
-        return step(policy, dialogues, ids, *rest)
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(policy, dialogues, ids, optimizer, *rest)
 
     def run(name):
         trained.clear()
+        rates.clear()
         (tmp_path / name).mkdir()
-        config = sft.Config(data=str(folder / "sft.jsonl"), out=str(tmp_path / name), epochs=2, batch_size=3, lr=1e-3, max_bad=0.5)
-        training = TrainingRun("sft", config, {}, 0, 1, torch.device("cpu"))
-        skipped = sft.train(MasterWeights(make_policy()), rows, config, training, 0, 1, torch.device("cpu"), None)
+        config = sft.Config(data=str(folder / "sft.jsonl"), out=str(tmp_path / name), epochs=2, batch_size=3,
+                            lr=1e-3, warmup=0.5, max_bad=0.5)
+        training = TrainingRun("sft", config, {}, 0, 1, CPU)
+        skipped = sft.train(MasterWeights(make_policy()), rows, config, training, 0, 1, CPU, None)
         metrics = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-        assert all(0 <= m.pop("seconds_data") <= m.pop("seconds") for m in metrics)
-        [m.pop(key) for m in metrics for key in ("seconds_save", "seconds_idle", "seconds_gather")]
+        for m in metrics:
+            assert 0 <= m.pop("seconds_data") <= m.pop("seconds")
+            for key in ("seconds_save", "seconds_idle", "seconds_gather"):
+                m.pop(key)
+        assert rates == [m["lr"] for m in metrics] == [sft.learning_rate(n, 6, config) for n in range(6)]
         return metrics, skipped, trained.copy()
 
     monkeypatch.setattr(sft, "train_step", recorded)
-    ahead = run("ahead")
-    monkeypatch.setattr(sft, "prefetch", lambda load, batches: ((batch, load(batch), 0.0) for batch in batches))
-    assert ahead == run("plain")
-    assert len(ahead[0]) == 6 and len(ahead[1]) == 4 and {"gone"} < {where for where, _ in ahead[1]}
-    assert [m["skipped"] for m in ahead[0]][-1] == 4 and ahead[0][0]["loss"] != ahead[0][1]["loss"]
+    prefetched = run("prefetched")
+    plainly = lambda load, batches: ((batch, load(batch), 0.0) for batch in batches)
+    monkeypatch.setattr(sft, "prefetch", plainly)
+    assert prefetched == run("plain")
+    metrics, skipped, _ = prefetched
+    assert len(metrics) == 6 and len(skipped) == 4 and {"gone"} < {where for where, _ in skipped}
+    assert metrics[-1]["skipped"] == 4 and metrics[0]["loss"] != metrics[1]["loss"]
 
 
-def run(*flags, script="sft.py"):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"})
+# ------------------------------------------------------------------------------------------------- the script
+def run(monkeypatch, capsys, *flags):
+    """sft.py in this process: (exit status, what it wrote to stdout, to stderr)."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
+    status = 0
+    try:
+        run_main(sft.main)
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    return status, said.out, said.err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_run_learns_the_protocol_and_names_what_it_skips(folder, tmp_path, dtype):
-    rows = [json.loads(line) for line in open(folder / "sft.jsonl")]
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_run_learns_the_protocol_and_names_what_it_skips(folder, tmp_path, monkeypatch, capsys, dtype):
+    rows = read_rows(folder)
     rows[0]["question"]["video"] = "missing.mp4"
     rows[1]["turns"] = rows[1]["turns"] + ["<think>more</think><answer>A</answer>"]
     rows[1]["learn"] = [True] * len(rows[1]["turns"])
     (folder / "some.jsonl").write_text("not json\n" + "".join(json.dumps(r) + "\n" for r in rows))
-    done = run("--model", folder / "start", "--data", folder / "some.jsonl", "--out", tmp_path / "out", "--lr", 3e-3,
-               "--batch_size", 4, "--epochs", 3, "--max_bad", 0.5, "--device", "cpu", "--dtype", dtype)
-    assert done.returncode == 0, done.stderr
+    flags = ["--model", folder / "start", "--data", folder / "some.jsonl"]
+    status, _, error = run(monkeypatch, capsys, *flags, "--out", tmp_path / "out", "--lr", 3e-3,
+                           "--batch_size", 4, "--epochs", 3, "--max_bad", 0.5, "--device", "cpu",
+                           "--dtype", dtype)
+    assert status == 0, error
     metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
     skipped = [json.loads(line) for line in open(tmp_path / "out" / "skipped.jsonl")]
     assert skipped[0]["row"] == "line 1" and len(skipped) == 7  # the line, and two rows in each epoch
-    assert any("missing.mp4" in s["reason"] for s in skipped) and any("over after" in s["reason"] for s in skipped)
-    policy, start = load_policy(tmp_path / "out", dtype=getattr(torch, dtype)), load_policy(folder / "start", dtype=getattr(torch, dtype))
+    reasons = " ".join(s["reason"] for s in skipped)
+    assert "missing.mp4" in reasons and "over after" in reasons
+    load = lambda path: load_policy(path, dtype=getattr(torch, dtype))
+    policy, start = load(tmp_path / "out"), load(folder / "start")
     same = [torch.equal(a, b) for a, b in zip(policy.visual.parameters(), start.visual.parameters())]
     assert all(same) and not torch.equal(policy.head.weight, start.head.weight)  # vision is frozen
-    again = run("--model", folder / "start", "--data", folder / "some.jsonl", "--out", tmp_path / "out2")
-    assert again.returncode == 2 and "3 of" not in again.stderr and "line 1" in again.stderr
+    status, _, error = run(monkeypatch, capsys, *flags, "--out", tmp_path / "out2")
+    assert status == 2 and "3 of" not in error and "line 1" in error
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--lr", "fast"], "lr"), (["--no_such_flag", "1"], "no_such_flag"), (["--model", "runs/none"], "runs/none"),
-    (["--model", "x/y", "--data", "none.jsonl"], "none.jsonl")])
-def test_wrong_input_gives_one_line_and_status_2(flags, word, folder):
-    done = run("--data", folder / "sft.jsonl", "--out", folder / "wrong", *flags)
-    assert done.returncode == 2 and word in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not done.stdout
+def test_only_trajectories_of_some_kinds(folder, tmp_path, monkeypatch, capsys):
+    """--kinds exemplar trains on these alone; a kind of which there is none is refused, and the others are
+    named."""
+    rows = read_rows(folder)
+    kinds = Counter(row["kind"] for row in rows)
+    assert set(kinds) == {"exemplar", "reflection"}
+    policy = make_policy()
+    for chosen in (["exemplar"], ["reflection", "exemplar"]):
+        out = tmp_path / chosen[0]
+        flags = ["--model", folder / "start", "--data", folder / "sft.jsonl", "--out", out,
+                 "--batch_size", 100, "--device", "cpu", "--kinds", *chosen]
+        status, said, error = run(monkeypatch, capsys, *flags)
+        assert status == 0, error
+        assert f"sft: {sum(kinds[kind] for kind in chosen)} trajectories" in said
+        metrics = json.loads((out / "metrics.jsonl").read_text())
+        dialogues = [replay(policy, row, folder)[0] for row in rows if row["kind"] in chosen]
+        assert metrics["tokens"] == sum(sum(d.trained) for d in dialogues)
+    assert sft.filter_kinds(rows, None) == rows
+    with pytest.raises(UserError, match="--kinds other: .*; kinds are exemplar, reflection"):
+        sft.filter_kinds(rows, ["exemplar", "other"])
 
 
-@pytest.mark.parametrize("script", ["sft", "rl", "eval"])
-def test_each_setting_has_its_comment(script):
-    assert all(field_comments(__import__(script).Config).values())
+def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
+    def is_one_line(flags, word):
+        flags = ["--data", folder / "sft.jsonl", "--out", tmp_path, *flags]
+        status, said, error = run(monkeypatch, capsys, *flags)
+        assert status == 2 and word in error and len(error.strip().splitlines()) == 1 and not said, error
 
-@pytest.mark.parametrize("script", ["sft.py", "rl.py", "eval.py"])
-def test_help_names_each_flag_its_meaning_and_default(script):
-    text = run("--help", script=script).stdout
-    config, flags = __import__(script[:-3]).Config, {}
-    for flag in re.split(r"\n  --", text[text.index("\noptions:"):])[1:]:
-        flags[re.split(r"[ ,]", flag)[0]] = " ".join(flag.split())
-    for field in config.__dataclass_fields__.values():
-        assert re.search(r"\w{3,}.* \(default " + re.escape(str(field.default)), flags[field.name]), field.name
+    all_hold(is_one_line, [
+        (["--lr", "fast"], "lr"), (["--no_such_flag", "1"], "no_such_flag"),
+        (["--model", "runs/none"], "runs/none"),
+        (["--model", folder / "start", "--kinds", "other"], "--kinds other"),
+        (["--model", "x/y", "--data", "none.jsonl"], "none.jsonl")])

@@ -9,14 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import zoom_env
-from sources.rows import question_error
-from tiny import random_policy
-from model import replay
+from cases import all_hold
 from test_video import BAD_FILES, FILES, decode_all, on_screen, write_video
+from tiny import random_policy
+
+import zoom_env
+from model import replay, stop_strings
+from sources.rows import question_error
 from video import Frame, Video, VideoError, open_video, scale
 from zoom_env import (LAST_TURN, REWARD_PARTS, Call, EnvConfig, RewardWeights, Tool, ZoomEnv, grade,
-                      overview_times, parse_turn, read_call, stop_strings)
+                      overview_times, parse_turn, read_call)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# --------------------------------------------------------------------------------------------- overview and zoom
+# ------------------------------------------------------------------------------------------ overview and zoom
 QUESTION = {"id": "1", "video": "20s.mp4", "question": "What colour is the car?", "answer": "B",
             "options": ["blue", "red", "green"], "answer_type": "multiple_choice", "source": "test"}
 ANSWER = "<think>I see it.</think>\n<answer>B</answer>"
@@ -54,7 +56,8 @@ def play(folder, turns, config=EnvConfig(), **question):
 
 
 def shown(messages):
-    """The Frames of some messages; checks that each stands after its tag: its index and its time, two decimals."""
+    """The Frames of some messages; checks that each stands after its tag: its index and its time, to two
+    decimals."""
     items = [item for message in messages for item in message.content]
     frames = [item for item in items if isinstance(item, Frame)]
     for index, frame in enumerate(frames):
@@ -103,15 +106,20 @@ def test_overview_shows_at_most_64_frames(folder):
         np.testing.assert_allclose(np.diff(times_s), duration_s / len(times_s), atol=1e-5)
 
 
-@pytest.mark.parametrize("overview, by_key", [("uniform", False), ("nearest_keyframe", True), ("auto", False)])
-def test_overview_by_key_frames(folder, overview, by_key):
+def test_overview_by_key_frames(folder, monkeypatch):
     """20 s with a key frame every second: within half a step of 2 s of every time lies one."""
-    _, (first,) = play(folder, [], EnvConfig(overview=overview))
-    times_s = [frame.time_s for frame in shown(first)]
-    assert times_s == pytest.approx([1, 3, 5, 7, 9, 11, 13, 15, 17, 19])  # both: a key frame is on screen just then
-    _, (first,) = play(folder, [], EnvConfig(overview=overview, overview_max_frames=9))
-    times_s = [frame.time_s for frame in shown(first)]
-    assert all(t == pytest.approx(round(t)) for t in times_s) == by_key and len(times_s) == 9
+    def by_key_frames(overview, by_key):
+        _, (first,) = play(folder, [], EnvConfig(overview=overview))
+        times_s = [frame.time_s for frame in shown(first)]
+        # both: a key frame is on screen just then
+        assert times_s == pytest.approx([1, 3, 5, 7, 9, 11, 13, 15, 17, 19])
+        _, (first,) = play(folder, [], EnvConfig(overview=overview, overview_max_frames=9))
+        times_s = [frame.time_s for frame in shown(first)]
+        assert all(t == pytest.approx(round(t)) for t in times_s) == by_key and len(times_s) == 9
+
+    all_hold(by_key_frames, [("uniform", False), ("nearest_keyframe", True), ("auto", False)])
+    monkeypatch.setattr(zoom_env, "LONG_S", 19)  # then it is a long video
+    all_hold(by_key_frames, [("uniform", False), ("auto", True)])
 
 
 def test_overview_of_frames_that_someone_else_chose(folder):
@@ -126,41 +134,49 @@ def test_overview_of_frames_that_someone_else_chose(folder):
     assert question_error({**QUESTION, "overview_frames": "all"})
     assert not question_error({**QUESTION, "overview_frames": [1]})
     variable = decode_all(folder / "variable.mp4")
-    _, (first,) = play(folder, [], EnvConfig(), video="variable.mp4", overview_frames=[0, 3, 50, len(variable) - 1])
-    assert [f.time_s for f in shown(first)] == pytest.approx([variable[n][0] for n in (0, 3, 50, -1)])
+    chosen = [0, 3, 50, len(variable) - 1]
+    _, (first,) = play(folder, [], video="variable.mp4", overview_frames=chosen)
+    assert [f.time_s for f in shown(first)] == pytest.approx([variable[n][0] for n in chosen])
 
 
-@pytest.mark.parametrize("options, lines", [
-    (["A. blue", "(B) red", "C) green"], ["A. blue", "B. red", "C. green"]),
-    (["A.blue", "B.red", "C.green"], ["A. blue", "B. red", "C. green"]),
-    (["A、蓝", "B、红"], ["A. 蓝", "B. 红"]),
-    (["a) blue", "b) red"], ["A. blue", "B. red"]),
-    (["A: blue", "B．red"], ["A. blue", "B. red"]),
-    (["A. M. radio", "FM radio"], ["A. A. M. radio", "B. FM radio"]),  # its letter only by chance
-    (["a cat", "I.V. line"], ["A. a cat", "B. I.V. line"]),
-    (["B", "A"], ["A. B", "B. A"]),
-])
-def test_every_option_has_one_letter(folder, options, lines):
-    env, (first,) = play(folder, [], options=options)
-    shown = words(first[1:]).splitlines()
-    assert shown[1:1 + len(lines)] == lines and shown[1 + len(lines)].startswith("The video lasts")
-    assert all(f"  {line}" in env.describe().splitlines() for line in lines)
-    env.step(f"<think>It is so.</think><answer>{options[1]}</answer>")
-    assert env.rewards["accuracy"] == (options[1] != "A")
+def test_every_option_has_one_letter(folder):
+    def has_one_letter(options, lines):
+        env, (first,) = play(folder, [], options=options)
+        shown = words(first[1:]).splitlines()
+        assert shown[1:1 + len(lines)] == lines and shown[1 + len(lines)].startswith("The video lasts")
+        assert all(f"  {line}" in env.describe().splitlines() for line in lines)
+        env.step(f"<think>It is so.</think><answer>{options[1]}</answer>")
+        assert env.rewards["accuracy"] == (options[1] != "A")
+
+    all_hold(has_one_letter, [
+        (["A. blue", "(B) red", "C) green"], ["A. blue", "B. red", "C. green"]),
+        (["A.blue", "B.red", "C.green"], ["A. blue", "B. red", "C. green"]),
+        (["A、蓝", "B、红"], ["A. 蓝", "B. 红"]),
+        (["a) blue", "b) red"], ["A. blue", "B. red"]),
+        (["A: blue", "B．red"], ["A. blue", "B. red"]),
+        (["A. M. radio", "FM radio"], ["A. A. M. radio", "B. FM radio"]),  # its letter only by chance
+        (["a cat", "I.V. line"], ["A. a cat", "B. I.V. line"]),
+        (["B", "A"], ["A. B", "B. A"]),
+    ])
 
 
-@pytest.mark.parametrize("start_s, end_s, fps, count", [
-    (4, 8, 2, 8), (0, 16, 1, 16), (3.2, 4.0, 20, 16), (10, 10.5, 1, 1), (7, 8, 0.5, 1), (0.3, 2.9, 3, 7),
-    (2, 18, 0.25, 4),
-])
-def test_zoom_shows_the_segment(folder, start_s, end_s, fps, count):
-    env, (_, reply) = play(folder, [zoom(start_s, end_s, fps)])
-    frames = shown(reply)
-    assert count == max(1, int((end_s - start_s) * fps + 1e-6)) and env.turns[0].calls[0].num_frames == count
-    check_frames(folder / "20s.mp4", frames, [start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count)])
-    assert all(start_s - 0.04 <= frame.time_s < end_s for frame in frames)  # on screen since at most one frame's time
-    assert [message.role for message in reply] == ["user"]
-    assert words(reply).startswith("<tool_response>") and "\n</tool_response>" in words(reply)
+def test_zoom_shows_the_segment(folder):
+    decoded = decode_all(folder / "20s.mp4")
+
+    def shows_the_segment(start_s, end_s, fps, count):
+        env, (_, reply) = play(folder, [zoom(start_s, end_s, fps)])
+        frames = shown(reply)
+        assert env.turns[0].calls[0].num_frames == count
+        step = (end_s - start_s) / count
+        check_frames_of(decoded, frames, [start_s + (i + 0.5) * step for i in range(count)])
+        # on screen since at most one frame's time
+        assert all(start_s - 0.04 <= frame.time_s < end_s for frame in frames)
+        assert [message.role for message in reply] == ["user"]
+        assert words(reply).startswith("<tool_response>") and "\n</tool_response>" in words(reply)
+
+    all_hold(shows_the_segment, [
+        (4, 8, 2, 8), (0, 16, 1, 16), (3.2, 4.0, 20, 16), (10, 10.5, 1, 1), (7, 8, 0.5, 1), (0.3, 2.9, 3, 7),
+        (2, 18, 0.25, 4)])
 
 
 def test_zoom_past_the_end_is_cut_there(folder):
@@ -179,7 +195,7 @@ def test_zoom_knows_whether_it_saw_the_evidence(folder):
     assert [call.hit for turn in env.turns for call in turn.calls] == [True, False]
 
 
-# ------------------------------------------------------------------------------------------------ what a turn means
+# ------------------------------------------------------------------------------------------ what a turn means
 def call(text):
     return f"<think>I look.</think>\n<video_zoom>{text}</video_zoom>"
 
@@ -193,7 +209,8 @@ TURNS = [  # text, kind, well formed; the video lasts 100 s
     (zoom(0, 0.1, 160), "call", True),
     (call('{"fps": 2e0, "segment": [1e1, 18]}'), "call", True),
     (call(' \n{"segment":[10,18],\n"fps":2}\n '), "call", True),
-    (call('{"segment": [10, 18], "fps": 9, "fps": 2}'), "call", True),  # duplicate keys: JSON's usual reading, the last
+    # of two equal keys the last counts, as JSON is usually read
+    (call('{"segment": [10, 18], "fps": 9, "fps": 2}'), "call", True),
     (call('{"segment": [10, 18], "fps": 2, "fps": 9}'), "error", False),
     (f"  {ANSWER}\n", "answer", True),
     (f"<think></think>{GOOD_CALL}", "call", True),
@@ -281,8 +298,7 @@ TURNS = [  # text, kind, well formed; the video lasts 100 s
 ]
 
 
-@pytest.mark.parametrize("text, kind, well_formed", TURNS)
-def test_what_a_turn_means(text, kind, well_formed):
+def check_turn(text, kind, well_formed):
     turn = parse_turn(text, 100.0, EnvConfig())
     assert (turn.kind, turn.well_formed) == (kind, well_formed)
     assert bool(turn.error) == (kind == "error") and len(turn.error or "") < 300
@@ -290,6 +306,10 @@ def test_what_a_turn_means(text, kind, well_formed):
         assert turn.calls == [Call("video_zoom", {"segment": (10.0, 18.0), "fps": 2.0})]
     if "<answer>B</answer>" in text and kind == "answer":
         assert turn.answer == "B"
+
+
+def test_what_a_turn_means():
+    all_hold(check_turn, TURNS)
 
 
 def ended(env):
@@ -300,48 +320,54 @@ def ended(env):
     return env.rewards
 
 
-@pytest.mark.parametrize("text, kind, well_formed", TURNS)
-def test_what_the_environment_answers_and_what_format_reward_it_earns(folder, text, kind, well_formed):
-    env, (_, reply) = play(folder, [text], video="100s.mp4")
-    if kind == "answer":
-        assert env.done and reply == []
-    elif kind == "call":
-        assert not env.done and shown(reply) and "3 more time(s)" in words(reply)
-    else:
-        assert not env.done and not shown(reply) and "3 more time(s)" in words(reply)
-        assert words(reply).startswith("<tool_response>\nError: ")
-    if not env.done:
-        assert ended(env)["format"] == 0  # not finished
-        env.step(ANSWER)
-    assert env.rewards["format"] == well_formed
+def test_what_the_environment_answers_and_what_format_reward_it_earns(folder):
+    begun, _ = play(folder, [], video="100s.mp4")
+
+    def answers(text, kind, well_formed):
+        env = begun.fork()
+        reply = env.step(text)
+        if kind == "answer":
+            assert env.done and reply == []
+        else:
+            assert not env.done and "3 more time(s)" in words(reply)
+            assert bool(shown(reply)) == (kind == "call")
+            assert words(reply).startswith("<tool_response>\nError: ") == (kind == "error")
+            assert ended(env)["format"] == 0  # not finished
+            env.step(ANSWER)
+        assert env.rewards["format"] == well_formed
+
+    all_hold(answers, TURNS)
 
 
-@pytest.mark.parametrize("text", [
-    "<video_zoom>" * 83_000,
-    "<video_zoom>" * 83_000 + "</video_zoom>",
-    "</video_zoom>" * 76_000,
-    "<video_zoom></video_zoom>" * 40_000,
-    "<answer></video_zoom><video_zoom></answer>" * 24_000,
-    "<think>" * 140_000,
-    call("[" * 1_000_000),
-    call('{"segment":' * 90_000),
-    call('{"segment": [1, ' + "9" * 1_000_000 + '], "fps": 1}'),
-    call(" " * 1_000_000),
-    " " * 1_000_000,
-    f"<think>hm</think><answer>{'B' * 1_000_000}</answer>",
-    f"<think>{'x' * 1_000_000}</think>{GOOD_CALL}",
-], ids=lambda text: text[:40])
-def test_a_megabyte_is_read_at_once(text):
-    start = time.process_time()
-    turn = parse_turn(text, 100.0, EnvConfig())
-    assert time.process_time() - start < 0.5
-    assert turn.kind in ("call", "answer", "error")
+def test_a_megabyte_is_read_at_once():
+    def is_read_at_once(text):
+        start = time.process_time()
+        turn = parse_turn(text, 100.0, EnvConfig())
+        assert time.process_time() - start < 0.5
+        assert turn.kind in ("call", "answer", "error")
+
+    all_hold(is_read_at_once, [(text,) for text in (
+        "<video_zoom>" * 83_000,
+        "<video_zoom>" * 83_000 + "</video_zoom>",
+        "</video_zoom>" * 76_000,
+        "<video_zoom></video_zoom>" * 40_000,
+        "<answer></video_zoom><video_zoom></answer>" * 24_000,
+        "<think>" * 140_000,
+        call("[" * 1_000_000),
+        call('{"segment":' * 90_000),
+        call('{"segment": [1, ' + "9" * 1_000_000 + '], "fps": 1}'),
+        call(" " * 1_000_000),
+        " " * 1_000_000,
+        f"<think>hm</think><answer>{'B' * 1_000_000}</answer>",
+        f"<think>{'x' * 1_000_000}</think>{GOOD_CALL}",
+    )])
 
 
 def mutate(text, rng):
     """A few random cuts, copies and insertions."""
-    pieces = ["<think>", "</think>", "<video_zoom>", "</video_zoom>", "<answer>", "</answer>", "{", "}", "[", "]", '"',
-              ",", ":", "-", "9", "0", ".", "e9", "NaN", "Infinity", "true", "null", "\n", "\x00", "\ud83d", "é", " "]
+    pieces = ["<think>", "</think>", "<video_zoom>", "</video_zoom>", "<answer>", "</answer>", "{", "}", "[",
+              "]", '"', ",", ":", "-", "9", "0", ".", "e9", "NaN", "Infinity", "true", "null", "\n", "\x00",
+              "\ud83d", "é", " "]
     for _ in range(rng.randint(1, 5)):
         at, to = sorted(rng.randrange(len(text) + 1) for _ in range(2))
         to = min(to, at + rng.choice([1, 3, 20]))
@@ -352,10 +378,11 @@ def mutate(text, rng):
     return text
 
 
-def test_nothing_that_is_said_raises(folder):
+@pytest.mark.parametrize("number_of_texts", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_nothing_that_is_said_raises(folder, number_of_texts):
     rng, kinds = random.Random(0), []
     env, _ = play(folder, [], EnvConfig(max_zooms=10**6))
-    for number in range(100_000):
+    for number in range(number_of_texts):
         text = mutate(rng.choice([zoom(10, 18, 2), zoom(0.5, 1.25, 4), ANSWER]), rng)
         turn = parse_turn(text, 20.0, EnvConfig())
         kinds.append(turn.kind)
@@ -370,15 +397,17 @@ def test_nothing_that_is_said_raises(folder):
         shape = re.fullmatch(r"\s*<think>.*</think>\s*<(video_zoom|answer)>.*</\1>\s*", text, re.DOTALL)
         tags = re.findall(r"</?(?:think|video_zoom|answer)>", text)
         assert turn.well_formed == bool(shape and len(tags) == 4 and turn.kind != "error"), text
-        if number % 500 == 0:
+        if number % (number_of_texts // 100) == 0:
             reply = env.step(text)
             assert env.done == (turn.kind == "answer") and bool(reply) != env.done
             assert ended(env)["reward"] >= 0 and env.describe()
             if env.done:
                 env.reset()
-    assert min(kinds.count(kind) for kind in ("call", "answer", "error")) > 100  # the mutations reach every kind
+    # the mutations reach every kind
+    assert min(kinds.count(kind) for kind in ("call", "answer", "error")) > 100
 
 
+@pytest.mark.slow
 def test_any_text_and_any_json_is_read():
     """The same with turns that are made up, not mutated, where hypothesis is installed."""
     hypothesis = pytest.importorskip("hypothesis")
@@ -389,7 +418,8 @@ def test_any_text_and_any_json_is_read():
                          lambda inner: (st.lists(inner, max_size=3)
                                         | st.dictionaries(st.text(max_size=5), inner, max_size=3)))
     segment = st.lists(number, min_size=2, max_size=2) | value
-    json_call = st.fixed_dictionaries({"segment": segment, "fps": number | value}).map(lambda x: call(json.dumps(x)))
+    objects = st.fixed_dictionaries({"segment": segment, "fps": number | value})
+    json_call = objects.map(lambda x: call(json.dumps(x)))
 
     @hypothesis.settings(max_examples=2000, deadline=None, database=None, derandomize=True)
     @hypothesis.given(st.lists(tag | st.text(max_size=10), max_size=10).map("".join) | json_call | st.text())
@@ -406,7 +436,7 @@ def test_any_text_and_any_json_is_read():
     reads()
 
 
-# ------------------------------------------------------------------------------------------------------- rounds
+# ----------------------------------------------------------------------------------------------------- rounds
 def test_four_zooms_then_an_answer(folder):
     env, messages = play(folder, [zoom(4 * i, 4 * i + 4, 4) for i in range(4)] + [ANSWER])
     assert env.done and env.num_calls() == 4 and env.num_invalid() == 0 and env.answer() == "B"
@@ -435,25 +465,32 @@ def test_no_zoom_allowed(folder):
     assert LAST_TURN in words(messages[0]) and env.done and env.num_calls() == 0
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("B", "B"), ("It is late.\nThe answer is B.", "The answer is B."), ("<think>C?</think>\nB\n", "B"),
-    ("<think>C, as\nB", None), ("<answer>B</answer>", None), (zoom(0, 4, 1), None), ("", None),
-    ('<video_zoom>{"segment": [0, 4], "fps": 1}', None), ("<answer>B", "<answer>B")])
-def test_without_a_tool_the_last_line_is_an_answer_without_its_tag(folder, text, answer):
-    env, _ = play(folder, [text], EnvConfig(max_zooms=0))
-    (turn,) = env.turns
-    assert (turn.answer if turn.untagged else None) == answer and turn.untagged == (answer is not None)
-    if answer:
-        assert turn.kind == "error" and env.rewards["accuracy"] == 1 and env.rewards["format"] == 0
-    assert not parse_turn(text, 20, EnvConfig(max_zooms=1)).untagged
+def test_without_a_tool_the_last_line_is_an_answer_without_its_tag(folder):
+    begun, _ = play(folder, [], EnvConfig(max_zooms=0))
+
+    def is_answered(text, answer):
+        env = begun.fork()
+        env.step(text)
+        (turn,) = env.turns
+        assert (turn.answer if turn.untagged else None) == answer and turn.untagged == (answer is not None)
+        if answer:
+            assert turn.kind == "error" and env.rewards["accuracy"] == 1 and env.rewards["format"] == 0
+        assert not parse_turn(text, 20, EnvConfig(max_zooms=1)).untagged
+
+    all_hold(is_answered, [
+        ("B", "B"), ("It is late.\nThe answer is B.", "The answer is B."), ("<think>C?</think>\nB\n", "B"),
+        ("<think>C, as\nB", None), ("<answer>B</answer>", None), (zoom(0, 4, 1), None), ("", None),
+        ('<video_zoom>{"segment": [0, 4], "fps": 1}', None), ("<answer>B", "<answer>B")])
 
 
 def test_a_reply_that_is_dropped_is_no_zoom(folder):
     env, _ = play(folder, [zoom(0, 4, 1), zoom(4, 8, 1)], evidence=[[4, 8]])
     assert env.num_calls() == 2 and env.frames_shown == 10 + 4 + 4
     env.end()
-    assert env.num_calls() == 1 and env.num_invalid() == 0 and env.frames_shown == 10 + 4 and len(env.watched) == 2
-    assert env.turns[-1].kind == "dropped" and env.turns[-1].calls[0].hit is None and env.rewards["format"] == 0
+    assert env.num_calls() == 1 and env.num_invalid() == 0
+    assert env.frames_shown == 10 + 4 and len(env.watched) == 2
+    assert env.turns[-1].kind == "dropped" and env.turns[-1].calls[0].hit is None
+    assert env.rewards["format"] == 0
     assert "too long" in env.describe()
 
 
@@ -468,7 +505,7 @@ def test_reset_and_fork(folder):
     assert not env.done and env.turns == [] and env.answer() is None and env.frames_shown == 10
 
 
-# -------------------------------------------------------------------------------------------------------- tools
+# ------------------------------------------------------------------------------------------------------ tools
 def parse_crop(text, duration_s, config):
     call = read_call(text, '{"time": 12.0, "box": [0.0, 0.5, 0.5, 1.0]}')
     time_s, box = call["time"], call["box"]
@@ -491,7 +528,8 @@ def run_crop(env, arguments):
 
 @pytest.fixture
 def crop(monkeypatch):
-    """A second tool, in space: all that it takes is a parser, a function that runs it and a row of the table."""
+    """A second tool, in space: all that it takes is a parser, a function that runs it and a row of the
+    table."""
     row = Tool(parse_crop, run_crop, looks_at=lambda arguments: (arguments["time"], arguments["time"]))
     monkeypatch.setitem(zoom_env.TOOLS, "crop", row)
 
@@ -501,16 +539,17 @@ def crop_call(time_s, box):
 
 
 def test_a_trajectory_with_a_second_tool_is_replayed(folder, crop):
-    """A turn ends with its first call, whichever tool that calls; its end-of-turn token is the environment's."""
+    """A turn ends with its first call, whichever tool that calls; its end-of-turn token is the
+    environment's."""
     policy = random_policy()
     policy.env_config = replace(policy.env_config, max_zooms=4)
     calls = [crop_call(7.99, [0, 0.5, 0.5, 1]), zoom(4, 8, 1)]
     turns = [calls[0] + " and" + calls[1], calls[1] + calls[0], ANSWER]
-    row = {"question": {"id": "q", "video": "20s.mp4", "question": "Which?", "options": ["red", "blue"], "answer": "B",
-                        "answer_type": "multiple_choice"}, "kind": "exemplar", "turns": turns, "learn": [True] * 3, "provenance": {}}
+    row = {"question": QUESTION, "kind": "exemplar", "turns": turns, "learn": [True] * 3, "provenance": {}}
     dialogue, env = replay(policy, row, folder)
     said = policy.tokenizer.decode([i for i, trained in zip(dialogue.ids, dialogue.trained) if trained])
-    assert said == calls[0] + calls[1] + ANSWER + "<|im_end|>" and [call.tool for t in env.turns[:2] for call in t.calls] == ["crop", "video_zoom"]
+    assert said == calls[0] + calls[1] + ANSWER + "<|im_end|>"
+    assert [call.tool for t in env.turns[:2] for call in t.calls] == ["crop", "video_zoom"]
 
 
 def test_a_second_tool_plays_beside_the_first(folder, crop):
@@ -532,69 +571,76 @@ def test_a_second_tool_plays_beside_the_first(folder, crop):
     assert "looked at 1 frames, 7.96 s to 7.96 s" in env.describe()
 
 
-@pytest.mark.parametrize("text, kind, well_formed", TURNS)
-def test_a_second_tool_changes_nothing_for_the_first(crop, text, kind, well_formed):
-    turn = parse_turn(text, 100.0, EnvConfig())
-    assert (turn.kind, turn.well_formed) == (kind, well_formed)
+def test_a_second_tool_changes_nothing_for_the_first(crop):
+    all_hold(check_turn, TURNS)
 
 
 def test_what_a_turn_with_two_tools_means(crop):
     good = crop_call(5, [0, 0, 1, 1])
-    assert stop_strings() == ("</video_zoom>", "</crop>")
+    assert stop_strings(zoom_env.TOOLS) == ("</video_zoom>", "</crop>")
     read = lambda text: parse_turn(text, 100.0, EnvConfig())
     assert (read(good).kind, read(good).well_formed) == ("call", True)
     assert (read("Well. " + good).kind, read("Well. " + good).well_formed) == ("call", False)
     assert read(good + GOOD_CALL).error == (
         "Error: the turn has more than one <video_zoom> or <crop> call or <answer>. Give exactly one.")
-    assert read("hm").error == "Error: the turn has no <video_zoom> or <crop> call and no <answer>. Give exactly one."
+    assert read("hm").error == (
+        "Error: the turn has no <video_zoom> or <crop> call and no <answer>. Give exactly one.")
     assert read("<think>hm</think><crop>").kind == "error"
-    assert read("<think>hm</think><crop>{}</crop>").error == 'Error: the call needs exactly the keys "time" and "box"'
+    assert read("<think>hm</think><crop>{}</crop>").error == (
+        'Error: the call needs exactly the keys "time" and "box"')
     assert read("<think>hm</think><crop>?</crop>").error.startswith("Error: the call is not JSON like {")
 
 
 def test_without_it_there_is_one_tool(folder):
-    assert stop_strings() == ("</video_zoom>",)
+    assert stop_strings(zoom_env.TOOLS) == ("</video_zoom>",)
     env, (_, reply) = play(folder, [crop_call(5, [0, 0, 1, 1])])
     assert env.turns[0].kind == "error" and not shown(reply)
-    assert words(reply).startswith("<tool_response>\nError: the turn has no <video_zoom> call and no <answer>. "
-                                   "Give exactly one.\n</tool_response>\n")
+    assert words(reply).startswith(
+        "<tool_response>\nError: the turn has no <video_zoom> call and no <answer>. Give exactly one.\n"
+        "</tool_response>\n")
 
 
-# ------------------------------------------------------------------------------------------------------ rewards
+# ---------------------------------------------------------------------------------------------------- rewards
 LOOK, TOO_MUCH = zoom(4, 8, 2), zoom(0, 20, 9)
 
 
-@pytest.mark.parametrize("turns, accuracy, format_ok, tool", [
-    ([ANSWER], 1, 1, 0),
-    ([WRONG], 0, 1, 0),
-    ([LOOK, ANSWER], 1, 1, 1),
-    ([LOOK, LOOK, ANSWER], 1, 1, 1),  # once, however often it zoomed
-    ([LOOK, WRONG], 0, 1, 0),  # no bonus for a wrong answer
-    (["<answer>B</answer>"], 1, 0, 0),
-    (["<answer>C</answer>"], 0, 0, 0),
-    ([GOOD_CALL, ANSWER], 1, 0, 1),  # every turn has to be well formed
-    ([LOOK, "<answer>B</answer>"], 1, 0, 1),
-    ([TOO_MUCH, ANSWER], 1, 0, 0),  # a zoom that was refused is none
-    ([LOOK, TOO_MUCH, ANSWER], 1, 0, 1),
-    (["hm", ANSWER], 1, 0, 0),
-    ([LOOK], 0, 0, 0),  # not finished
-    ([], 0, 0, 0),
-])
-def test_reward(folder, turns, accuracy, format_ok, tool):
-    env, _ = play(folder, turns)
-    env.end()
-    reward = env.rewards
-    assert (reward["accuracy"], reward["format"], reward["tool"]) == (accuracy, format_ok, tool)
-    assert reward["reward"] == pytest.approx(0.9 * accuracy + 0.1 * format_ok + 0.5 * tool)
+def test_reward(folder):
+    begun, _ = play(folder, [])
+
+    def earns(turns, accuracy, format_ok, tool):
+        env = begun.fork()
+        for text in turns:
+            env.step(text)
+        env.end()
+        reward = env.rewards
+        assert (reward["accuracy"], reward["format"], reward["tool"]) == (accuracy, format_ok, tool)
+        assert reward["reward"] == pytest.approx(0.9 * accuracy + 0.1 * format_ok + 0.5 * tool)
+
+    all_hold(earns, [
+        ([ANSWER], 1, 1, 0),
+        ([WRONG], 0, 1, 0),
+        ([LOOK, ANSWER], 1, 1, 1),
+        ([LOOK, LOOK, ANSWER], 1, 1, 1),  # once, however often it zoomed
+        ([LOOK, WRONG], 0, 1, 0),  # no bonus for a wrong answer
+        (["<answer>B</answer>"], 1, 0, 0),
+        (["<answer>C</answer>"], 0, 0, 0),
+        ([GOOD_CALL, ANSWER], 1, 0, 1),  # every turn has to be well formed
+        ([LOOK, "<answer>B</answer>"], 1, 0, 1),
+        ([TOO_MUCH, ANSWER], 1, 0, 0),  # a zoom that was refused is none
+        ([LOOK, TOO_MUCH, ANSWER], 1, 0, 1),
+        (["hm", ANSWER], 1, 0, 0),
+        ([LOOK], 0, 0, 0),  # not finished
+        ([], 0, 0, 0),
+    ])
 
 
 def test_reward_weights_and_partly_right_segments(folder):
     config = EnvConfig(accuracy_weight=2.0, format_weight=0.25, tool_weight=4.0)
     segment = dict(answer_type="segment", answer=[10, 20], options=None)
-    answer = "<think>I see it.</think><answer>[12, 18]</answer>"
-    assert play(folder, [LOOK, answer], config, **segment)[0].rewards["reward"] == pytest.approx(2 * 0.6 + 0.25 + 4)
-    answer = "<think>I see it.</think><answer>[18, 28]</answer>"
-    assert play(folder, [LOOK, answer], config, **segment)[0].rewards["reward"] == pytest.approx(2 * 2 / 18 + 0.25)
+    for said, reward in (("[12, 18]", 2 * 0.6 + 0.25 + 4), ("[18, 28]", 2 * 2 / 18 + 0.25)):
+        answer = f"<think>I see it.</think><answer>{said}</answer>"
+        env, _ = play(folder, [LOOK, answer], config, **segment)
+        assert env.rewards["reward"] == pytest.approx(reward)
 
 
 def test_rewards_are_computed_once_when_the_episode_ends(folder, monkeypatch):
@@ -612,16 +658,18 @@ def test_rewards_are_computed_once_when_the_episode_ends(folder, monkeypatch):
     assert env.rewards == {} and not env.done
 
 
-@pytest.mark.parametrize("turns", [[], [LOOK], [LOOK, "hm"]])
-def test_an_episode_that_is_cut_off(folder, turns):
-    env, _ = play(folder, turns)
-    other = env.fork()
-    env.end()
-    assert env.done and env.rewards == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "tool": 0.0}
-    assert len(env.turns) == len(turns) and env.answer() is None and env.describe()
-    assert not other.done and other.rewards == {}
-    other.step(ANSWER)
-    assert other.rewards["accuracy"] == 1 and env.rewards["reward"] == 0
+def test_an_episode_that_is_cut_off(folder):
+    def is_cut_off(turns):
+        env, _ = play(folder, turns)
+        other = env.fork()
+        env.end()
+        assert env.done and env.rewards == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "tool": 0.0}
+        assert len(env.turns) == len(turns) and env.answer() is None and env.describe()
+        assert not other.done and other.rewards == {}
+        other.step(ANSWER)
+        assert other.rewards["accuracy"] == 1 and env.rewards["reward"] == 0
+
+    all_hold(is_cut_off, [([],), ([LOOK],), ([LOOK, "hm"],)])
 
 
 def test_settings_of_an_old_checkpoint_are_read():
@@ -641,35 +689,41 @@ def test_frames_have_the_policys_unit(folder):
         EnvConfig(frame_unit=0)
 
 
-# ---------------------------------------------------------------------------------------------------- bad files
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_named(folder, tmp_path, name):
+# -------------------------------------------------------------------------------------------------- bad files
+def test_a_bad_file_is_named(folder, tmp_path):
     (tmp_path / "copy.mp4").write_bytes((folder / "constant.mp4").read_bytes())
-    BAD_FILES[name](tmp_path / name, folder / "constant.mp4")
-    with pytest.raises(VideoError) as raised:
-        ZoomEnv({**QUESTION, "video": name}, EnvConfig(), root=tmp_path).reset()
-    assert str(tmp_path / name) in str(raised.value)
+
+    def is_named(name):
+        BAD_FILES[name](tmp_path / name, folder / "constant.mp4")
+        with pytest.raises(VideoError) as raised:
+            ZoomEnv({**QUESTION, "video": name}, EnvConfig(), root=tmp_path).reset()
+        assert str(tmp_path / name) in str(raised.value)
+
+    all_hold(is_named, [(name,) for name in BAD_FILES])
 
 
-@pytest.mark.parametrize("ticks_a_second", [0, 1, 2**31 - 1, 2**32 - 1])
-def test_an_absurd_time_base_costs_no_time(folder, tmp_path, ticks_a_second):
-    data = bytearray((folder / "constant.mp4").read_bytes())
-    at = data.index(b"mdhd") + 16  # the track's time scale
-    data[at:at + 4] = struct.pack(">I", ticks_a_second)
-    (tmp_path / "x.mp4").write_bytes(data)
-    start = time.process_time()
-    try:
-        env = ZoomEnv({**QUESTION, "video": "x.mp4"}, EnvConfig(), root=tmp_path)
-        env.reset()
-        assert all(0 <= f.time_s <= env.duration_s for f in env.watched[0]) and len(env.watched[0]) <= 64
-    except VideoError as error:
-        assert "x.mp4" in str(error)
-    assert time.process_time() - start < 5
+def test_an_absurd_time_base_costs_no_time(folder, tmp_path):
+    def costs_no_time(ticks_a_second):
+        data = bytearray((folder / "constant.mp4").read_bytes())
+        at = data.index(b"mdhd") + 16  # the track's time scale
+        data[at:at + 4] = struct.pack(">I", ticks_a_second)
+        path = tmp_path / f"{ticks_a_second}.mp4"
+        path.write_bytes(data)
+        start = time.process_time()
+        try:
+            env = ZoomEnv({**QUESTION, "video": path.name}, EnvConfig(), root=tmp_path)
+            env.reset()
+            assert all(0 <= f.time_s <= env.duration_s for f in env.watched[0]) and len(env.watched[0]) <= 64
+        except VideoError as error:
+            assert path.name in str(error)
+        assert time.process_time() - start < 5
+
+    all_hold(costs_no_time, [(0,), (1,), (2**31 - 1,), (2**32 - 1,)])
 
 
 def test_a_corrupt_tail_costs_only_the_tail(tmp_path):
-    """A download that was never finished: the space is there, the last third is zeros. At 50 frames a second in one group
-    of pictures, so more packets than MAX_FUTILE_PACKETS are lost."""
+    """A download that was never finished: the space is there, the last third is zeros. At 50 frames a second
+    in one group of pictures, so more packets than MAX_FUTILE_PACKETS are lost."""
     path = write_video(tmp_path / "x.mp4", range(0, 80_000, 20), mux={"movflags": "faststart"}, key_every=500)
     whole, data = decode_all(path), bytearray(path.read_bytes())
     first = len(data) * 2 // 3
@@ -682,7 +736,8 @@ def test_a_corrupt_tail_costs_only_the_tail(tmp_path):
     assert env.duration_s == pytest.approx(80, abs=0.05)
     last_s = frames[-1].time_s
     assert 40 < last_s < 65
-    check_frames_of(whole, frames, [t for t in overview_times(env.duration_s, EnvConfig()) if t < last_s + 0.02])
+    asked_s = overview_times(env.duration_s, EnvConfig())
+    check_frames_of(whole, frames, [t for t in asked_s if t < last_s + 0.02])
     assert "Error: this part of the video cannot be decoded." in words(env.step(zoom(70, 78, 2)))
     assert len(shown(env.step(zoom(last_s - 8, last_s, 2)))) == 16
     assert len(shown(env.step(zoom(last_s - 5, 80, 0.4)))) < 10
