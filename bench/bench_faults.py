@@ -1,9 +1,9 @@
 """Faults, more of them than the tests have time for. A process that saves checkpoint after checkpoint, of a
 policy and then of a run that is to go on, is killed at random points, and what is in the folder is loaded:
 every weight of checkpoint k is k, so one that is a mixture shows. Then random bytes are put into each file
-that a command reads. Then whole runs of rl.py and sft.py on two processes are killed once each and started again,
-with shards and without: their metrics have to be an undisturbed run's to the bit. Then groups are dealt to
-two processes at random, and no update may hang or differ.
+that a command reads. Then whole runs of rl.py and sft.py on two processes are killed once each and started
+again, with shards and without: their metrics have to be an undisturbed run's to the bit. Then groups are
+dealt to two processes at random, and no update may hang or differ.
 
     python bench/bench_faults.py [--kills 20] [--bytes 500] [--runs 20] [--splits 50] [--seed 0]
 """

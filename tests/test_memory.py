@@ -15,6 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import rl
 import sft
 from common import run_main, start_processes
+from generation import KVCache
 from rollout import Engine, RolloutConfig
 from scale import memory
 from scale.devices import free_bytes
@@ -153,19 +154,24 @@ def test_memory_that_runs_out_is_one_line(what, stage, owner, name, place, tmp_p
 
 
 def limited(place, out):
-    """rl.py in a process that may have 1 GB more than it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + 10 ** 9
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    """rl.py in a process that, once its cache grows, may have 20 MB more than it has."""
+    reserve = KVCache.reserve
+
+    def reserve_with_little(cache, *room):
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 20_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        reserve(cache, *room)
+
+    KVCache.reserve = reserve_with_little
     sys.argv = ["rl.py", "--model", f"{place}/model", "--data", f"{place}/train.jsonl", "--out", out,
-                "--device", "cpu", *"--batch_size 40 --group_size 60 --max_rows 2400 --max_turn_tokens 100".split()]
+                "--device", "cpu", *"--batch_size 2 --group_size 500 --max_rows 1000".split()]
     run_main(rl.main, out_of_memory)
 
 
 @pytest.mark.slow
 def test_memory_that_really_runs_out(place, tmp_path):
     said = launch(1, "test_memory:limited", [place, tmp_path / "out"]).wait(statuses=[2])
-    assert "rl.py: error: out of memory at rollout" in said and "Traceback" not in said
+    assert "rl.py: error: out of memory at rollout, where " in said and "Traceback" not in said
 
 
 def test_what_counts_as_memory_that_ran_out():
