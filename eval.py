@@ -35,14 +35,14 @@ from tqdm import tqdm
 from common import (RunConfig, UserError, choose_dtype, open_folder, parse_flags, run_main, start_processes,
                     write_json, write_jsonl)
 from demo import synthetic
-from rollout import Engine, RolloutConfig
+from rollout import RolloutConfig
 from scale.pick import cache_gb
 from sources.read import read_questions
 from sources.rows import question_error
 from training import run_folder, tables
 from training.checkpoints import load_policy
-from training.decoder_check import check_decoder
 from training.environment import run_environment, with_chosen_frames
+from training.held_out import make_player
 from training.memory import out_of_memory
 from video import open_video
 
@@ -80,9 +80,8 @@ def load_engine(name, env_config, config, device, rank):
     """What plays the episodes of a checkpoint, one a question. Raises UserError."""
     policy = load_policy(name, device, choose_dtype(config.dtype, device), env_config)
     config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=policy.env_config.max_turn_tokens)
-    engine = Engine(policy, 1, config, torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank))
-    check_decoder(engine.decoder)
-    return engine
+    generator = torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank)
+    return make_player(policy, config, generator)
 
 
 # ---------------------------------------------------------------------------------------------------- playing

@@ -134,7 +134,7 @@ class Ours:
         self.policy.train()
         metrics = update(self.masters, groups, self.optimizer, self.config, 0, cpu)
         ended = time.perf_counter()
-        assert not skipped and metrics["updates"] == 1 and metrics["gap"] < 1e-4, (skipped, metrics)
+        assert not skipped and metrics["updates"] == 1 and metrics["mismatch"] < 1e-4, (skipped, metrics)
         return (played - began, ended - played), round(metrics["trained_tokens"])
 
 

@@ -276,8 +276,11 @@ def steps_of_a_run(place, out, first, last, *offload):
 
 def state_of(weights, optimizer):
     """{name: master weight, moments and count}, copied."""
-    return {name: [p.detach().clone(), *(x.clone() for x in optimizer.state[p].values())]
-            for name, p in weights.master_weights.items()}
+    found = {}
+    for name, p in weights.master_weights.items():
+        state = optimizer.state[p]
+        found[name] = [p.detach().clone(), *(state[what].clone() for what in sorted(state))]
+    return found
 
 
 def test_a_run_goes_on_with_and_without(place, tmp_path):

@@ -151,7 +151,8 @@ class TrainingRun:
             self.generators.append(generator)
         weights.adopt(optimizer)
         if "features" in self.config.offload:
-            weights.player.features_device = torch.device("cpu")
+            for policy in (weights.policy, weights.player):
+                policy.features_device = torch.device("cpu")
         done = progress
         if self.before:
             self._read(self.before)

@@ -1,6 +1,6 @@
 """How long a step takes whose videos are decoded while the step before trains, beside the longer of the two alone.
 
-    python bench/bench_ahead.py [--videos 20] [--trials 7]
+    python bench/bench_prefetch.py [--videos 20] [--trials 7]
 
 One thread decodes synthetic videos of the demo, enlarged to the size of real frames (48 frames of each), one trains
 (matrix products of torch in one thread), each kept to a core of its own, which should be free: else decoding alone is slower than beside
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo.synthetic import make_scenes, render, write_video  # noqa: E402
-from training.prefetch import batches_ahead  # noqa: E402
+from training.prefetch import prefetch  # noqa: E402
 from video import open_video  # noqa: E402
 from zoom_env import slice_centres  # noqa: E402
 
@@ -80,7 +80,7 @@ def main():
             for _ in range(args.trials):
                 alone.append((statistics.median(seconds(load, 0) for _ in range(3)),
                               statistics.median(seconds(train, weights, products) for _ in range(3))))
-                for batch, _, _ in batches_ahead(load, range(STEPS + 1)):
+                for batch, _, _ in prefetch(load, range(STEPS + 1)):
                     if batch == 1:
                         began = time.perf_counter()
                     if batch < STEPS:
