@@ -32,11 +32,11 @@ WRONG_WORDS = {
 TRAINING = ["--offload optimizer --lora_rank 4", "--offload optimizer --shard all",
             "--lora_rank 4 --shard node"]
 MORE = {
-    "sft": TRAINING,
+    "sft": [*TRAINING, "--epochs 0", "--max_zooms -1"],
     "rl": [*TRAINING, "--offload reference", "--max_mismatch 0.1", "--temperature 0", "--group_size 1",
-           "--max_mismatch 0.1 --old_log_probs sampled"],
+           "--max_mismatch 0.1 --old_log_probs sampled", "--steps 0"],
     "eval": ["--options one --question What?", "--question What?", "--options a a --question What?",
-             "--num_frames 0"],
+             "--num_frames 0", "--max_rows 0"],
     "data_prep": ["", "x", "synthetic --train 0", "synthetic --test x", "synthetic --seed x",
                   "synthetic --out rows", "tiny_base --steps x", "tiny_base --steps 0",
                   "tiny_base --init missing", "tiny_base --out rows"]}

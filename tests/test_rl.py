@@ -85,7 +85,8 @@ def test_advantages():
     r = rewards[2].double().numpy()
     np.testing.assert_allclose(a[2], (r - r.mean()) / (r.std(ddof=1) + 1e-6), rtol=1e-5)
     assert (a[1] == 0).all() and a[0, 0] == -a[0, 1] > 0
-    assert torch.equal(rl.group_advantages(torch.full((1, 3), 0.1)), torch.zeros(1, 3))  # no rounding noise
+    for reward in (0.1, 0.6, 0.9, 1.4):  # no rounding noise: the mean of 16 equal ones is another float
+        assert torch.equal(rl.group_advantages(torch.full((2, 16), reward)), torch.zeros(2, 16))
 
 
 # ------------------------------------------------------------------------ the same update however it is split

@@ -56,6 +56,8 @@ def test_the_engine_says_what_the_plain_loop_says(policy, data, monkeypatch, lim
     config = RolloutConfig(temperature=0.0, max_turn_tokens=16, **limits)
     plain = [play(policy, question, config, folder) for question in questions[:4]]
     assert len({len(e.env.turns) for e in plain}) > 1 and any(e.env.num_calls() for e in plain)
+    longest = max(len(e.dialogue.ids) - e.dialogue.prompt_length for e in plain)
+    assert (longest <= 150) == bool(limits)
     for steps, max_rows in ((None, 64), (5, 64), (None, 2)):
         limited = replace(config, max_rows=max_rows)
         groups, _ = rollout(policy, questions[:4], 1, limited, root=folder, steps=steps)
@@ -207,6 +209,14 @@ def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monke
     groups, _ = rollout(policy, copies, 4, config, root=folder, generator=seeded(0))
     assert [len(g) for g in groups] == [4, 4, 4] and all(e.env.frames_shown for g in groups for e in g)
     assert len(decoded) == len(set(decoded)) == 3
+
+
+def test_a_prompts_place_is_free_when_its_episodes_are_over(policy, data):
+    folder, questions, _ = data
+    engine = Engine(chatty(policy), 2, RolloutConfig(max_turn_tokens=8, max_rows=2), seeded())
+    groups, _ = engine.play(questions[:4], folder)
+    assert [len(group) for group in groups] == [2] * 4
+    assert not any(engine.cache.users) and len(engine.cache.users) < 4
 
 
 def test_unreadable_video_is_named_and_the_rest_goes_on(policy, data):
