@@ -154,8 +154,8 @@ def start_processes(device=None):
     that waits for another one longer than TIMEOUT ends.
 
     Everything distributed here is: each process computes the gradient of its own share of a sum whose
-    denominator is counted over all processes, and training/weights.py adds the shares up. Raises UserError for a
-    device that is not there, and where only some of torchrun's variables are."""
+    denominator is counted over all processes, and training/weights.py adds the shares up. Raises UserError
+    for a device that is not there, and where only some of torchrun's variables are."""
     needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     given = [name for name in needed if os.environ.get(name)]
     if ("RANK" in given or os.environ.get("WORLD_SIZE", "1") != "1") and len(given) < len(needed):

@@ -79,7 +79,8 @@ def environment(name, config):
 def load_engine(name, env_config, config, device, rank):
     """What plays the episodes of a checkpoint, one a question. Raises UserError."""
     policy = load_policy(name, device, choose_dtype(config.dtype, device), env_config)
-    config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=policy.env_config.max_turn_tokens)
+    turn_tokens = policy.env_config.max_turn_tokens
+    config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=turn_tokens)
     generator = torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank)
     return make_player(policy, config, generator)
 
@@ -95,8 +96,8 @@ def missing_video(question, root):
 
 
 def evaluate(engine, play, questions, root, env_config, write, show=True):
-    """Plays one episode of each of the {number: question}, for a Play. `write` gets a dict of each as soon as it
-    is over, and at the end one of each question whose video could not be read."""
+    """Plays one episode of each of the {number: question}, for a Play. `write` gets a dict of each as soon as
+    it is over, and at the end one of each question whose video could not be read."""
     there, skipped = {}, []
     for number, question in questions.items():
         reason = missing_video(question, root)
@@ -105,7 +106,8 @@ def evaluate(engine, play, questions, root, env_config, write, show=True):
         else:
             there[number] = question
     numbers, last = list(there), time.monotonic()
-    with tqdm(total=len(there), desc=" ".join(play), dynamic_ncols=True, leave=False, disable=not show) as bar:
+    with tqdm(total=len(there), desc=" ".join(play), dynamic_ncols=True, leave=False,
+              disable=not show) as bar:
         def on_end(episode):
             nonlocal last
             began, last = last, time.monotonic()
@@ -254,8 +256,8 @@ def play_share(name, env_config, modes, questions, done, written, config, rank, 
         return
     engine = load_engine(name, env_config, config, device, rank)
     if rank == 0:
-        print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {engine.policy.dtype}, decode "
-              f"step {engine.decoder.path}", flush=True)
+        print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {engine.policy.dtype}, "
+              f"decode step {engine.decoder.path}", flush=True)
     for play, share in left.items():
         env_config = engine.policy.env_config
         if play.mode == "zoom off":
@@ -270,7 +272,8 @@ def main():
     rank, world, device = start_processes(config.device)
     for flag, known in (("mode", (None, "zoom", "uniform")), ("resume", ("auto", "never"))):
         if getattr(config, flag) not in known:
-            raise UserError(f"--{flag} must be {' or '.join(filter(None, known))}, not {getattr(config, flag)}")
+            names = " or ".join(name for name in known if name)
+            raise UserError(f"--{flag} must be {names}, not {getattr(config, flag)}")
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     if config.video is not None or config.question is not None:
         return ask(config, world, device)

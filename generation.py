@@ -256,8 +256,8 @@ def attend_prefill(cache, spans, due, first_row, layer, query, key, value):
 def decode_hidden(policy, prompts, own, state, P, L, group_size):
     """Stores keys and values of the rows' last tokens and returns their hidden states, (B, hidden).
 
-    Cascade attention over a shared prefix: a prompt's keys are read once for all rows that share it, as if these
-    were several queries of one. So the softmax over all that a row sees is put together from two parts, its
+    Cascade attention over a shared prefix: a prompt's keys are read once for all rows that share it, as if
+    these were several queries of one. So the softmax over all that a row sees is put together from two parts, its
     prompt and its own tokens, by a log-sum-exp merge. With the scores s of a part and its values v,
 
         m = max s      Z = sum exp(s - m)      S = sum exp(s - m) v      of each part

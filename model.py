@@ -15,8 +15,8 @@ The decoder layers are transformers' own; what is ours is everything around them
 
 Precision: all compute weights and the residual stream are in one dtype, `--dtype`, for sampling, scoring,
 reference and evaluation alike. Float32 are norms, softmax and attention scores inside, everything from the
-logits on, and the weights that the optimizer changes (training/weights.py), from which the compute weights are
-cast after each step. No autocast.
+logits on, and the master weights, which the optimizer changes (training/weights.py) and from which the
+compute weights are cast after each step. No autocast.
 """
 
 import copy
@@ -112,7 +112,7 @@ class Policy(torch.nn.Module):
 
     @property
     def dtype(self):
-        """Of the compute weights; the ones in shards of a policy that trains are float32 masters."""
+        """Of the compute weights; those in shards of a policy that trains are float32 master weights."""
         return self.visual.dtype
 
     def tokenize(self, text):
@@ -327,7 +327,7 @@ def replay(policy, row, root="."):
     return dialogue, env
 
 
-# --------------------------------------------------------------------------------------------- how a turn ends
+# ------------------------------------------------------------------------------------------- how a turn ends
 # A turn ends with an end token, after a whole call such as </video_zoom>, or where it is cut off at a limit.
 # The rule for the end token: it is trained if it was sampled, not if it was appended. (The released protocol
 # trains an appended one, too; its log-probability of sampling is None.) A text is encoded as if it had been
@@ -356,10 +356,11 @@ def turn_is_over(policy, ids, rules):
 
 
 def end_turn(policy, said, rules):
-    """The tokens with which an assistant turn, a text or Sampled, stands in a dialogue: (Sampled of those that
-    the policy produced, ids that are appended)."""
+    """The tokens with which an assistant turn, a text or Sampled, stands in a dialogue: (Sampled of those
+    that the policy produced, ids that are appended)."""
     if isinstance(said, Sampled):
-        kept = [i for i, token in enumerate(said.ids) if token <= rules.largest_id]  # the protocol drops others
+        # the protocol drops ids above its largest one
+        kept = [i for i, token in enumerate(said.ids) if token <= rules.largest_id]
         ids, log_probs = [said.ids[i] for i in kept], [said.log_probs[i] for i in kept]
         trains_end = rules.trains_appended_end and policy.im_end not in ids
     else:
@@ -383,7 +384,7 @@ def turn_text(policy, ids, rules):
     return policy.tokenizer.decode(ids, skip_special_tokens=rules.skips_special)
 
 
-# --------------------------------------------------------------------------------------------- vision features
+# ------------------------------------------------------------------------------------------- vision features
 def frame_features(policy, frames):
     """Vision features of frames, each (tokens, hidden), on `policy.features_device`. A frame whose
     image equals another one, or one whose features are still held, is neither computed nor kept again."""

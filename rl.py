@@ -82,14 +82,17 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
 PRESETS = {
     "paper": {},
     "demo": dict(steps=24, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=1e-4,
-                 max_response_tokens=1500, max_rows=128, max_tokens_per_pass=4096, gradient_checkpointing=False)}
+                 max_response_tokens=1500, max_rows=128, max_tokens_per_pass=4096,
+                 gradient_checkpointing=False)}
 
 
 # ------------------------------------------------------------------------------------------------- rollouts
 def play_batch(engine, questions, config, root, rank, world, device, bar):
-    """Rollouts of a full batch (dynamic sampling): draws from the iterator `questions` until batch_size groups
-    of all processes have rewards that are not all equal, at most max_draws batches of questions. Returns (this process's groups that are kept,
-    all its episodes, [(id, reason)] of unreadable videos, number of questions drawn over all processes)."""
+    """Rollouts of a full batch (dynamic sampling): draws from the iterator `questions` until batch_size
+    groups of all processes have rewards that are not all equal, at most max_draws batches of questions.
+
+    Returns (this process's groups that are kept, all its episodes, [(id, reason)] of unreadable videos,
+    number of questions drawn over all processes)."""
     kept, episodes, unreadable = [], [], []
     missing, drawn, most = config.batch_size, 0, config.max_draws * config.batch_size
 
@@ -157,8 +160,8 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
 # ----------------------------------------------------------------------------------------------- the update
 def update(weights, groups, optimizer, config, rank, device):
     """One pass over this process's groups, in mini-batches: an optimizer step for each. Each process deals
-    its groups to the mini-batches round-robin, starting at its rank, so that all of them are of about the same
-    size. Returns metrics over all processes."""
+    its groups to the mini-batches round-robin, starting at its rank, so that all of them are of about the
+    same size. Returns metrics over all processes."""
     policy, reference = weights.policy, weights.reference
     num_batches = math.ceil(config.batch_size / config.mini_batch_size)  # the same on all processes
     metrics, mismatch = UpdateMetrics(device), Mismatch()

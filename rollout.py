@@ -153,7 +153,8 @@ class Engine:
         groups, skipped = [[] for _ in questions], []
         with ThreadPoolExecutor(4) as self.video_threads:
             try:
-                coming = self.groups_to_come(questions, root, env_config or self.policy.env_config, groups, skipped)
+                env_config = env_config or self.policy.env_config
+                coming = self.groups_to_come(questions, root, env_config, groups, skipped)
                 new = next(coming, None)
                 while new or self.live or self.outside:
                     # what the environment said, where a turn is over
@@ -174,8 +175,9 @@ class Engine:
         return groups, skipped
 
     def groups_to_come(self, questions, root, env_config, groups, skipped):
-        """Yields the group of each question in turn, once its video is decoded; those of the next questions are
-        decoded meanwhile. Puts it into `groups`, or the reason why the video cannot be read into `skipped`."""
+        """Yields the group of each question in turn, once its video is decoded; those of the next questions
+        are decoded meanwhile. Puts it into `groups`, or the reason why the video cannot be read into
+        `skipped`."""
         def begin(question):
             env = make_env(question, env_config, root)
             try:

@@ -76,7 +76,8 @@ def filter_kinds(rows, kinds):
     for kind in kinds:
         there = {str(row.get("kind")) for row in rows}
         if kind not in there:
-            raise UserError(f"--kinds {kind}: there is no such trajectory; kinds are {', '.join(sorted(there))}")
+            known = ", ".join(sorted(there))
+            raise UserError(f"--kinds {kind}: there is no such trajectory; kinds are {known}")
     return [row for row in rows if row.get("kind") in kinds]
 
 
@@ -134,7 +135,8 @@ def train(weights, rows, config, run, rank, world, device, val):
     def load(batch):
         """This process's share of a batch, replayed while the batch before is trained."""
         _, mine = batch
-        return load_dialogues(weights.policy, [rows[i] for i in mine], Path(config.data).parent, config.max_length)
+        mine = [rows[i] for i in mine]
+        return load_dialogues(weights.policy, mine, Path(config.data).parent, config.max_length)
 
     left = islice(batches(len(rows), config, rank, world), progress["step"], None)
     loaded_batches = enumerate(prefetch(load, left), progress["step"] + 1)
@@ -175,7 +177,8 @@ def main():
     if config.val:
         val_config = RolloutConfig(max_turn_tokens=env_config.max_turn_tokens)
         val = read_questions(config.val, config.max_bad)[0], Path(config.val).parent, val_config
-    run = TrainingRun("sft", config, {"model": config.model, "trajectories": config.data}, rank, world, device)
+    inputs = {"model": config.model, "trajectories": config.data}
+    run = TrainingRun("sft", config, inputs, rank, world, device)
     if run.finished:
         return
     # the policy
@@ -183,8 +186,8 @@ def main():
     weights = load_weights(config.model, config, env_config, device)
     weights.policy.train()
     if rank == 0:
-        print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model}, {weights.describe()}, "
-              f"{world} process(es) on {device}")
+        print(f"sft: {len(rows)} trajectories from {config.data}, model {config.model}, "
+              f"{weights.describe()}, {world} process(es) on {device}")
     run.finish(bad + without + train(weights, rows, config, run, rank, world, device, val))
 
 

@@ -396,7 +396,9 @@ def between(text, tag):
 class Tool:
     """A way to look closer, called by <tag>...</tag>, where the tag is its name in TOOLS."""
 
-    parse: Callable | None  # of `parse_turn`: (text inside the tags, duration_s, config) -> dict; raises ValueError(for the policy)
+    # parse: (text inside the tags, duration_s, config) -> dict; raises ValueError with a text for the policy.
+    # None where the protocol reads its calls itself
+    parse: Callable | None
     run: Callable  # (env, that dict) -> tuple of Frame; raises VideoError
     looks_at: Callable  # that dict -> (start_s, end_s), to tell whether it saw the question's evidence
 

@@ -1,1 +1,1 @@
-"""Files of questions and trajectories: our formats, public benchmarks, released data, subtitles; what is in them."""
+"""Files of questions and trajectories: our formats, public benchmarks, released data, subtitles."""

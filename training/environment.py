@@ -118,7 +118,8 @@ def with_protocol(env_config, protocol):
         env_config = replace(env_config, **changes)
         check_protocol(env_config)
     except ValueError as error:
-        raise UserError(f"--protocol {protocol}: {error} give the file that data_prep.py protocol writes") from None
+        hint = "give the file that data_prep.py protocol writes"
+        raise UserError(f"--protocol {protocol}: {error} {hint}") from None
     return env_config
 
 
