@@ -445,9 +445,12 @@ def test_a_process_plays_its_share_of_what_is_drawn(folder, monkeypatch):
 
 
 def test_drawing_ends_at_max_draws(folder, monkeypatch):
-    _, (kept, episodes, _, drawn) = draw(folder, monkeypatch, flat=range(10))
-    assert kept == [] and drawn == 6 and len(episodes) == 12
-    assert not any(e.dialogue.features for e in episodes)  # nothing will be trained on them
+    """Of 2 x 3 questions: 3 with one that is kept, 2 more for the two that are missing, 1 that is left."""
+    rows, (kept, episodes, _, drawn) = draw(folder, monkeypatch, flat=range(1, 10))
+    assert [group[0].env.question["id"] for group in kept] == [rows[0]["id"]]
+    assert drawn == 6 and len(episodes) == 12
+    # nothing will be trained on the others
+    assert all(bool(e.dialogue.features) == (e.env.question["id"] == rows[0]["id"]) for e in episodes)
 
 
 def test_the_frames_of_episodes_that_are_over_are_let_go(folder):
