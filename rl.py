@@ -11,7 +11,8 @@ For each question the policy plays a group of n episodes with rewards r_1 .. r_n
 
 pi_old is the policy that played the episodes, pi_ref the SFT model, H the entropy. N counts the sampled
 tokens of a mini-batch over all processes: not the prompt, tool text and frames. A group whose rewards are all
-equal teaches nothing and is dropped; new questions are drawn until the batch is full.
+equal has no advantages, so no policy gradient: it is dropped, and new questions are drawn until the batch is
+full (dynamic sampling).
 
 Metrics `mismatch`, `mismatch_max`: |log pi - log pi as sampled| before a step's first update, see
 training/mismatch.py. --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling.
@@ -27,7 +28,7 @@ From the paper: group 16, batch 128 and mini-batch 32 questions, clip 0.2 / 0.27
 0.001, learning rate 1e-6, temperature 1, reward 0.9 accuracy + 0.1 format + 0.5 tool bonus. Departures: log
 pi_old is noted while sampling, not computed in a second pass (the same to 1e-4 in float32, tested); k3 is
 clamped at 10 (above d = 2.61 its gradient is 0, where one token's would be thousands); drawing stops at
-`max_draws` batches; std is the sample's (n - 1); the vision encoder is frozen; AdamW has betas 0.9 / 0.95 and
+`max_draws` batches; std is unbiased (n - 1); the vision encoder is frozen; AdamW has betas 0.9 / 0.95 and
 no weight decay; a turn has at most 1,024 tokens.
 """
 
@@ -119,12 +120,12 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
 
 # ------------------------------------------------------------------------------------------ advantages, loss
 def set_advantages(group):
-    """Gives each episode of a group its advantage. Returns whether any is not 0."""
+    """Gives each episode of a group its advantage. Returns whether their rewards differ."""
     rewards = torch.tensor([[episode.env.rewards["reward"] for episode in group]])
     advantages = group_advantages(rewards)[0].tolist()
     for episode, advantage in zip(group, advantages):
         episode.dialogue.advantage = advantage
-    return any(advantages)
+    return (rewards.max() - rewards.min()).item() > 1e-6
 
 
 def group_advantages(rewards):
