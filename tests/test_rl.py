@@ -28,7 +28,7 @@ from training.environment import load_env_config
 from training.metrics import show_step
 from training.mismatch import Mismatch
 from training.weights import MasterWeights
-from zoom_env import EnvConfig, ZoomEnv
+from zoom_env import EnvConfig, ZoomEnv, overview_times
 
 CPU = torch.device("cpu")
 
@@ -521,6 +521,7 @@ def test_without_the_tool(folder, start, tmp_path, monkeypatch, capsys):
     assert metrics["frames"] == 23 and metrics["zooms"] == 0 and metrics["turns"] == 1
     assert metrics["grad_norm"] > 0
     trained = load_env_config(tmp_path)
-    assert trained.max_zooms == 0 and trained.overview_max_frames == 23
+    assert trained.max_zooms == 0
+    assert [len(overview_times(duration_s, trained)) for duration_s in (5.0, 5000.0)] == [23, 23]
     said = capsys.readouterr().out
     assert "overview: 23 frames" in said and "zooming" not in said
