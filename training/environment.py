@@ -102,7 +102,8 @@ def run_environment(model, config):
     try:
         return replace(env_config, **changes)
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        hint = ", or a .json file of chosen frames" if str(error).startswith("overview must") else ""
+        raise UserError(f"--{error}{hint}") from None
 
 
 def with_protocol(env_config, protocol):
