@@ -159,7 +159,9 @@ def trajectory_error(row):
     """Why a trajectory row cannot be used, or None: one line."""
     if not isinstance(row, dict):
         return "not a JSON object"
-    if reason := question_error(row.get("question")) or unwritable(row):
+    if not isinstance(row.get("question"), dict):
+        return '"question" is not an object: a trajectory has a question row in it'
+    if reason := question_error(row["question"]) or unwritable(row):
         return reason
     turns, learn, provenance = row.get("turns"), row.get("learn"), row.get("provenance")
     if not is_list_of(lambda turn: isinstance(turn, str), turns) or not turns:

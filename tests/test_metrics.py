@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launcher import launch
 
 import common
 from common import UserError
-from training.metrics import Metrics, check_installed, show_step
+from training.metrics import Metrics, UpdateMetrics, check_installed, show_step
 from zoom_env import EnvConfig
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -257,3 +258,16 @@ def test_what_is_said_of_a_step():
     left_out = said(zooms=1.0, episodes_left_out=9)
     assert "9 episodes" in left_out[1] and "--max_mismatch" in left_out[1] and "nothing learned" not in left_out[1]
     assert "nothing learned" in said(zooms=1.0, episodes_left_out=9, updates=0)[1]
+
+
+def test_what_a_fork_adds_up_is_reported_too():
+    """Means over the tokens of all updates; the usual names are there, whether anything was added or not."""
+    metrics = UpdateMetrics(torch.device("cpu"))
+    metrics.add_pass({"loss": 2.0, "anchor": 1.0})
+    metrics.add_pass({"loss": 4.0, "anchor": 2.0})
+    metrics.end_update(tokens=4, norm=1.5)
+    metrics.add_pass({"loss": 1.0})
+    metrics.end_update(tokens=2, norm=float("nan"))
+    means = metrics.means()
+    assert means["loss"] == 7 / 6 and means["anchor"] == 0.5 and means["kl"] == 0
+    assert (means["updates"], means["bad_steps"], means["trained_tokens"], means["grad_norm"]) == (2, 1, 6, 1.5)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError, first_line, sum_over_processes, write_json
+from common import UserError, first_line, gather, sum_over_processes, write_json
 from zoom_env import REWARD_PARTS
 
 SHOW_EVERY = 5  # steps between printed episodes
@@ -145,7 +145,8 @@ def episode_metrics(episodes, num_kept, group_size, device):
     sums = Counter(dict.fromkeys(keys, 0), episodes=len(episodes), groups_kept=num_kept)
     for e in episodes:
         sums.update(e.env.rewards)
-        sums.update(zooms=e.env.num_calls(), invalid=e.env.num_invalid(), turns=len(e.env.turns),
+        invalid = e.env.num_invalid() if e.env.config.max_zooms else 0  # without a tool there are no calls
+        sums.update(zooms=e.env.num_calls(), invalid=invalid, turns=len(e.env.turns),
                     truncated=e.truncated, frames=e.env.frames_shown, sampled_tokens=sum(e.dialogue.trained),
                     response_tokens=len(e.dialogue.ids) - e.dialogue.prompt_length)
     total = sum_over_processes(sums, device)
@@ -174,7 +175,8 @@ class UpdateMetrics:
 
     def end_update(self, tokens, norm):
         """After an optimizer step on `tokens` of all processes, whose gradient had this norm."""
-        self.totals.update(sum_over_processes({key: self.sums[key] for key in PER_TOKEN}, self.device))
+        names = dict.fromkeys((*PER_TOKEN, *gather(list(self.sums))))  # the same on all processes
+        self.totals.update(sum_over_processes({name: self.sums[name] for name in names}, self.device))
         self.sums.clear()
         self.tokens += tokens
         self.updates += 1
@@ -184,7 +186,8 @@ class UpdateMetrics:
             self.bad_steps += 1
 
     def means(self):
-        return {key: self.totals[key] / max(1, self.tokens) for key in PER_TOKEN} | {
+        names = dict.fromkeys((*PER_TOKEN, *self.totals))
+        return {name: self.totals[name] / max(1, self.tokens) for name in names} | {
             "updates": self.updates, "bad_steps": self.bad_steps, "trained_tokens": self.tokens,
             "grad_norm": self.norm_sum / max(1, self.updates - self.bad_steps)}
 
