@@ -157,7 +157,7 @@ def state_of_a_run(place, run, shard, out):
     progress = training.start(weights, optimizer, 5, {"step": 0}, torch.Generator())
     whole = lambda tensor: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
     tensors = {name: [whole(p), *(whole(optimizer.state[p][what]) for what in ("step", "exp_avg", "exp_avg_sq"))]
-               for name, p in weights.masters.items()}
+               for name, p in weights.master_weights.items()}
     rows = [json.loads(line) for line in open(config.data)]
     draws = [row["id"] for row in islice(rl.endless(rows, config.seed), progress["drawn"], progress["drawn"] + 4)]
     if rank == 0:
