@@ -88,25 +88,25 @@ def read_table(text, delimiter):
 
 
 def read_record(lines, at, delimiter, num_fields):
-    """(the fields, the number of the line behind it) of the record that begins with a line. num_fields: of the
-    names, or 0. Raises RowFault.
+    """(the fields, the number of the line behind it) of the record that begins with a line. num_fields: how
+    many names there are, or 0. Raises RowFault.
 
-    As in RFC 4180, a field in quotes may hold delimiters, line breaks and doubled quotes; csv.writer and pandas
-    write TSV files so, too. Others know no quotes (IANA, text/tab-separated-values): in a TSV, a quote that
-    opens no such field is text. What it would swallow up to another quote tells it."""
+    As in RFC 4180, a field in quotes may hold delimiters, line breaks and doubled quotes; csv.writer and
+    pandas write TSV files so, too. Others know no quotes (IANA, text/tab-separated-values): in a TSV, a quote
+    that opens no such field is text. What it would swallow up to another quote tells it."""
     where, line = f"line {at + 1}", lines[at].rstrip("\n")
     reader = csv.reader(map(lines.__getitem__, range(at, len(lines))), delimiter=delimiter, strict=True)
     try:
         fields = without_surplus(next(reader), num_fields)
         fault = RowFault("not as many fields as names", f"{where}: {len(fields)} of {num_fields}")
-        if len(fields) == (num_fields or len(fields)):
+        if num_fields in (0, len(fields)):
             if not holds_rows(fields, delimiter):
                 return fields, at + reader.line_num
             fault = RowFault("a quoted field runs over lines that are rows", where)
     except csv.Error as error:
         fault = RowFault("a field's quotes cannot be read", f"{where}: {error}")
     fields = without_surplus(line.split("\t"), num_fields)
-    if delimiter != "\t" or len(fields) != (num_fields or len(fields)):
+    if delimiter != "\t" or num_fields not in (0, len(fields)):
         raise fault
     for number, field in enumerate(fields):
         if quoted := re.fullmatch(r'"((?:[^"]|"")*)"', field):
@@ -124,8 +124,8 @@ def without_surplus(fields, num_fields):
 
 
 def holds_rows(fields, delimiter):
-    """Whether a field over several lines holds rows: in a TSV a tab; in a CSV, where a text may hold commas, two
-    lines that by themselves have as many fields as the record."""
+    """Whether a field over several lines holds rows: in a TSV a tab; in a CSV, where a text may hold commas,
+    two lines that by themselves have as many fields as the record."""
     for number, field in enumerate(fields):
         alone = [1 + line.count(delimiter) for line in field.split("\n")]
         if delimiter == "\t" and len(alone) > 1 and max(alone) > 1:
@@ -170,9 +170,9 @@ def read_parquet(path):
 
 # --------------------------------------------------------------------------------------------- files by names
 class FileIndex:
-    """The files in a folder and its subfolders, found by what a row calls them: those with some suffixes with
-    or without one, others by their whole name. How a name's accents are composed (NFC, or NFD as a Mac unpacks
-    it) does not matter."""
+    """The files in a folder and its subfolders, found by what a row calls them: those with some suffixes by a
+    name with one of these or none, others by their whole name. How a name's accents are composed (NFC, or NFD
+    as a Mac unpacks it) does not matter."""
 
     def __init__(self, folder, suffixes):
         if not os.path.isdir(folder):
@@ -195,8 +195,8 @@ class FileIndex:
 
     def find(self, name, folder=None):
         """The file that a row calls `name`: with or without folders and suffix. Of several with this name the
-        one with the most of its folders, its suffix, a suffix of ours, and a folder with `folder` in its name.
-        None where there is none; RowFault where two fit."""
+        one with the most of its folders, its suffix, a video's suffix, and a folder with `folder` in its
+        name. None where there is none; RowFault where two fit."""
         name = PurePosixPath(composed(str(name)))
         parents = [part for part in name.parts[:-1] if part not in (".", "..", "/")]
 

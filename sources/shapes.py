@@ -23,7 +23,8 @@ HEADER = re.compile(r"(?:\n\s*(?i:options?|choices|candidates)\s*[:：]?"
 NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|{MARK}\s*(\S.*)""", re.DOTALL)
 
 # LaTeX that begins like an escape, without its first letter
-TAB = "(?:heta|imes|ext(?:bf|it|rm|tt|sf|sc|color|style|normal)?|au|ilde|frac|binom|riangle[a-z]*|herefore|anh)"
+TAB = ("(?:heta|imes|ext(?:bf|it|rm|tt|sf|sc|color|style|normal)?|au|ilde|frac|binom|riangle[a-z]*|herefore"
+       "|anh)")
 RETURN = "(?:ho|ight[a-z]*|angle|ceil|floor)"
 LATEX = f"(?:t(?:{TAB}|an|o|op)|n(?:u|eq?|eg|ot|otin|abla|leq|geq|mid|exists|earrow|warrow))(?![A-Za-z])"
 # a path of Windows; what JSON and Python write after a backslash; a backslash with something else behind it
@@ -68,8 +69,8 @@ def letter_at(index):
 
 # ---------------------------------------------------------------------------------------------------- options
 def read_list(value):
-    """A list, from a list or from the text of one, as JSON or Python writes it. A backslash in it that was not
-    escaped stays, as in '$\frac{1}{2}$'."""
+    """A list, from a list or from the text of one, as JSON or Python writes it; but a backslash that stands
+    before LaTeX or another thing that they do not write so is one, as if it were escaped."""
     if isinstance(value, str):
         text = escaped(value.strip())
         for read in (json.JSONDecoder(strict=False).decode, ast.literal_eval):
@@ -95,7 +96,8 @@ def escaped(text):
 
 
 def without_control(text):
-    """A text without control characters: what was a backslash and a letter is that again, others are spaces."""
+    """A text without control characters: what was a backslash and a letter is that again, others become
+    spaces."""
     return CONTROL.sub(" ", EATEN.sub(lambda match: json.dumps(match[0])[1:-1], text))
 
 
