@@ -20,8 +20,8 @@ from common import UserError, open_folder, write_jsonl
 from sources.files import SUBTITLES, VIDEOS, FileIndex, in_threads, read_annotations, relative_to_file
 from sources.images import place_images, save_image
 from sources.rows import question_error
-from sources.shapes import (RowFault, first_of, letter_at, read_answer, read_list, read_options,
-                            read_segments, split_options, unwrap, without_options)
+from sources.shapes import (CONTROL, RowFault, first_of, letter_at, read_answer, read_list, read_options,
+                            read_segments, split_options, unwrap, without_control, without_options)
 from sources.subtitles import read_subtitles
 from video import VideoError, open_video
 
@@ -250,7 +250,9 @@ NUMBER = re.compile(r"[-+]?((\d{1,3}(,\d{3})+|\d+)(\.\d+)?|\.\d+)")
 def finish(given, source):
     """(our row, without its files; [(reason, details)] of what it lacks) of what a format found. Raises
     RowFault."""
-    question, options = str(given.question).strip(), read_options(given.options)
+    texts = [str(given.question), *read_options(given.options)]
+    control = CONTROL.search("\n".join([*texts, str(given.answer)]))
+    question, *options = [without_control(text).strip() for text in texts]
     # options: given, or in the question's text
     if options:
         question = without_options(question, options)
@@ -277,6 +279,8 @@ def finish(given, source):
         answer, answer_type = open_answer(given, meta)
     # evidence
     evidence, notes = None, []
+    if control:
+        notes.append(("a control character was in its text", repr(control[0])))
     try:
         if given.evidence:
             evidence = read_evidence(given.evidence, meta.get("duration_s"))

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from sources.files import relative_to_file
+from sources.files import on_disk, relative_to_file
 from sources.shapes import RowFault
 
 MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
@@ -35,7 +35,7 @@ def save_image(image, annotations, out, name):
         image = {"path": image}
     content = image.get("bytes")
     if not content:
-        file = Path(annotations).parent / str(image.get("path"))
+        file = on_disk(Path(annotations).parent / str(image.get("path")))
         if not os.path.isfile(file):
             raise RowFault("an image of the question is missing", str(file)[:200])
         return relative_to_file(file, out)

@@ -31,6 +31,7 @@ and a trajectory, which is what a teacher said on such a question:
 import json
 
 from grading import LETTERS, normalise, option_texts
+from sources.shapes import CONTROL
 
 ANSWER_TYPES = ("multiple_choice", "number", "segment", "open_ended")
 
@@ -109,6 +110,8 @@ def question_error(question):
         return f"there are {len(images)} images, and {marks} <image> in the question"
     # options and answer
     options = question.get("options") or []
+    if control := CONTROL.search("\n".join([question["question"], *options, str(answer)])):
+        return f"a control character in its text, {control[0]!r}: was a backslash not escaped?"
     least = 2 if answer_type == "multiple_choice" else 0
     if not least <= len(options) <= len(LETTERS):
         return f"there must be {least} to {len(LETTERS)} options"

@@ -22,6 +22,18 @@ HEADER = re.compile(r"(?:\n\s*(?i:options?|choices|candidates)\s*[:：]?"
                     r"|\s(?:Options?|Choices|Candidates)[:：])\s*$")  # before the options in the question
 NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|{MARK}\s*(\S.*)""", re.DOTALL)
 
+# LaTeX that begins like an escape, without its first letter
+TAB = ("(?:heta|imes|ext(?:bf|it|rm|tt|sf|sc|color|style|normal)?|au|ilde|frac|binom|riangle[a-z]*|herefore"
+       "|anh)")
+RETURN = "(?:ho|ight[a-z]*|angle|ceil|floor)"
+LATEX = f"(?:t(?:{TAB}|an|o|op)|n(?:u|eq?|eg|ot|otin|abla|leq|geq|mid|exists|earrow|warrow))(?![A-Za-z])"
+# a path of Windows; what JSON and Python write after a backslash; a backslash with something else behind it
+ESCAPE = re.compile(rf"""(?<!\w)[C-Zc-z]:(?:\\\w[\w.-]*){{2,}}|\\(?:[\\'"/]|(?!{LATEX})[nt]|r(?=\\n|['"])"""
+                    r"|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00[01][0-9a-fA-F]{5}|)")
+# what JSON makes of a backslash that was not escaped; also characters that no text has
+EATEN = re.compile(rf"[\b\f](?=[A-Za-z])|\t(?={TAB}(?![A-Za-z]))|\r(?={RETURN}(?![A-Za-z]))")
+CONTROL = re.compile(rf"{EATEN.pattern}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
 
 class RowFault(ValueError):
     """RowFault(reason, details): what is wrong with a row. Rows with the same fault have the same reason, as
@@ -57,15 +69,36 @@ def letter_at(index):
 
 # ---------------------------------------------------------------------------------------------------- options
 def read_list(value):
-    """A list, from a list or from the text of one, as JSON or Python writes it."""
+    """A list, from a list or from the text of one, as JSON or Python writes it; but a backslash that stands
+    before LaTeX or another thing that they do not write so is one, as if it were escaped."""
     if isinstance(value, str):
-        for read in (json.loads, ast.literal_eval):
+        text = escaped(value.strip())
+        for read in (json.JSONDecoder(strict=False).decode, ast.literal_eval):
             try:
-                value = read(value.strip())
+                value = read(text)
                 break
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
     return value
+
+
+def escaped(text):
+    """The text of a list with each backslash doubled that begins no escape of JSON or Python."""
+    is_raw = any(match[0] == "\\" for match in ESCAPE.finditer(text))
+
+    def mend(match):
+        line_end = is_raw and match[0] == r"\\" and not text[match.end():][:1].isalpha()  # of a matrix
+        if match[0] == "\\" or line_end or match[0][0] != "\\":
+            return match[0].replace("\\", r"\\")
+        return match[0].replace(r"\/", "/")
+
+    return ESCAPE.sub(mend, text)
+
+
+def without_control(text):
+    """A text without control characters: what was a backslash and a letter is that again, others become
+    spaces."""
+    return CONTROL.sub(" ", EATEN.sub(lambda match: json.dumps(match[0])[1:-1], text))
 
 
 def read_options(value):
@@ -149,7 +182,7 @@ def without_options(text, options):
 # ---------------------------------------------------------------------------------------------------- answers
 def unwrap(answer):
     """An answer's text without <answer> and \\boxed{}."""
-    answer = str(answer).strip()
+    answer = without_control(str(answer)).strip()
     if tagged := re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL):
         answer = tagged[-1].strip()
     if boxed := re.fullmatch(r"\$?\\boxed\{(.*)\}\$?", answer, re.DOTALL):
