@@ -410,6 +410,8 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False):
                 if row["id"] in rows:
                     raise RowFault("duplicate id", row["id"])
                 lacks += add_files(row, given, path, out, videos, subtitles)
+                if "_lines" in raw:
+                    lacks.append(("a quoted field runs over lines", raw["_lines"]))
                 if reason := question_error(row):
                     raise RowFault(reason)
             except FAULTS as error:

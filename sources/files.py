@@ -65,7 +65,8 @@ def read_file(path):
 
 def read_table(text, delimiter):
     """The rows of a text with tabs or commas between its fields, whose first record has their names; of one
-    that cannot be told a RowFault, after which the next line is read. Raises RowFault for the names."""
+    that cannot be told a RowFault, after which the next line is read. A row over several lines says which, as
+    "_lines". Raises RowFault for the names."""
     csv.field_size_limit(1 << 30)
     lines, names, rows, at = list(io.StringIO(text)), [], [], 0
     while at < len(lines):
@@ -82,7 +83,8 @@ def read_table(text, delimiter):
             if len(set(filter(None, names))) < sum(map(bool, names)):
                 raise RowFault("two fields have the same name", f"line {at + 1}")
         elif any(fields):
-            rows.append({name: field for name, field in zip(names, fields) if name})
+            row = {name: field for name, field in zip(names, fields) if name}
+            rows.append(row | {"_lines": f"lines {at + 1} to {end}"} if end > at + 1 else row)
         at = end
     return rows
 

@@ -24,8 +24,9 @@ def table(tmp_path, text, suffix=".tsv"):
     """The rows of a file as lists, with the fault's reason and details where one cannot be read."""
     path = tmp_path / f"a{suffix}"
     path.write_bytes(text.encode())
-    return [row.args if isinstance(row, RowFault) else list(row.values())
-            for _, _, row in read_annotations([path])]
+    rows = [row for _, _, row in read_annotations([path])]
+    return [row.args if isinstance(row, RowFault) else [row[name] for name in row if name[:1] != "_"]
+            for row in rows]
 
 
 def lines(*rows):
@@ -120,13 +121,14 @@ def test_odd_tables(tmp_path):
 def test_a_swallowed_question_comes_out_of_convert_and_a_faulty_line_is_counted(tmp_path, capsys):
     (tmp_path / "v.mp4").touch()
     row = lambda number, text: [f"q{number}", "v", text, "['a', 'b']", "AB"[number % 2]]
-    texts = ["What?", '"Hello is said by whom?', "x", "y", 'The "last"?']
+    texts = ["What?", '"Hello is said by whom?', "x", '"over\nlines"', 'The "last"?']
     rows = [row(number, text) for number, text in enumerate(texts)]
     (tmp_path / "a.tsv").write_text(lines(["question_id", *NAMES[1:]], *rows, ["q9", "v"]))
     made, named = convert("videomme", [tmp_path / "a.tsv"], tmp_path, tmp_path / "o.jsonl")
-    assert [(q["question"], q["answer"]) for q in made] == [(row[2], row[4]) for row in rows]
+    assert [q["question"] for q in made] == [text.replace('"over\nlines"', "over\nlines") for text in texts]
+    assert [q["answer"] for q in made] == [row[4] for row in rows]
     assert [(line["row"], line["details"], line["kept"]) for line in named] == [
-        ("a.tsv row 6", "line 7: 2 of 5", False)]
+        ("q3", "lines 5 to 6", True), ("a.tsv row 6", "line 8: 2 of 5", False)]
     assert "5 of 6 questions" in capsys.readouterr().out
 
 
