@@ -250,7 +250,8 @@ NUMBER = re.compile(r"[-+]?((\d{1,3}(,\d{3})+|\d+)(\.\d+)?|\.\d+)")
 def finish(given, source):
     """(our row, without its files; [(reason, details)] of what it lacks) of what a format found. Raises
     RowFault."""
-    question, options = str(given.question).strip(), read_options(given.options)
+    question = str(given.question).strip().removeprefix("<video>").strip()  # frames come behind the question
+    options = read_options(given.options)
     # options: given, or in the question's text
     if options:
         question = without_options(question, options)
