@@ -1,7 +1,7 @@
 """The paper's released data sets, read as they are.
 
     RL     a JSON list of {"videos": [path], "problem", "solution", "data_source", "extra_info"}, or a yaml
-           with datasets: [{json_path, sampling_strategy}], each all, first:N, end:N or random:N, N perhaps N%.
+           with datasets: [{json_path, sampling_strategy}], each all, first:N, end:N or random:N (or N%).
            `problem` has <image>, or <video> as others write, where the frames go, and the options in its
            text; "solution" may be "A."
     SFT    a JSON list of {"messages": [{"role", "content"}, ...], "images": [path, ...]}: each <image> is the
@@ -10,9 +10,9 @@
 
 Facts: the public repository zsgvivo/VideoZoomer, verl/utils/dataset/multimodal_dataset.py and
 scripts/sft.yaml. Paths are relative to the file that is named (the yaml, too), or as given. A row of
-questions keeps its `problem` in meta, for the released protocol; ours shows question and options apart. Other
-sets that are called so: LLaMA-Factory data/README.md (videos, audios, system, tools), ms-swift
-docs/source_en/Customization/Custom-dataset.md (objects, contents that are lists).
+questions keeps its `problem` in meta, for the released protocol; ours shows question and options apart.
+Fields of other sets of messages, which are not shown: LLaMA-Factory data/README.md (videos, audios, system,
+tools), ms-swift docs/source_en/Customization/Custom-dataset.md (objects, contents that are lists).
 """
 
 import math
@@ -158,9 +158,9 @@ class AsStored(ZoomEnv):
 
 
 def message_row(row, number, path):
-    """{"question", "messages", "images"} of a row of messages. The question is what the first message of the
-    user says beside frames and their tags: no more of a question row than its id, text, options and images.
-    Raises RowFault."""
+    """{"question", "kind", "turns", "messages", "images"} of a row of messages; turns are the assistant's.
+    The question is what the user's first message says beside frames and their tags: no more of a question row
+    than id, text, options and images. Raises RowFault."""
     messages, images = row.get("messages"), row.get("images") or []
     if messages is None:
         raise RowFault("no messages", '"conversations" are not read' if "conversations" in row else "")
@@ -187,7 +187,8 @@ def message_row(row, number, path):
     text, options, after = split_options(re.sub(r"(?:<[^<>]*>)?<image>", "", asked))
     question = {"id": f"{path.stem}_{number}", "question": f"{text}\n{after}".strip(), "options": options,
                 "images": images}
-    return {"question": question, "messages": messages, "images": images}
+    turns = [m["content"] for m in messages if m["role"] == "assistant"]
+    return {"question": question, "kind": "messages", "turns": turns, "messages": messages, "images": images}
 
 
 def is_message(value):

@@ -53,9 +53,8 @@ def stats(path, model=None):
     if groups := by_group(questions, duration_group, durations):
         found["duration groups"] = groups
     if trajectories:
-        found["rounds"] = dict(sorted(Counter(map(num_turns, trajectories)).items()))
-        found["kinds of trajectory"] = dict(Counter(
-            "messages" if "messages" in row else str(row.get("kind")) for row in trajectories))
+        found["rounds"] = dict(sorted(Counter(len(row["turns"]) for row in trajectories).items()))
+        found["kinds of trajectory"] = dict(Counter(str(row.get("kind")) for row in trajectories))
     if model:
         found["tokens"] = [token_lengths(model, rows, folder)]
     for name, table in found.items():
@@ -70,13 +69,6 @@ def stats(path, model=None):
         for name in names[:5]:
             print(f"    {what}  {name}")
     return found
-
-
-def num_turns(row):
-    """How many turns the assistant has in a trajectory, or in a row of messages."""
-    if "messages" in row:
-        return sum(message["role"] == "assistant" for message in row["messages"])
-    return len(row["turns"])
 
 
 def duration_group(question):
