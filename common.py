@@ -303,7 +303,7 @@ def read_rows(path, max_bad, check):
             bad.append((f"line {number}", reason))
         else:
             rows.append(row)
-    check_bad(bad, len(rows) + len(bad), max_bad, path)
+    check_bad(bad, len(rows) + len(bad), max_bad if rows else 0, path)
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows, bad

@@ -253,6 +253,7 @@ def finish(given, source):
     texts = [str(given.question), *read_options(given.options)]
     control = CONTROL.search("\n".join([*texts, str(given.answer)]))
     question, *options = [without_control(text).strip() for text in texts]
+    question = question.removeprefix("<video>").strip()  # the frames come behind the question
     # options: given, or in the question's text
     if options:
         question = without_options(question, options)
@@ -340,7 +341,9 @@ def add_files(row, given, annotations, out, videos, subtitles):
         notes.append(("video missing", row["video"]))
     if subtitles:
         try:
-            row["subtitles"] = find_subtitles(subtitles, given, row)
+            row["subtitles"], faults = find_subtitles(subtitles, given, row)
+            if faults:
+                notes.append(("some subtitles cannot be read", f"{len(faults)}: {'; '.join(faults[:3])}"))
         except FAULTS as error:
             notes.append(reason_of(error, "subtitles cannot be read"))
     if pictures:
@@ -350,14 +353,15 @@ def add_files(row, given, annotations, out, videos, subtitles):
 
 
 def find_subtitles(index, given, row):
-    """The subtitles while a row's video lasts. Raises RowFault where there are none."""
+    """The subtitles while a row's video lasts, and what is left out of them. Raises RowFault where there are
+    none."""
     path = index.find(given.subtitles or PurePosixPath(row["video"]).stem)
     if path is None:
         raise RowFault("no subtitles")
-    found = read_subtitles(path, float(given.begin_s or 0), row["meta"].get("duration_s"))
+    found, faults = read_subtitles(path, float(given.begin_s or 0), row["meta"].get("duration_s"))
     if not found:
         raise RowFault("no subtitles", f"none while the video lasts in {path}")
-    return found
+    return found, faults
 
 
 def look_at_video(row, folder, frames):

@@ -3,28 +3,34 @@
 from pathlib import Path
 
 from common import read_rows
-from sources.released_data import SUFFIXES, read_released_messages, read_released_questions
+from sources.released_data import SUFFIXES, either_row, message_row, read_released, released_question
 from sources.rows import is_trajectory, question_error, trajectory_error
 
 
 def read_questions(path, max_bad):
     """The question rows of a .jsonl file, or of a released data set (sources/released_data.py), and [(line,
     reason)] of those left out. Raises UserError."""
-    if Path(path).suffix in SUFFIXES:
-        return read_released_questions(path, max_bad)
+    if is_released(path):
+        return read_released(path, max_bad, released_question)
     return read_rows(path, max_bad, question_error)
 
 
 def read_trajectories(path, max_bad):
     """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises
     UserError."""
-    if Path(path).suffix in SUFFIXES:
-        return read_released_messages(path, max_bad)
+    if is_released(path):
+        return read_released(path, max_bad, message_row)
     return read_rows(path, max_bad, trajectory_error)
 
 
 def read_either(path):
-    """The rows of a .jsonl file of questions or of trajectories, and [(line, reason)] of those that cannot be
-    used, however many. Raises UserError."""
+    """The rows of a file that one of these two reads, and [(line, reason)] of those that cannot be used,
+    however many. Raises UserError."""
+    if is_released(path):
+        return read_released(path, 1.0, either_row)
     check = lambda row: trajectory_error(row) if is_trajectory(row) else question_error(row)
     return read_rows(path, 1.0, check)
+
+
+def is_released(path):
+    return Path(path).suffix.lower() in SUFFIXES

@@ -1,14 +1,18 @@
 """The paper's released data sets, read as they are.
 
     RL     a JSON list of {"videos": [path], "problem", "solution", "data_source", "extra_info"}, or a yaml
-           with datasets: [{json_path, sampling_strategy}], each all, first:N, end:N or random:N, N perhaps N%.
-           `problem` has <image> where the frames go, and the options in its text; "solution" may be "A."
+           with datasets: [{json_path, sampling_strategy}], each all, first:N, end:N or random:N (or N%).
+           `problem` has <image>, or <video> as others write, where the frames go, and the options in its
+           text; "solution" may be "A."
     SFT    a JSON list of {"messages": [{"role", "content"}, ...], "images": [path, ...]}: each <image> is the
-           next image file. Encoded as stored, since no video is named
+           next image file. Encoded as stored, since no video is named; a row that refers to a video, to
+           sound or to anything else that is not shown is left out and named
 
 Facts: the public repository zsgvivo/VideoZoomer, verl/utils/dataset/multimodal_dataset.py and
 scripts/sft.yaml. Paths are relative to the file that is named (the yaml, too), or as given. A row of
 questions keeps its `problem` in meta, for the released protocol; ours shows question and options apart.
+Fields of other sets of messages, which are not shown: LLaMA-Factory data/README.md (videos, audios, system,
+tools), ms-swift docs/source_en/Customization/Custom-dataset.md (objects, contents that are lists).
 """
 
 import math
@@ -29,35 +33,49 @@ from video import Frame, VideoError
 from zoom_env import Message, ZoomEnv
 
 SUFFIXES = (".json", ".yaml", ".yml")  # of files in these formats
+MEDIA = "videos", "video", "audios", "audio"  # fields that name some
+MARK = re.compile(r"<\|?(?:video|audio)(?:_pad)?\|?>", re.IGNORECASE)  # of a place for them in a text
 
 
 # ----------------------------------------------------------------------------------------------- both formats
-def read_each(path, rows, max_bad, read):
-    """What `read(row, number)` makes of the rows of a file, and [(row, reason)] of those of which it raises
-    RowFault, LookupError, TypeError or AttributeError. Raises UserError."""
-    good, bad = [], []
+def read_released(path, max_bad, read):
+    """What `read(row, number, path)` makes of the rows of a file, and [(row, reason)] of those of which it
+    raises RowFault, LookupError, TypeError or AttributeError. Raises UserError.
+
+    read: released_question, message_row, or either_row."""
+    path, good, bad = Path(path), [], []
+    rows = read_file(path) if path.suffix.lower() == ".json" else read_mixture(path)
     for number, row in enumerate(rows):
         try:
-            good.append(read(row, number))
+            if not isinstance(row, dict):
+                raise RowFault("not a JSON object")
+            good.append(read(row, number, path))
         except RowFault as fault:
             bad.append((f"row {number}", str(fault)))
+        except KeyError as error:
+            bad.append((f"row {number}", f'no "{error.args[0]}"'))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             bad.append((f"row {number}", first_line(error)))
-    check_bad(bad, len(rows), max_bad, path)
+    check_bad(bad, len(rows), max_bad if good else 0, path)
     if not good:
         raise UserError(f"{path} has no rows")
     return good, bad
 
 
+def either_row(row, number, path):
+    """A row of messages or of questions, as it is one. Raises as they do."""
+    is_question = "problem" in row and "messages" not in row
+    return (released_question if is_question else message_row)(row, number, path)
+
+
+def refuse(values, keys):
+    """Raises RowFault where a row or a message has one of these fields, and something in it."""
+    for key in keys:
+        if values.get(key):
+            raise RowFault(f'its "{key}" would not be shown')
+
+
 # --------------------------------------------------------------------------------------------------------- RL
-def read_released_questions(path, max_bad):
-    """Question rows of an RL set, their videos relative to the file's folder, and [(row, reason)] of those
-    left out. Raises UserError."""
-    path = Path(path)
-    rows = read_file(path) if path.suffix == ".json" else read_mixture(path)
-    return read_each(path, rows, max_bad, lambda row, number: released_question(row, number, path))
-
-
 def read_mixture(path):
     """The rows of all data sets of a yaml file, each sampled by its strategy, with the released code's seed.
     Raises UserError."""
@@ -94,11 +112,20 @@ def sample(rows, strategy, rng):
 
 
 def released_question(row, number, path):
-    """A question row of a row of an RL set. Raises RowFault, LookupError, TypeError, AttributeError."""
+    """A question row of a row of an RL set, its video relative to the file's folder. Raises RowFault,
+    LookupError, TypeError, AttributeError."""
     videos, problem, extra = row["videos"], row["problem"], row.get("extra_info") or {}
     if not isinstance(videos, list) or len(videos) != 1:
         raise RowFault("not one video")
     video = videos[0]
+    if not isinstance(video, str):
+        raise RowFault("its video is not a path")
+    refuse(row, ("images", "image", "audios", "audio"))
+    problem = problem.replace("<video>", "<image>")
+    if problem.count("<image>") > 1:
+        raise RowFault(f"{problem.count('<image>')} places of a video, 1 video")
+    if mark := MARK.search(problem):
+        raise RowFault(f"{mark[0]} in its problem would not be shown")
     if not os.path.exists(path.parent / video) and os.path.exists(video):
         video = os.path.abspath(video)  # as given
     text = problem.replace("<image>", "").strip()
@@ -130,18 +157,20 @@ class AsStored(ZoomEnv):
     trains_appended_end = True
 
 
-def read_released_messages(path, max_bad):
-    """Rows {"question": {"id"}, "messages", "images"} of an SFT set, and [(row, reason)] of those left out.
-    Raises UserError."""
-    path = Path(path)
-    return read_each(path, read_file(path), max_bad, lambda row, number: message_row(row, number, path))
-
-
 def message_row(row, number, path):
-    """A row of messages, checked. Raises RowFault, LookupError, TypeError, AttributeError."""
-    messages, images = row["messages"], row.get("images") or []
+    """{"question", "kind", "turns", "messages", "images"} of a row of messages; turns are the assistant's.
+    The question is what the user's first message says beside frames and their tags: no more of a question row
+    than id, text, options and images. Raises RowFault."""
+    messages, images = row.get("messages"), row.get("images") or []
+    if messages is None:
+        raise RowFault("no messages", '"conversations" are not read' if "conversations" in row else "")
+    refuse(row, (*MEDIA, "image", "objects", "system", "tools"))
     if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise RowFault("messages are not a list of role and content")
+        raise RowFault("messages are not a list of role and content, both of them texts")
+    for message in messages:
+        refuse(message, (*MEDIA, "images", "image", "tool_calls"))
+        if mark := MARK.search(message["content"]):
+            raise RowFault(f"{mark[0]} in a message would not be shown")
     roles = [m["role"] for m in messages]
     if roles[:1] == ["system"]:
         roles = roles[1:]
@@ -154,7 +183,12 @@ def message_row(row, number, path):
     marks = sum(m["content"].count("<image>") for m in messages)
     if marks != len(images):
         raise RowFault(f"{marks} <image>, {len(images)} images")
-    return {"question": {"id": f"{path.stem}_{number}"}, "messages": messages, "images": images}
+    asked = next(m["content"] for m in messages if m["role"] == "user")
+    text, options, after = split_options(re.sub(r"(?:<[^<>]*>)?<image>", "", asked))
+    question = {"id": f"{path.stem}_{number}", "question": f"{text}\n{after}".strip(), "options": options,
+                "images": images}
+    turns = [m["content"] for m in messages if m["role"] == "assistant"]
+    return {"question": question, "kind": "messages", "turns": turns, "messages": messages, "images": images}
 
 
 def is_message(value):

@@ -33,6 +33,7 @@ import json
 from grading import LETTERS, normalise, option_texts
 from sources.shapes import CONTROL
 
+MARKS = "<video>", "<audio>"  # that other formats put in a text where one belongs
 ANSWER_TYPES = ("multiple_choice", "number", "segment", "open_ended")
 
 
@@ -95,6 +96,9 @@ def question_error(question):
             return f'no "{key}", or it is not a text'
     if not is_path(question["video"]):
         return "video is not a path"
+    text = question["question"].strip()
+    if text.startswith(MARKS) or any(line.strip() in MARKS for line in text.split("\n")):
+        return "<video> or <audio> in the question: the video needs no mark, and sound is not heard"
     answer, answer_type = question.get("answer"), question["answer_type"]
     if answer in (None, ""):
         return 'no "answer"'

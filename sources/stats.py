@@ -1,4 +1,4 @@
-"""What is in a question or trajectory file: kinds, durations, letters, rounds, token lengths.
+"""What is in a file of questions, trajectories or messages: kinds, durations, letters, rounds, token lengths.
 
     python data_prep.py stats questions.jsonl [--model DIR]
 """
@@ -14,6 +14,7 @@ from model import encode, replay
 from protocols import make_env
 from sources.files import in_threads
 from sources.read import read_either
+from sources.released_data import encode_stored
 from sources.rows import is_number, is_trajectory, question_of
 from training.checkpoints import load_policy
 from training.tables import kind_of, text_table
@@ -31,20 +32,23 @@ def stats(path, model=None):
     rows, bad = read_either(path)
     folder, questions = Path(path).parent, [question_of(row) for row in rows]
     trajectories = [row for row in rows if is_trajectory(row)]
-    by_video = {q["video"]: q for q in questions}
+    by_video = {q["video"]: q for q in questions if "video" in q}
     durations_s = in_threads(lambda question: duration_of(question, folder), by_video.values(), "videos")
     durations = dict(zip(by_video, durations_s))
-    with_letters = [q["answer"].strip().upper() for q in questions if q["answer_type"] == "multiple_choice"]
+    answer_types = Counter(q["answer_type"] for q in questions if "answer_type" in q)
+    letters = Counter(q["answer"].strip().upper() for q in questions
+                      if q.get("answer_type") == "multiple_choice")
+    images = {name for q in questions for name in q.get("images") or []}
+    missing = [name for name in [*by_video, *sorted(images)] if not os.path.isfile(folder / name)]
     counts = {"questions": len({q["id"] for q in questions}), "rows": len(rows), "unusable": len(bad),
-              "videos": len(by_video),
-              "videos missing": sum(not os.path.isfile(folder / name) for name in by_video)}
+              "videos": len(by_video), "videos missing": sum(name in by_video for name in missing)}
     for field in ("evidence", "images", "subtitles"):
         counts[f"with {field}"] = sum(bool(q.get(field)) for q in questions)
     found = {
         "counts": counts,
         "kinds": by_group(questions, kind_of, durations),
-        "answer types": dict(Counter(q["answer_type"] for q in questions)),
-        "letters": dict(sorted(Counter(with_letters).items())),
+        "answer types": dict(answer_types),
+        "letters": dict(sorted(letters.items())),
     }
     if groups := by_group(questions, duration_group, durations):
         found["duration groups"] = groups
@@ -59,6 +63,11 @@ def stats(path, model=None):
         else:
             print(name if name == "tokens" else f"{name}, seconds of their videos")
             print(text_table(COLUMNS, table))
+    unreadable = [name for name, seconds in durations.items() if seconds is None and name not in missing]
+    for what, names in (("unusable", [f"{line}: {reason}" for line, reason in bad]), ("missing", missing),
+                        ("its duration cannot be read", unreadable)):
+        for name in names[:5]:
+            print(f"    {what}  {name}")
     return found
 
 
@@ -79,14 +88,14 @@ def duration_of(question, folder):
 
 def by_group(questions, group_of, durations):
     """A row for each group, the largest first: how many questions it has, and how long their videos are, each
-    video once. Questions whose group is "" are in none."""
+    video once, as far as that is known. Questions whose group is "" are in none."""
     groups = defaultdict(list)
     for question in questions:
         if group := group_of(question):
-            groups[group].append(question["video"])
+            groups[group].append(question.get("video"))
     rows = []
     for name in sorted(groups, key=lambda name: -len(groups[name])):
-        durations_s = [durations[video] for video in set(groups[name]) if durations[video] is not None]
+        durations_s = [durations[video] for video in set(groups[name]) if durations.get(video) is not None]
         rows.append({"name": name, "n": len(groups[name])} | spread(durations_s))
     return rows
 
@@ -102,7 +111,9 @@ def token_lengths(model, rows, folder):
     policy, lengths = load_policy(model), []
     for row in tqdm(rows, desc="tokens", unit="row", dynamic_ncols=True):
         try:
-            if is_trajectory(row):
+            if "messages" in row:
+                dialogue = encode_stored(policy, row, folder)
+            elif is_trajectory(row):
                 dialogue, _ = replay(policy, row, folder)
             else:
                 dialogue = encode(policy, make_env(row, policy.env_config, folder).reset())

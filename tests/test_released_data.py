@@ -16,8 +16,12 @@ from common import UserError
 from demo.synthetic import write_video
 from protocols import make_env
 from protocols.released import TEXTS
+from sources.benchmarks import Given, finish
+from sources.overlap import overlap
 from sources.read import read_questions, read_trajectories
 from sources.released_data import encode_stored
+from sources.rows import question_error
+from sources.stats import stats
 from zoom_env import EnvConfig, ZoomEnv
 
 PROBLEM = "Look:\n<image>\nWhat is it?\nA. a cat\nB. a dog"
@@ -87,6 +91,47 @@ def test_its_own_text_is_what_the_released_protocol_shows(tmp_path):
     text = words(make_env(question, EnvConfig(protocol="released", texts=texts, frame_unit=28), tmp_path))
     assert text == "Look:\n" + "".join(f"<frame{i}_at{2 * i}.00>[]" for i in range(6)) + "\nWhat is it?\nA. a cat\nB. a dog"
     assert words(ZoomEnv(question, EnvConfig(frame_unit=28), tmp_path)).startswith("Look:\n\nWhat is it?\nA. a cat\nB. a dog\nThe video")
+
+
+def test_a_mark_of_the_video_is_its_place(tmp_path):
+    """<video>, as EasyR1's and LLaMA-Factory's rows have it, is as <image>; in no protocol it stays as a word."""
+    write_video(tmp_path / "tiny.mp4", (np.full((144, 176, 3), n, np.uint8) for n in range(40)), 10)
+    rows = [ROW | {"problem": problem} for problem in ("<image>\n" + PROBLEM[14:], "<video>\n" + PROBLEM[14:])]
+    (one, two), _ = read_questions(write(tmp_path / "rl.json", rows), 0)
+    assert one | {"id": ""} == two | {"id": ""}
+    texts = dict.fromkeys(TEXTS, "") | {"frame": "<frame{index}>"}
+    for protocol, settings in (("released", {"texts": texts}), ("videozoomer", {}), ("direct", {})):
+        config = EnvConfig(protocol=protocol, frame_unit=28, **settings)
+        shown = [make_env(question, config, tmp_path).reset()[1].content for question in (one, two)]
+        words = ["".join("[]" if not isinstance(item, str) else item for item in content) for content in shown]
+        assert words[0] == words[1] and "<video>" not in words[1] and "[]" in words[1]
+
+
+def test_what_a_question_would_not_show_is_named(tmp_path):
+    def holds(row, reason):
+        questions, bad = read_questions(write(tmp_path / "rl.json", [ROW, row if row == 7 else ROW | row]), 0.5)
+        assert len(questions) == 1 and len(bad) == 1 and reason in bad[0][1], bad
+
+    all_hold(holds, [
+        ({"problem": "<video>" + PROBLEM}, "2 places of a video, 1 video"), ({"problem": "<image>" + PROBLEM}, "2 places"),
+        ({"problem": "<audio>" + PROBLEM}, "<audio> in its problem"), ({"problem": "<|video_pad|>" + PROBLEM}, "<|video_pad|> in"),
+        ({"images": ["a.png"]}, '"images" would not be shown'), ({"audios": ["a.wav"]}, '"audios" would not be shown'),
+        ({"videos": [["a.png", "b.png"]]}, "its video is not a path"), (7, "not a JSON object")])
+    for key in ("videos", "problem", "solution"):
+        without = {k: v for k, v in ROW.items() if k != key}
+        _, bad = read_questions(write(tmp_path / "rl.json", [ROW, without]), 0.5)
+        assert bad == [("row 1", f'no "{key}"')]
+
+
+def test_a_mark_in_a_question_of_our_own_is_named():
+    row = {"id": "1", "video": "a.mp4", "options": None, "answer": "x", "answer_type": "open_ended"}
+    def holds(text):
+        assert "<video> or <audio>" in question_error(row | {"question": text})
+
+    all_hold(holds, [["<video>What?"], ["<video>\nWhat?"], ["What?\n <audio>\nWho?"], ["What?\n<video>"]])
+    assert question_error(row | {"question": "What does the tag <video> do?"}) is None
+    made, _ = finish(Given(video="a", question="<video>\nWhat?", options=["x", "y"], answer="A"), "mine")
+    assert made["question"] == "What?"
 
 
 # -------------------------------------------------------------------------------------------------------- messages
@@ -159,3 +204,64 @@ def test_images_that_cannot_be_read_leave_their_row_out(place, tmp_path):
     rows, _ = read_trajectories(tmp_path / "sft.json", 0)
     dialogues, bad = sft.load_dialogues(random_policy(), rows, tmp_path, 32_768)
     assert not dialogues and [where for where, _ in bad] == ["sft_0", "sft_1"] and all("3.png" in reason for _, reason in bad)
+
+
+def test_messages_that_refer_to_what_is_not_shown_are_named(tmp_path):
+    """Rows of LLaMA-Factory, ms-swift and ShareGPT about videos: their texts alone are not what they are."""
+    asked, said = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "A"}
+    good = {"messages": [asked, said], "videos": [], "images": None, "audios": None, "system": "", "tools": ""}
+
+    def holds(row, reason):
+        rows, bad = read_trajectories(write(tmp_path / "sft.json", [good, row]), 0.5)
+        assert len(rows) == 1 and [where for where, _ in bad] == ["row 1"] and reason in bad[0][1], bad
+
+    all_hold(holds, [
+        *((good | {key: ["v1.mp4"]}, f'"{key}" would not be shown') for key in ("videos", "video", "audios", "audio", "image",
+                                                                                  "objects", "tools", "system")),
+        *(({"messages": [asked | {"content": mark + "What?"}, said]}, f"{mark} in a message")
+          for mark in ("<video>", "<audio>", "<VIDEO>", "<|video_pad|>", "<|AUDIO|>")),
+        ({"messages": [asked, said | {"content": "<video>"}]}, "<video> in a message"),
+        ({"messages": [asked | {"video": "v1.mp4"}, said]}, '"video" would not be shown'),
+        ({"messages": [asked | {"content": [{"type": "video", "video": "v1.mp4"}]}, said]}, "both of them texts"),
+        ({"conversations": [{"from": "human", "value": "<video>What?"}], "videos": ["v1.mp4"]}, "no messages: \"conversations\""),
+        ({"instruction": "<video>What?", "output": "A", "videos": ["v1.mp4"]}, "no messages"), (ROW, "no messages"), ("text", "no")])
+    with pytest.raises(UserError, match="1 of 1 rows.*videos"):
+        read_trajectories(write(tmp_path / "one.json", [good | {"videos": ["v1.mp4"]}]), 0.9)
+
+
+# ------------------------------------------------------------------------------------------------ overlap and stats
+def test_overlap_and_stats_read_what_the_stages_read(place, tmp_path, capsys):
+    for file in place.iterdir():
+        shutil.copy(file, tmp_path)
+    write_video(tmp_path / "tiny.mp4", (np.full((144, 176, 3), n, np.uint8) for n in range(40)), 10)
+    shutil.copy(tmp_path / "tiny.mp4", tmp_path / "copy.mp4")
+    shutil.copy(tmp_path / "0.png", tmp_path / "other.png")
+    rl = write(tmp_path / "rl.json", [ROW, ROW | {"problem": "<video>Who?\nA. x\nB. y", "videos": ["gone.mp4"]}, ROW | {"videos": []}])
+    write(tmp_path / "mix.yaml", "datasets:\n  - json_path: rl.json\n    sampling_strategy: \"first:1\"\n")
+    asked = [{"role": "user", "content": "<frame0><image>\nWho?\nA. x\nB. y"}, {"role": "assistant", "content": "A"}]
+    sft_file = write(tmp_path / "few.json", [{"messages": asked, "images": ["other.png"]}, {"messages": asked, "images": ["none.png"]},
+                                             {"messages": asked, "videos": ["tiny.mp4"]}])
+    ours = {"id": "q", "video": "copy.mp4", "question": "Who?", "options": ["y", "x"], "answer": "A", "answer_type": "multiple_choice"}
+    write(tmp_path / "ours.jsonl", json.dumps(ours))
+    pairs = lambda *names: {what: found for what, found in overlap(*(tmp_path / name for name in names)).items() if found}
+    assert pairs("rl.json", "ours.jsonl") == {"the same video by content": [("tiny.mp4", "copy.mp4")],
+                                              "the same question and options": [("rl_1", "q")]}
+    assert set(pairs("mix.yaml", "rl.json")) == {"the same video by content", "the same video by name", "the same question and options"}
+    assert pairs("few.json", "rl.json") == {"the same question and options": [("few_0", "rl_1")]}
+    assert pairs("few.json", "sft.json") == {"the same image by content": [("other.png", "0.png")]}
+    capsys.readouterr()
+    found = stats(rl)
+    assert found["counts"] == {"questions": 2, "rows": 2, "unusable": 1, "videos": 2, "videos missing": 1, "with evidence": 0,
+                               "with images": 0, "with subtitles": 0} and found["letters"] == {"B": 2}
+    said = capsys.readouterr().out
+    assert "unusable  row 2: not one video" in said and "missing  gone.mp4" in said
+    found = stats(sft_file, sft.TINY_BASE)
+    assert found["rounds"] == {1: 2} and found["kinds of trajectory"] == {"messages": 2} and found["counts"]["with images"] == 2
+    assert found["tokens"][0]["n"] == 1 and found["tokens"][0]["least"] > 10
+    said = capsys.readouterr().out
+    assert 'unusable  row 2: its "videos" would not be shown' in said and "missing  none.png" in said
+    assert stats(tmp_path / "mix.yaml")["counts"]["rows"] == 1
+    for name in ("rl.json", "few.json"):  # not one row of it: the first reason
+        rows = json.loads((tmp_path / name).read_text())[2:]
+        with pytest.raises(UserError, match="1 of 1 rows cannot be used .row 0: "):
+            stats(write(tmp_path / "bad.json", rows))
