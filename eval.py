@@ -181,7 +181,7 @@ def ask(config, world, device):
     question = {"id": "question", "video": config.video, "question": config.question,
                 "options": config.options, "answer": "A" if config.options else "unknown",
                 "answer_type": "multiple_choice" if config.options else "open_ended"}
-    reason = question_error(question)
+    reason = question_error(question | {"video": "any"})  # its name may be no UTF-8
     if reason:
         raise UserError(reason)
     open_video(config.video)  # before the model loads
