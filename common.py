@@ -57,9 +57,9 @@ def warn(message):
 
 class Shown(io.FileIO):
     """Where standard output or error goes. What cannot be written is dropped: a run of days does not end as
-    nobody reads it any more (head has ended, the terminal was closed), or as the log's disk is full."""
+    nobody reads what it prints (head has ended, the terminal was closed), or as the log's disk is full."""
 
-    lost = None  # the first error of standard output, but that nobody reads it
+    lost = None  # the first error of standard output, other than that nobody reads it
 
     def write(self, data):
         try:
@@ -75,23 +75,20 @@ class Shown(io.FileIO):
 def open_streams():
     """Makes print, tqdm and what else writes to standard output or error raise nothing: what the terminal's
     encoding lacks is shown as an escape. Other streams in their place, as a notebook's, stay."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    for name, kept in (("stdout", "__stdout__"), ("stderr", "__stderr__")):
         stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__"):
+        if stream is not getattr(sys, kept):
             continue
-        target, encoding, by_line = number, "utf-8", True
         if stream is None:  # closed by who started the script
-            target = os.devnull
-        else:
-            encoding, by_line = stream.encoding, stream.line_buffering or stream.write_through
-            stream.flush()
-        setattr(sys, name, io.TextIOWrapper(
-            io.BufferedWriter(Shown(target, "w", closefd=stream is None)), encoding,
-            errors="backslashreplace", line_buffering=by_line))
+            stream = open(os.devnull, "w")
+            setattr(sys, kept, stream)
+        file = io.BufferedWriter(Shown(stream.fileno(), "w", closefd=False))
+        by_line = stream.line_buffering or stream.write_through
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=by_line))
 
 
 def check_shown():
-    """Raises UserError where something that was printed could not be written: for commands that only print."""
+    """Raises UserError where what was printed could not all be written: for commands that only print."""
     sys.stdout.flush()
     if Shown.lost:
         raise UserError(f"cannot write to standard output: {Shown.lost.strerror}")

@@ -12,7 +12,8 @@ sampler could reach with as many frames as the policy looked at (see demo/synthe
 Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines
 (training/tables.py): results.json (a row for each policy and mode, with the settings), by_kind.jsonl and
 by_duration.jsonl (the same by kind of question and length of video). So a run that was stopped goes on, see
---resume. A video that is missing or cannot be read ends nothing: it is counted, and named in skipped.jsonl.
+--resume. A video that is missing or cannot be read ends nothing: it is counted, and named in skipped.jsonl;
+once it can be played the same command plays it and makes the tables anew.
 
 Temperature 0, as in the paper: nothing depends on what is played together, else on --seed and each process's
 share. An invalid call is a turn that could not be carried out, among all calls; where no tool is offered,
@@ -20,6 +21,7 @@ calls are counted apart (no tool), and answers without <answer>, too, which are 
 (untagged). Seconds are those of playing, summed over processes.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -295,14 +297,16 @@ def main():
             raise no_question(config.data, without + [(questions[n]["id"], missing[n]) for n in missing])
 
     def is_whole(done):
-        """Whether none of the questions that are not in `done`, keys, can be played. Says why."""
+        """Whether the tables are there, and none of the questions that are not in `done`, keys, can be
+        played; says why."""
+        if not all(Path(config.out, name).exists() for name in ("by_kind.jsonl", "skipped.jsonl")):
+            return False
         reason = None
-        for place, play in enumerate(plays):
-            for number, question in questions.items():
-                if (place, number) not in done:
-                    reason = unplayable(question, environments[play.policy], root)
-                    if not reason:
-                        return False
+        for place, number in itertools.product(range(len(plays)), questions):
+            if done and (place, number) not in done:  # else episodes.jsonl was taken away: the tables stay
+                reason = unplayable(questions[number], environments[plays[place].policy], root)
+                if not reason:
+                    return False
         if reason:
             warn(f"what was skipped cannot be played yet ({reason})")
         return True

@@ -270,21 +270,21 @@ def test_what_cannot_be_encoded_is_escaped_and_streams_may_be_closed_or_full(tmp
 
 @pytest.mark.slow
 def test_scripts_go_on_where_nobody_reads_what_they_say(tmp_path):
-    """sft.py trains to the end under torchrun, eval.py shows a video whose name is no UTF-8, and commands that
-    only print say when what they printed is lost."""
+    """sft.py trains to the end under torchrun, eval.py shows a video whose name is no UTF-8, and commands
+    that only print say when what they printed is lost."""
     place, root = make_place(tmp_path, layers=1), shlex.quote(str(ROOT))
     bash = lambda shell: subprocess.run(["bash", "-c", shell], cwd=place, capture_output=True, text=True,
                                         timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     python = shlex.quote(sys.executable)
-    done = bash(f"{python} -m torch.distributed.run --standalone --nproc_per_node=2 {root}/sft.py --model model "
-                f"--data sft.jsonl --out out --device cpu --batch_size 2 --max_length 20000 "
-                f"| head -n 1; exit ${{PIPESTATUS[0]}}")
+    torchrun = f"{python} -m torch.distributed.run --standalone --nproc_per_node=2"
+    done = bash(f"{torchrun} {root}/sft.py --model model --data sft.jsonl --out out --device cpu "
+                f"--batch_size 2 --max_length 20000 | head -n 1; exit ${{PIPESTATUS[0]}}")
     assert done.returncode == 0, done.stderr
     assert json.loads((place / "out" / "run.json").read_text())["finished"] and "Traceback" not in done.stderr
     video = next((place / "videos").iterdir())
     video.rename(video.with_name("\udcff.mp4"))
-    done = bash(f"{python} {root}/eval.py --model model --video videos/$'\\xff.mp4' --question Why? --device cpu "
-                f"--max_turn_tokens 4")
+    done = bash(f"{python} {root}/eval.py --model model --video videos/$'\\xff.mp4' --question Why? "
+                f"--device cpu --max_turn_tokens 4")
     assert done.returncode == 0 and "videos/\\udcff.mp4: Why?" in done.stdout, done.stderr
     done = bash(f"{python} {root}/data_prep.py stats sft.jsonl | head -n 1; exit ${{PIPESTATUS[0]}}")
     assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -289,7 +289,7 @@ def test_the_checkpoint_counts_by_its_content(tmp_path):
     assert run_folder.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
-# ----------------------------------------------------------------------------- what was skipped, once it is there
+# ---------------------------------------------------------------------------- what was skipped, once it is there
 @pytest.fixture
 def place(folder, tmp_path):
     """Questions with videos of their own, one of which is away: (flags, the video, what it holds)."""
@@ -311,7 +311,7 @@ def skipped_ids(out):
     return [json.loads(line)["row"] for line in (out / "skipped.jsonl").read_text().splitlines()]
 
 
-def test_an_evaluation_goes_on_with_what_was_skipped_once_it_can_be_played(place, tmp_path, monkeypatch, capsys):
+def test_what_was_skipped_is_played_once_it_can_be(place, tmp_path, monkeypatch, capsys):
     """A video that was missing, then damaged, then whole, in two modes; not while it cannot be played, and not
     as others are gone. In the end all is as if everything had been there from the start."""
     flags, video, content = place
@@ -343,14 +343,21 @@ def test_an_evaluation_goes_on_with_what_was_skipped_once_it_can_be_played(place
     assert skipped_ids(tmp_path / "out") == []
     assert main(monkeypatch, capsys, *flags, "--out", tmp_path / "whole")[0] == 0
     assert results(tmp_path / "out") == results(tmp_path / "whole")
-    # all videos are gone: what was found stays
+    # all videos are gone, a table, the episodes: what was found stays
     whole = results(tmp_path / "out")
     for path in video.parent.iterdir():
         path.unlink()
     monkeypatch.setattr(evaluation, "load_policy", None)
+    for lost in (None, "by_kind.jsonl", "skipped.jsonl"):
+        if lost:
+            (tmp_path / "out" / lost).unlink()
+        status, said, _ = call("--strict")
+        assert status == 0 and ("finished" in said) == (not lost) and "95% interval" in said
+        assert results(tmp_path / "out") == whole
+    (tmp_path / "out" / "episodes.jsonl").unlink()
+    video.write_bytes(content)
     status, said, _ = call("--strict")
     assert status == 0 and "finished" in said and "95% interval" in said
-    assert results(tmp_path / "out") == whole
 
 
 def test_an_image_of_a_question_that_comes_later_is_played(place, tmp_path, monkeypatch, capsys):

@@ -39,12 +39,6 @@ def unplayable(question, env_config, root):
     return None
 
 
-def missing_files(rows, root):
-    """[(id, reason)] of the question rows that `missing_file` has a reason for."""
-    reasons = [(row["id"], missing_file(row, root)) for row in rows]
-    return [(name, reason) for name, reason in reasons if reason]
-
-
 def check_held_out(rows, bad, path, env_config):
     """Before a run: returns the question rows of the file `path`, and warns of those whose files are missing
     and of the `bad` ones, [(line, reason)], that were left out. Raises UserError where none can be played."""
@@ -53,7 +47,7 @@ def check_held_out(rows, bad, path, env_config):
     if reason and all(unplayable(row, env_config, root) for row in rows[1:]):
         raise UserError(f"--val {path}: none of its {len(rows)} questions can be played ({rows[0]['id']}: "
                         f"{reason})")
-    left_out = bad + missing_files(rows, root)
+    left_out = bad + [(row["id"], reason) for row in rows if (reason := missing_file(row, root))]
     if left_out:
         where, reason = left_out[0]
         warn(f"--val {path}: {len(left_out)} of {len(bad) + len(rows)} questions are not played ({where}: "
@@ -97,6 +91,6 @@ def held_out(policy, rows, root, config, rank, world, device):
     played = total.pop("played")
     for name in ("val_accuracy", "val_zooms", "val_frames"):
         total[name] = total[name] / played if played else None
-    if not played:
-        warn(f"none of the {len(rows)} held-out questions can be played: their videos cannot be read any more")
+    if skipped and not played:
+        warn(f"none of the {len(rows)} held-out questions can be played any more ({skipped[0][1]})")
     return total | {"seconds_val": time.time() - began}

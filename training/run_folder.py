@@ -178,7 +178,8 @@ class Rows:
     def begin(self, *run, is_whole):
         """`begin_run` in the first process. Returns (state, keys of the rows that are there) on all.
 
-        run: what `begin_run` takes after the folder. is_whole: given those keys, whether a finished run has nothing more to do; else it goes on."""
+        run: what `begin_run` takes after the folder. is_whole: given those keys, whether a finished run has
+        nothing more to do; else it goes on."""
         found = None
         if self.rank == 0:
             state, done = begin_run(open_folder(self.out), *run), set()
