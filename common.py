@@ -83,8 +83,9 @@ def open_streams():
             stream = open(os.devnull, "w")
             setattr(sys, kept, stream)
         file = io.BufferedWriter(Shown(stream.fileno(), "w", closefd=False))
-        by_line = stream.line_buffering or stream.write_through
-        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=by_line))
+        at_once = stream.line_buffering or stream.write_through
+        text = io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=at_once)
+        setattr(sys, name, text)
 
 
 def check_shown():

@@ -289,7 +289,7 @@ def test_the_checkpoint_counts_by_its_content(tmp_path):
     assert run_folder.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
-# ---------------------------------------------------------------------------- what was skipped, once it is there
+# ------------------------------------------------------------------------- what was skipped, once it is there
 @pytest.fixture
 def place(folder, tmp_path):
     """Questions with videos of their own, one of which is away: (flags, the video, what it holds)."""
@@ -312,8 +312,8 @@ def skipped_ids(out):
 
 
 def test_what_was_skipped_is_played_once_it_can_be(place, tmp_path, monkeypatch, capsys):
-    """A video that was missing, then damaged, then whole, in two modes; not while it cannot be played, and not
-    as others are gone. In the end all is as if everything had been there from the start."""
+    """A video that was missing, then damaged, then whole, in two modes; not while it cannot be played, and
+    not as others are gone. In the end all is as if everything had been there from the start."""
     flags, video, content = place
     call = lambda *more: main(monkeypatch, capsys, *flags, "--out", tmp_path / "out", *more)
     status, said, _ = call()
