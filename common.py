@@ -7,9 +7,11 @@ common stands in RunConfig, which theirs inherit.
 import argparse
 import errno
 import inspect
+import io
 import json
 import os
 import re
+import select
 import sys
 import time
 import types
@@ -53,12 +55,57 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+class Shown(io.FileIO):
+    """Where standard output or error goes. What cannot be written is dropped: a run of days does not end as
+    nobody reads what it prints (head has ended, the terminal was closed), or as the log's disk is full."""
+
+    lost = None  # the first error of standard output, other than that nobody reads it
+
+    def write(self, data):
+        try:
+            while (written := super().write(data)) is None:  # full, where another program made it not block
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            if error.errno != errno.EPIPE and self.fileno() == 1:
+                Shown.lost = Shown.lost or error
+            return len(data)
+
+
+def open_streams():
+    """Makes print, tqdm and what else writes to standard output or error raise nothing: what the terminal's
+    encoding lacks is shown as an escape. Other streams in their place, as a notebook's, stay."""
+    for name, kept in (("stdout", "__stdout__"), ("stderr", "__stderr__")):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, kept):
+            continue
+        if stream is None:  # closed by who started the script
+            stream = open(os.devnull, "w")
+            setattr(sys, kept, stream)
+        file = io.BufferedWriter(Shown(stream.fileno(), "w", closefd=False))
+        at_once = stream.line_buffering or stream.write_through
+        text = io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=at_once)
+        setattr(sys, name, text)
+
+
+def check_shown():
+    """Raises UserError where what was printed could not all be written: for commands that only print."""
+    sys.stdout.flush()
+    if Shown.lost:
+        raise UserError(f"cannot write to standard output: {Shown.lost.strerror}")
+
+
 def run_main(main, explain=None):
     """Runs a script's main. Wrong input ends it with one line and exit status 2, and so does an exception of
     which `explain` makes a line (else it returns None). Of several processes those that miss one that has
-    ended say nothing: torchrun ends them while they wait. The first's bug is shown."""
+    ended say nothing: torchrun ends them while they wait. The first's bug is shown. Where nobody reads what
+    is printed, the script goes on all the same, and its status is what it was."""
+    open_streams()
     try:
         main()
+        sys.stdout.flush()
+        if Shown.lost:
+            warn(f"not all that was printed could be written: {Shown.lost.strerror}")
         if dist.is_initialized():
             dist.barrier()  # who leaves early is missed by the others
     except UserError as error:

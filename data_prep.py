@@ -13,7 +13,7 @@ sources/rows.py says what a row of questions or of trajectories holds.
 import argparse
 import sys
 
-from common import fail, open_folder, run_main
+from common import check_shown, fail, open_folder, run_main
 from demo.synthetic import NUM_TEST, NUM_TRAIN, synthetic
 from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
 from sources import official
@@ -97,6 +97,7 @@ def main():
     add_commands(commands, dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     args = parser.parse_args()
     args.run(args)
+    check_shown()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ sampler could reach with as many frames as the policy looked at (see demo/synthe
 Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines
 (training/tables.py): results.json (a row for each policy and mode, with the settings), by_kind.jsonl and
 by_duration.jsonl (the same by kind of question and length of video). So a run that was stopped goes on, see
---resume. A video that is missing or cannot be read ends nothing: it is counted, and named in skipped.jsonl.
+--resume. A video that is missing or cannot be read ends nothing: it is counted, and named in skipped.jsonl;
+once it can be played the same command plays it and makes the tables anew.
 
 Temperature 0, as in the paper: nothing depends on what is played together, else on --seed and each process's
 share. An invalid call is a turn that could not be carried out, among all calls; where no tool is offered,
@@ -20,6 +21,7 @@ calls are counted apart (no tool), and answers without <answer>, too, which are 
 (untagged). Seconds are those of playing, summed over processes.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -32,8 +34,8 @@ import torch
 from torchvision.io import write_png
 from tqdm import tqdm
 
-from common import (RunConfig, UserError, choose_dtype, open_folder, parse_flags, run_main, start_processes,
-                    write_json, write_jsonl)
+from common import (RunConfig, UserError, check_shown, choose_dtype, open_folder, parse_flags, run_main,
+                    start_processes, warn, write_json, write_jsonl)
 from demo import synthetic
 from rollout import RolloutConfig
 from scale.pick import cache_gb
@@ -42,7 +44,7 @@ from sources.rows import question_error
 from training import run_folder, tables
 from training.checkpoints import load_policy
 from training.environment import run_environment, with_chosen_frames
-from training.held_out import make_player
+from training.held_out import make_player, missing_file, unplayable
 from training.memory import out_of_memory
 from video import open_video
 
@@ -86,21 +88,12 @@ def load_engine(name, env_config, config, device, rank):
 
 
 # ---------------------------------------------------------------------------------------------------- playing
-def missing_video(question, root):
-    """Why a question's video is not there, or None; what else is wrong with it shows when it is opened."""
-    path = Path(root, question["video"])
-    if os.path.isfile(path):
-        return None
-    hint = '; "\\" is part of a name here, write "/"' if "\\" in question["video"] and os.sep == "/" else ""
-    return f"{path}: no such file{hint}"
-
-
 def evaluate(engine, play, questions, root, env_config, write, show=True):
     """Plays one episode of each of the {number: question}, for a Play. `write` gets a dict of each as soon as
     it is over, and at the end one of each question whose video could not be read."""
     there, skipped = {}, []
     for number, question in questions.items():
-        reason = missing_video(question, root)
+        reason = missing_file(question, root)
         if reason:
             skipped.append((question["id"], reason))
         else:
@@ -190,7 +183,7 @@ def ask(config, world, device):
     question = {"id": "question", "video": config.video, "question": config.question,
                 "options": config.options, "answer": "A" if config.options else "unknown",
                 "answer_type": "multiple_choice" if config.options else "open_ended"}
-    reason = question_error(question)
+    reason = question_error(question | {"video": "any"})  # its name may be no UTF-8
     if reason:
         raise UserError(reason)
     open_video(config.video)  # before the model loads
@@ -207,6 +200,7 @@ def ask(config, world, device):
     print(env.describe())
     answer = env.answer()
     print(f"answer: {'none (the policy gave no answer)' if answer is None else answer}")
+    check_shown()
     if not config.save_frames:
         return
     for number, frames in enumerate(env.watched):
@@ -283,12 +277,6 @@ def main():
     rows, bad = read_questions(config.data, config.max_bad)
     questions, without = with_chosen_frames(rows[:config.max_questions], config)  # by their place in the file
     environments = {name: environment(name, config) for name in names}
-    reasons = [(q["id"], missing_video(q, Path(config.data).parent)) for q in questions.values()]
-    missing = [(question_id, reason) for question_id, reason in reasons if reason]
-    if len(missing) == len(questions):
-        raise no_question(config.data, without + missing)
-    if missing and rank == 0:
-        print(f"{len(missing)} of {len(questions)} questions are without their video")
 
     # each process plays its share, and writes a line an episode
     modes = [config.mode or "zoom"]
@@ -301,12 +289,39 @@ def main():
             return None
         return plays.index((line["policy"], line["mode"])), line["number"]
 
+    root = Path(config.data).parent
+    missing = {number: reason for number, q in questions.items() if (reason := missing_file(q, root))}
+
+    def check_new():
+        if len(missing) == len(questions):
+            raise no_question(config.data, without + [(questions[n]["id"], missing[n]) for n in missing])
+
+    def is_whole(done):
+        """Whether the tables are there, and none of the questions that are not in `done`, keys, can be
+        played; says why."""
+        if not all(Path(config.out, name).exists() for name in ("by_kind.jsonl", "skipped.jsonl")):
+            return False
+        reason = None
+        for place, number in itertools.product(range(len(plays)), questions):
+            if done and (place, number) not in done:  # else episodes.jsonl was taken away: the tables stay
+                reason = unplayable(questions[number], environments[plays[place].policy], root)
+                if not reason:
+                    return False
+        if reason:
+            warn(f"what was skipped cannot be played yet ({reason})")
+        return True
+
     written = run_folder.Rows(config.out, "episodes", key, rank)
     inputs = {"question file": config.data} | run_folder.files_of(config)
     inputs |= {f"checkpoint {name}": name for name in names}
-    state, keys = written.begin(replace(config, dtype=dtype), MAY_DIFFER, inputs, FILES)
+    state, keys = written.begin(replace(config, dtype=dtype), MAY_DIFFER, inputs, FILES, check_new,
+                                is_whole=is_whole)
     done = {(plays[place], number) for place, number in keys}
     if state != "finished":
+        lacking = [number for number in missing if any((play, number) not in done for play in plays)]
+        if lacking:
+            warn(f"{len(lacking)} of {len(questions)} questions are without their video or images "
+                 f"({missing[lacking[0]]}); the same command plays them once these are there")
         for name in names:
             play_share(name, environments[name], modes, questions, done, written, config, rank, world, device)
     written.wait()

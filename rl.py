@@ -49,6 +49,7 @@ from scale.pick import cache_gb, check_flags, load_weights, show_plan
 from sources.read import read_questions
 from training.decoder_check import check_decoder
 from training.environment import run_environment, with_chosen_frames
+from training.held_out import check_held_out
 from training.memory import out_of_memory
 from training.metrics import UpdateMetrics, episode_metrics, show_step
 from training.mismatch import Mismatch, check_old_log_probs, set_old_log_probs
@@ -274,7 +275,9 @@ def main():
     rows = list(chosen.values())
     env_config = run_environment(config.model, config)
     check_old_log_probs(config, env_config)
-    val_rows = read_questions(config.val, config.max_bad)[0] if config.val else None
+    val_rows = None
+    if config.val:
+        val_rows = check_held_out(*read_questions(config.val, config.max_bad), config.val, env_config)
     run = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     if run.finished:
         return

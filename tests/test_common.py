@@ -1,7 +1,10 @@
 """What every script starts with: settings from the command line, sums over processes, rows of files."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from cases import all_hold
-from launcher import launch
+from launcher import ROOT, launch
+from tiny import make_place
+from tqdm import tqdm
 
 import eval as evaluation
 import rl
 import sft
 from common import (RunConfig, UserError, choose_device, choose_dtype, field_comments, float_or_auto, gather,
-                    parse_flags, read_rows, run_main, start_processes, sum_over_processes, write_jsonl)
+                    parse_flags, read_rows, run_main, start_processes, sum_over_processes, warn, write_jsonl)
 from training.weights import sync_gradients
 
 
@@ -187,6 +192,104 @@ def test_devices_and_dtypes_that_are_not_there_are_refused():
     for name in ("float16", "half", ""):
         with pytest.raises(UserError, match="--dtype must be float32 or bfloat16"):
             choose_dtype(name, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------ what the terminal cannot show
+ODD = "\u53d1\u751f\u4e86\u4ec0\u4e48 \u00fc \udcff"  # Chinese, a letter of latin-1, a byte that is no UTF-8
+
+
+SCRIPT = f"""
+import sys
+from pathlib import Path
+from tqdm import tqdm
+from common import UserError, run_main, warn
+
+def main():
+    odd, lines = {ODD!a}, int(sys.argv[1])
+    for _ in tqdm(range(lines), desc=odd):
+        print(odd, flush=True)
+    tqdm.write(odd)
+    warn(odd)
+    Path("went_on").write_text("")
+    if lines == 3:
+        raise UserError(odd)
+
+run_main(main)
+"""
+
+
+def run_odd(folder, shell, lines, **environment):
+    """What bash makes of `shell`, in which $SCRIPT prints so many lines: (status, output, errors)."""
+    went_on = folder / "went_on"
+    went_on.unlink(missing_ok=True)
+    (folder / "script.py").write_text(SCRIPT)
+    variables = {"SCRIPT": f"{sys.executable} script.py {lines}", "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, timeout=100,
+                          env=os.environ | variables)
+    assert went_on.exists(), done.stderr[-300:]
+    for words in (b"Traceback", b"Exception ignored"):
+        assert words not in done.stderr, done.stderr[-300:]
+    return done.returncode, done.stdout, done.stderr
+
+
+def escaped(encoding):
+    return ODD.encode(encoding, "backslashreplace")
+
+
+def test_output_that_nobody_reads_or_that_the_terminal_lacks_ends_nothing(tmp_path):
+    status, said, errors = run_odd(tmp_path, "$SCRIPT | head -n 1; exit ${PIPESTATUS[0]}", 5000,
+                               PYTHONIOENCODING="ascii")
+    assert status == 0 and said == escaped("ascii") + b"\n"
+    assert errors.endswith(b"warning: " + escaped("ascii") + b"\n")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_encoded_is_escaped_and_streams_may_be_closed_or_full(tmp_path):
+    def holds(encoding, **environment):
+        status, said, errors = run_odd(tmp_path, "$SCRIPT", 3, **environment)
+        shown = escaped(encoding)
+        assert status == 2 and said.splitlines() == [shown] * 4
+        assert errors.endswith(b"error: " + shown + b"\n") and errors.count(shown) > 3
+
+    utf8 = {"PYTHONUTF8": "1", "PYTHONIOENCODING": ""}
+    ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+    cases = [("ascii", ascii), ("utf-8", utf8), ("ascii", {"PYTHONIOENCODING": "ascii:strict"}),
+             ("latin-1", {"PYTHONIOENCODING": "latin-1"}), ("gbk", {"PYTHONIOENCODING": "gbk"})]
+    all_hold(lambda encoding, environment: holds(encoding, **environment), cases)
+
+    def ends(status, shell, lost=False, lines=5000):
+        got, _, errors = run_odd(tmp_path, shell, lines, **utf8)
+        assert got == status and (b"No space left" in errors) == lost
+
+    all_hold(ends, [
+        (0, "$SCRIPT >&-"), (0, "$SCRIPT >&- 2>&-"), (0, "$SCRIPT >&- 2>&- <&-"),
+        (0, "$SCRIPT >/dev/full", True), (0, "$SCRIPT >/dev/full 2>/dev/full"),
+        (0, "$SCRIPT 2>&1 | head -n 1; exit ${PIPESTATUS[0]}"),
+        (2, "$SCRIPT 2>&1 | head -n 1; exit ${PIPESTATUS[0]}", False, 3)])
+
+
+@pytest.mark.slow
+def test_scripts_go_on_where_nobody_reads_what_they_say(tmp_path):
+    """sft.py trains to the end under torchrun, eval.py shows a video whose name is no UTF-8, and commands
+    that only print say when what they printed is lost."""
+    place, root = make_place(tmp_path, layers=1), shlex.quote(str(ROOT))
+    bash = lambda shell: subprocess.run(["bash", "-c", shell], cwd=place, capture_output=True, text=True,
+                                        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    python = shlex.quote(sys.executable)
+    torchrun = f"{python} -m torch.distributed.run --standalone --nproc_per_node=2"
+    done = bash(f"{torchrun} {root}/sft.py --model model --data sft.jsonl --out out --device cpu "
+                f"--batch_size 2 --max_length 20000 | head -n 1; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((place / "out" / "run.json").read_text())["finished"] and "Traceback" not in done.stderr
+    video = next((place / "videos").iterdir())
+    video.rename(video.with_name("\udcff.mp4"))
+    done = bash(f"{python} {root}/eval.py --model model --video videos/$'\\xff.mp4' --question Why? "
+                f"--device cpu --max_turn_tokens 4")
+    assert done.returncode == 0 and "videos/\\udcff.mp4: Why?" in done.stdout, done.stderr
+    done = bash(f"{python} {root}/data_prep.py stats sft.jsonl | head -n 1; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    done = bash(f"{python} {root}/data_prep.py stats sft.jsonl > /dev/full")
+    assert done.returncode == 2 and "cannot write to standard output: No space left" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------- processes

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import all_hold
 from launcher import launch
+from PIL import Image
 from tiny import random_policy as make_policy
 
 import eval as evaluation
@@ -286,6 +287,123 @@ def test_the_checkpoint_counts_by_its_content(tmp_path):
     save_policy(make_policy(seed=1, layers=1), tmp_path)
     assert run_folder.fingerprint(tmp_path) != before
     assert run_folder.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+# ------------------------------------------------------------------------- what was skipped, once it is there
+@pytest.fixture
+def place(folder, tmp_path):
+    """Questions with videos of their own, one of which is away: (flags, the video, what it holds)."""
+    rows = write_questions(folder, tmp_path / "q.jsonl")
+    (tmp_path / "videos").mkdir()
+    for row in rows:
+        name = Path(row["video"]).name
+        (tmp_path / "videos" / name).write_bytes(Path(row["video"]).read_bytes())
+        row["video"] = f"videos/{name}"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    video = tmp_path / rows[-1]["video"]
+    content = video.read_bytes()
+    video.unlink()
+    flags = ("--model", folder / "policy", "--data", tmp_path / "q.jsonl", "--max_turn_tokens", 4)
+    return flags, video, content
+
+
+def skipped_ids(out):
+    return [json.loads(line)["row"] for line in (out / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_what_was_skipped_is_played_once_it_can_be(place, tmp_path, monkeypatch, capsys):
+    """A video that was missing, then damaged, then whole, in two modes; not while it cannot be played, and
+    not as others are gone. In the end all is as if everything had been there from the start."""
+    flags, video, content = place
+    call = lambda *more: main(monkeypatch, capsys, *flags, "--out", tmp_path / "out", *more)
+    status, said, _ = call()
+    assert status == 0 and "new run" in said and len(skipped_ids(tmp_path / "out")) == 5
+    first = results(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "load_policy", None)
+        for broken in (None, b"no video" * 1000, content[:3000]):
+            if broken:
+                video.write_bytes(broken)
+            assert call()[0] == 0 and call("--strict")[0] == 3
+            assert results(tmp_path / "out") == first
+    # killed in the second start, with one more episode, then to the end
+    video.write_bytes(content)
+    record, left = evaluation.record, iter(range(1))
+
+    def count(episode):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return record(episode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "record", count)
+        assert main(patched, capsys, *flags, "--out", tmp_path / "out")[0] == 130
+    status, said, _ = call("--strict")
+    assert status == 0 and "goes on, 11 episodes" in said
+    assert skipped_ids(tmp_path / "out") == []
+    assert main(monkeypatch, capsys, *flags, "--out", tmp_path / "whole")[0] == 0
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    # all videos are gone, a table, the episodes: what was found stays
+    whole = results(tmp_path / "out")
+    for path in video.parent.iterdir():
+        path.unlink()
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    for lost in (None, "by_kind.jsonl", "skipped.jsonl"):
+        if lost:
+            (tmp_path / "out" / lost).unlink()
+        status, said, _ = call("--strict")
+        assert status == 0 and ("finished" in said) == (not lost) and "95% interval" in said
+        assert results(tmp_path / "out") == whole
+    (tmp_path / "out" / "episodes.jsonl").unlink()
+    video.write_bytes(content)
+    status, said, _ = call("--strict")
+    assert status == 0 and "finished" in said and "95% interval" in said
+
+
+def test_an_image_of_a_question_that_comes_later_is_played(place, tmp_path, monkeypatch, capsys):
+    flags, video, content = place
+    video.write_bytes(content)
+    rows = [json.loads(line) for line in open(tmp_path / "q.jsonl")]
+    for row, name in zip(rows, ("a.png", "b.png")):
+        row |= {"images": [name], "question": f"<image> {row['question']}"}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    call = lambda: main(monkeypatch, capsys, *flags, "--out", tmp_path / "out", "--mode", "uniform")
+    assert call()[0] == 0 and len(skipped_ids(tmp_path / "out")) == 2
+    Image.new("RGB", (56, 56)).save(tmp_path / "b.png")
+    status, said, _ = call()
+    assert status == 0 and "goes on, 8 episodes" in said
+    assert skipped_ids(tmp_path / "out") == [rows[0]["id"]]
+    monkeypatch.setattr(evaluation, "load_policy", None)
+    status, said, _ = call()
+    assert status == 0 and "finished" in said
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_was_skipped(place, tmp_path):
+    flags, video, content = place
+    flags = (*flags, "--device", "cpu")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    launch(2, "eval.py", [*flags, "--out", out]).wait()
+    assert "finished" in launch(2, "eval.py", [*flags, "--out", out]).wait()
+    video.write_bytes(content)
+    assert "goes on, 10 episodes" in launch(2, "eval.py", [*flags, "--out", out]).wait()
+    launch(1, "eval.py", [*flags, "--out", whole]).wait()
+    assert results(out) == results(whole) and skipped_ids(out) == []
+
+
+def test_where_nothing_can_be_played_an_earlier_run_stays(place, tmp_path, monkeypatch, capsys):
+    flags, video, _ = place
+    out = tmp_path / "out"
+    assert main(monkeypatch, capsys, *flags, "--out", out)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rows = [json.loads(line) | {"video": "away.mp4"} for line in open(tmp_path / "q.jsonl")]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for more in ((), ("--resume", "never")):
+        flags = (*flags, "--data", tmp_path / "other.jsonl", *more)
+        status, _, error = main(monkeypatch, capsys, *flags, "--out", out)
+        assert status == 2 and "away.mp4: no such file" in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 # -------------------------------------------------------------------------------------------------- bad input

@@ -3,19 +3,24 @@
 import gc
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cases import all_hold
 from launcher import launch
 from tiny import ScriptedEnv, chatty, random_policy, restless
 
+import rl
 import rollout as rollouts
-from common import start_processes
+import sft
+from common import run_main, start_processes
 from generation import KVCache
 from protocols import PROTOCOLS
 from rollout import RolloutConfig, play, rollout
+from training.checkpoints import save_policy
 from training.held_out import held_out
 from zoom_env import ZoomEnv
 
@@ -57,6 +62,87 @@ def test_questions_whose_video_cannot_be_read_are_counted(policy, data, tmp_path
     good = figures(policy, rows[:3], folder)
     assert figures(policy, [bad[0], *rows[:3], bad[1]], folder) == good | {"val_skipped": 2}
     assert figures(policy, bad, folder) == {"val_accuracy": None, "val_zooms": None, "val_frames": None, "val_skipped": 2}
+
+
+@pytest.fixture
+def said_of(data, tmp_path, monkeypatch, capsys):
+    """(status, what is said on standard error) of a training script with this --val, before a model loads."""
+    folder, _, _ = data
+    save_policy(random_policy(layers=1), tmp_path / "policy")
+
+    class Begun(Exception):
+        pass
+
+    def begin(*what):
+        raise Begun
+
+    def call(script, path):
+        file = {"sft": "sft.jsonl", "rl": "train.jsonl"}[script.__name__]
+        flags = ["--model", tmp_path / "policy", "--data", folder / file, "--val", path, "--out",
+                 tmp_path / "out", "--device", "cpu"]
+        monkeypatch.setattr(script, "TrainingRun", begin)
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        status = None
+        try:
+            run_main(script.main)
+        except Begun:
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        assert not (tmp_path / "out").exists()
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def test_a_val_file_of_which_nothing_can_be_played_is_refused_before_a_run(data, tmp_path, said_of):
+    """Whatever the reason and the format."""
+    folder, rows, _ = data
+    (tmp_path / "damaged.mp4").write_bytes(b"no video" * 1000)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    there = str(folder / rows[0]["video"])
+    with_image = lambda name: rows[0] | {"video": there, "images": [name], "question": "<image> Which?"}
+    released = {"videos": ["away.mp4"], "problem": "<image>What is it?\nA. a\nB. b", "solution": "A"}
+    files = {
+        "missing.jsonl": [row | {"video": "away.mp4"} for row in rows], "missing.json": [released],
+        "damaged.jsonl": [row | {"video": name} for row in rows for name in ("damaged.mp4", "away.mp4")],
+        "image.jsonl": [with_image("away.png"), with_image("bad.png")], "empty.jsonl": [], "empty.json": []}
+
+    def is_refused(script, name, words):
+        path = tmp_path / name
+        write = json.dumps if path.suffix == ".json" else lambda rows: "\n".join(map(json.dumps, rows))
+        path.write_text(write(files[name]))
+        status, said = said_of(script, path)
+        assert status == 2 and said.count("\n") == 1 and name in said and words in said, said
+
+    cases = [("missing.jsonl", "away.mp4: no such file"), ("missing.json", "away.mp4: no such file"),
+             ("damaged.jsonl", "damaged.mp4: not a video"), ("image.jsonl", "away.png: no such file"),
+             ("empty.jsonl", "no rows"), ("empty.json", "no rows")]
+    all_hold(is_refused, [(script, *case) for script in (sft, rl) for case in cases])
+
+
+def test_a_val_file_of_which_some_cannot_be_played_is_warned_of(data, tmp_path, said_of):
+    folder, rows, _ = data
+    rows = [row | {"video": str(folder / row["video"])} for row in rows]
+    whole = "".join(json.dumps(row) + "\n" for row in rows * 50)
+
+    def is_warned(added, words):
+        (tmp_path / "val.jsonl").write_text(added + whole)
+        for script in (sft, rl):
+            status, said = said_of(script, tmp_path / "val.jsonl")
+            assert status == 0 and ("warning" in said) == bool(words) and words in said, said
+
+    missing = json.dumps(rows[0] | {"id": "one", "video": "away.mp4"}) + "\n"
+    all_hold(is_warned, [
+        ("", ""), (missing, "1 of 501 questions are not played (one: "),
+        (missing * 2, "2 of 502"), ("no row\n", "1 of 501 questions are not played (line 1: "),
+        ("no row\n" + missing, "2 of 502 questions are not played (line 1: ")])
+
+
+def test_held_out_questions_that_can_no_longer_be_played_are_said(policy, data, capsys):
+    folder, rows, _ = data
+    figures(policy, [rows[0] | {"video": "away.mp4"}], folder)
+    assert "warning: none of the 1 held-out questions" in capsys.readouterr().err
 
 
 def on_processes(folder, numbers, out):

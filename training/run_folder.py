@@ -50,7 +50,7 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def begin_run(out, config, may_differ, inputs, names):
+def begin_run(out, config, may_differ, inputs, names, check_new=lambda: None):
     """Finds out whether the run in the folder `out` goes on, and writes run.json for a new one.
 
     Args:
@@ -59,6 +59,7 @@ def begin_run(out, config, may_differ, inputs, names):
             same.
         inputs: {what: path or None}, what is read; the content must be the same.
         names: a regular expression of the names of files that a run writes there, besides run.json.
+        check_new: called before a new run begins; what it raises leaves everything as it is.
     Returns: new, unfinished or finished. A finished run whose input has changed since, as a checkpoint that
     was trained again, is moved aside, too. Raises UserError for a run with other settings, and names the
     first. Warns where the run began with other code."""
@@ -74,13 +75,12 @@ def begin_run(out, config, may_differ, inputs, names):
         if not difference:
             if old["finished"]:
                 return "finished"
-            before, code = old.get("code"), now["code"]
-            if before and code and before != code:
-                warn(f"the run in {out} began with commit {before}, and goes on with {code}")
+            warn_of_other_code(out, old, now["code"])
             return "unfinished"
         if not old["finished"] or old["settings"] != now["settings"]:
             raise UserError(f"{out} holds a run with {difference}; give the same, another --out, "
                             f"or --resume never, which moves it aside")
+    check_new()
     if something:
         move_aside([*out.glob("run.json"), *files])  # a kill in between leaves no run
     write_json(out / "run.json", now)
@@ -95,6 +95,13 @@ def read_run(out):
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return run if whole else None
+
+
+def warn_of_other_code(out, run, code):
+    """Where a run that goes on, what its run.json holds, began with another `code_version`."""
+    before = run.get("code")
+    if before and code and before != code:
+        warn(f"the run in {out} began with commit {before}, and goes on with {code}")
 
 
 def code_version():
@@ -168,11 +175,17 @@ class Rows:
         self.out, self.name, self.key, self.rank = Path(out), name, key, rank
         self.group = own_group(timedelta(days=30))  # they wait for the slowest one, however long it plays
 
-    def begin(self, config, may_differ, inputs, names):
-        """`begin_run` in the first process. Returns (state, keys of the rows that are there) on all."""
+    def begin(self, *run, is_whole):
+        """`begin_run` in the first process. Returns (state, keys of the rows that are there) on all.
+
+        run: what `begin_run` takes after the folder. is_whole: given those keys, whether a finished run has
+        nothing more to do; else it goes on."""
         found = None
         if self.rank == 0:
-            state, done = begin_run(open_folder(self.out), config, may_differ, inputs, names), set()
+            state, done = begin_run(open_folder(self.out), *run), set()
+            if state == "finished" and not is_whole({self.key(row) for row in self.read()}):
+                state = "unfinished"
+                warn_of_other_code(self.out, note(self.out, finished=False), code_version())
             if state == "unfinished":
                 done = {self.key(row) for row in self.merge()}
             say = {"new": "a new run", "finished": "this run is finished",
