@@ -314,8 +314,7 @@ def main():
     written = run_folder.Rows(config.out, "episodes", key, rank)
     inputs = {"question file": config.data} | run_folder.files_of(config)
     inputs |= {f"checkpoint {name}": name for name in names}
-    state, keys = written.begin(replace(config, dtype=dtype), MAY_DIFFER, inputs, FILES, check_new,
-                                is_whole=is_whole)
+    state, keys = written.begin(replace(config, dtype=dtype), MAY_DIFFER, inputs, FILES, check_new, is_whole)
     done = {(plays[place], number) for place, number in keys}
     if state != "finished":
         lacking = [number for number in missing if any((play, number) not in done for play in plays)]

@@ -175,14 +175,14 @@ class Rows:
         self.out, self.name, self.key, self.rank = Path(out), name, key, rank
         self.group = own_group(timedelta(days=30))  # they wait for the slowest one, however long it plays
 
-    def begin(self, *run, is_whole):
+    def begin(self, config, may_differ, inputs, names, check_new, is_whole):
         """`begin_run` in the first process. Returns (state, keys of the rows that are there) on all.
 
-        run: what `begin_run` takes after the folder. is_whole: given those keys, whether a finished run has
-        nothing more to do; else it goes on."""
+        is_whole: given those keys, whether a finished run has nothing more to do; else it goes on."""
         found = None
         if self.rank == 0:
-            state, done = begin_run(open_folder(self.out), *run), set()
+            done = set()
+            state = begin_run(open_folder(self.out), config, may_differ, inputs, names, check_new)
             if state == "finished" and not is_whole({self.key(row) for row in self.read()}):
                 state = "unfinished"
                 warn_of_other_code(self.out, note(self.out, finished=False), code_version())
