@@ -4,14 +4,19 @@
     segment    01:05 – 1 min 20 s -> 65 s to 80 s
     letter     in four stages, each a function or a pattern below:
       plain    width, LaTeX, markup     （B）   **B**   $B$   \\boxed{\\mathbf{B}}   <b>B</b>             -> B
-      lead     the letter comes first   b   (b)   B. red   B - red   B、红色   B\\nIt is red.   B, not A   -> B
-      phrase   words lead to it         So the answer is B.   I'd choose (B)   B is correct   答案是B    -> B
-      text     of one option            red   The red.   The answer is red.   B red          -> its letter
+      whole    it is all that is said   b   (b)   B. red   B - red   B、红色   red   The red.              -> B
+      claim    a sentence names it      B, not A   So the answer is B.   I choose (B)   B is correct   答案是B -> B
+      mention  where none does, but only one is mentioned       Looking closer, option (B) matches.     -> B
 
 A letter counts where it stands for an option (not in: A car, I think, T-shirt, team B) and is not denied (not
-B; B is wrong). Two letters name none (A or B; The answer is A. No, B.), nor one with another option's text.
+B; B is wrong; A, B and C are incorrect denies the three). A claim (the answer is B) outweighs what was only
+mentioned before it and what is noted after it (A is a distractor), for numbers, segments and words, too. Claims
+that differ name none (The answer is A. No, B.), unless a later one says that it is final (Final answer: B, or
+\\boxed{B}) and nothing behind it differs. Doubt behind a claim (or A; maybe A; A is also possible) undoes it.
 """
 
+import bisect
+import itertools
 import math
 import re
 import unicodedata
@@ -28,16 +33,18 @@ def grade(answer, question):
     answer = answer[:10_000]
     if kind == "multiple_choice":
         return float(read_letter(answer, question.get("options") or []) == str(truth).strip().upper())
+    said = concluded(plain(answer))
     if kind == "number":
-        numbers = [float(n.replace(",", "")) for n in NUMBER.findall(MINUS.sub("-", plain(answer)))]
+        numbers = [float(n.replace(",", "")) for n in NUMBER.findall(MINUS.sub("-", said))]
         return float(len(numbers) == 1 and math.isclose(numbers[0], float(truth), rel_tol=1e-6, abs_tol=1e-9))
     if kind == "segment":
-        times_s = read_times(plain(answer))
+        times_s = read_times(said)
         if len(times_s) != 2 or not times_s[0] < times_s[1]:
             return 0.0
         both = max(0.0, min(times_s[1], truth[1]) - max(times_s[0], truth[0]))
         return both / (times_s[1] - times_s[0] + truth[1] - truth[0] - both)
-    return float(bool(normalise(truth)) and normalise(answer) == normalise(truth))
+    words = normalise(concluded(plain(str(truth))))
+    return float(words != "" and normalise(said) == words)
 
 
 def read_untagged(text):
@@ -56,29 +63,79 @@ def last_answer(text):
 SMALL = "²³¹¼-¾⁰-₉⅐-⅟①-⒛⓪-⓿"  # no digits of a number: 10² is not 102
 
 
+LAYOUT = r"\\(?:left|right|q?quad|displaystyle|large|centering|begin|end|bf|rm|it|tt|sf)(?![a-zA-Z])"
+
+
 def plain(text):
-    """A text without what it is wrapped in: wide letters, kinds of dashes, LaTeX (what is boxed, if anything,
-    is all that was said), HTML, markdown, quotes. Lines stay lines."""
+    """A text without what it is wrapped in: wide letters, kinds of dashes, LaTeX (what is boxed is a final
+    answer), HTML, markdown, quotes. Signs that are part of a word stay: C++, F*, 5', $5. Lines stay lines."""
     fold = lambda match: unicodedata.normalize("NFKC", match[0])
-    text = re.sub(rf"(?<=\d)[{SMALL}]+", lambda match: " ^ " + fold(match), text)
-    text = re.sub(rf"[^{SMALL}]+", fold, text)[:20_000].translate(str.maketrans("‘’【】", "''[]"))
-    text = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", text)
+    text = re.sub(rf"(?<=\d)[{SMALL}]+", lambda match: "^" + fold(match), text)
+    text = re.sub(rf"[^{SMALL}]+", fold, text)[:20_000].translate(str.maketrans("‘’【】“”„", "''[]\"\"\""))
+    text = re.sub("[\u00ad\u200b-\u200f\u2060\ufe0f\ufeff✅✓✔☑]", "", text)
     text = re.sub(r"(?<=[^\W\d_])\s*[—―]+", " - ", text)  # after a word it is no sign
     text = re.sub(r"\\+", r"\\", re.sub(r"[‐-―−]", "-", text)).replace("{,}", ",")
     for _ in range(3):  # nested
         text = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)
-    if boxes := re.findall(r"(?:boxed|fbox)\s*\{+([^{}]*)\}", text):
-        text = " or ".join(dict.fromkeys(box.strip() for box in boxes))
-    text = re.sub(r"\\(?:[a-zA-Z]+|[()\[\],;:!])?|[{}]|\$(?!\d)", " ", text)
+    text = re.sub(r"\\?(?:boxed|fbox)\s*\{+([^{}]*)\}+", r"\nFinal answer: \1\n", text)
+    text = re.sub(rf"\\(?:[lL]ong)?[rR]ightarrow|\\to(?![a-z])", " → ", text)
+    text = re.sub(rf"\$\$|(?<!\\)\$(?=\S)([^$\n]*)(?<=[^\s\\])\$(?!\d)", r" \1 ", text)  # $x$, but $5 and $6
+    text = re.sub(rf"{LAYOUT}|\\[()\[\],;:!]|[{{}}]|(?<!\d)\$(?!\d)", " ", text).replace("\\", " ")
     text = re.sub(r"<(?![A-Z]>)[/|]*[a-zA-Z][^<>]{0,60}>", " ", text)
-    text = re.sub(r"(?m)^[^\S\n]*[#>]+|[*`\"“”„«»「」『』]|\b_+|(?<!_)_+\b|\B'|'\B", " ", text)
+    text = re.sub(r"(?m)^[^\S\n]*(?:[#>]+|[*+-][^\S\n]|[-=_*]{3,}$)|\*\*+|~~|[`«»「」『』《》]|\b_+|(?<!_)_+\b", " ", text)
+    text = re.sub(r"(?<![\w*])\*([^*\n]*)\*|(?<!\w)(['\"])([^'\"\n]{0,99})\2(?!\w)|(?<!\w)\*(?=\w)|(?<!\d)\"", r"\1 \3", text)
     return re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
 def normalise(text):
-    """Lower case, without markup, articles, punctuation and extra white space."""
-    text = re.sub(r"\b(?:a|an|the) (?=[a-z])", "", plain(str(text)).lower())  # an article, not the answer "A"
-    return " ".join(word.strip(".") for word in re.sub(r"[^\w\s.%-]", " ", text).split()).strip()
+    """Lower case, without markup, articles, brackets, punctuation that ends a word, and extra white space."""
+    text = re.sub(r"\b(?:a|[Aa]n|[Tt]he|AN|THE) (?=[^\W\d_])|^A (?=[^\W\d_])", "", plain(str(text)))
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.lower())  # thousands
+    text = re.sub(r"(?<![.,;:!?。、…])[.,;:!?。、…]+(?!\S)|[()\[\]]", " ", text)
+    text = re.sub(r" ?([%+*/^=<>&~-]) ?", r"\1", " ".join(text.split()))
+    return re.sub(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})", " ", text)
+
+
+# in these lists of words _ is a space and * a word's beginning
+any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
+IS = any_of("is was would_be should_be must_be has_to_be seems appears remains") + r"(?:\sto\sbe\b)?"
+# The words that lead to an answer; where they say that it is final, what differs before them does not count.
+FINAL = re.compile(rf"""(?:(?P<final>\b[Ff](?i:inal)\s | 最终) | (?<!\w))
+    (?:{any_of("answer ans correct_option right_option best_option correct_choice right_choice best_choice choice "
+    "correct_one correct_letter letter selection pick guess selected_option selected option_that")}
+      (?:(?:(?!\s[(\[]?[A-Z]\b)[^.:?\n]){{0,40}}?\s{IS}(?:\s{any_of("most *ly")})* | (?=\s*[:=\n] | \s-\s))
+      | {any_of("I we")}(?:'d|'ll|'m|'re|\swould|\swill|\sam|\sfinally)?\s
+        {any_of("choose pick select vote opt_for go_with going_with")}
+      | {any_of("so thus hence therefore")},?(?=\s[(\[]?[A-Z]\b[)\]]?(?:[,.]|$))
+      | (?:答案 | 选择?(?!项))(?:应该)?[是为选]*)\s*[:=]?\s*""", re.VERBOSE)
+SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[\s\d][a-z])|(?<=\w{3})|(?<=[^\w\s.])|(?<=[\u3400-\u9fff]))[.!?;](?=\s+[^a-z])|[。\n]")
+# Behind an answer these words undo it.
+DOUBT = re.compile(any_of("""or maybe perhaps might may could can_be possibl[ey] probably also too either both wait actually
+    hmm+ instead rather sorry correction I_mean alternatively equally unsure not_sure hold_on unless""")
+    + r"|\b(?i:no)\b\s*[,.!-]|或|可能|也|还是|其实|等等|不，|不,")
+
+
+def undenied_leads(text):
+    """Where words lead to an answer in a plain text, but for "I don't think the answer is" and the like."""
+    return [match for match in FINAL.finditer(text)
+            if not DENIED.search(text[max(0, match.end() - 60):match.end()])]
+
+
+def concluded(text):
+    """What the last words that lead to an answer lead to in a plain text, up to their sentence's end; all of the
+    text where there are none, where they lead to different answers or where doubt follows."""
+    leads = [match for match in undenied_leads(text) if re.search(r"\w", text[match.end():match.end() + 9])]
+    ends = [match.start() for match in leads[1:]] + [len(text)]
+    said, is_final = [], False
+    for lead, end in zip(leads, ends):
+        if lead["final"] and not is_final:
+            said, is_final = [], True
+        stop = SENTENCE_END.search(text, lead.end(), end)
+        end = stop.start() if stop else end
+        said.append(text[lead.end():end].strip().rstrip(".,"))
+    if len({part.casefold() for part in said}) != 1 or DOUBT.search(text, end):
+        return text
+    return said[0]
 
 
 # ----------------------------------------------------------------------------------------- numbers and times
@@ -116,41 +173,47 @@ def option_texts(options):
 
 
 # A letter that stands for an option comes first, or after a sign or one of these words ...
-LETTER = r"([A-Za-z])(?![A-Za-z0-9'_+#])"
-# in these lists of words _ is a space and * a word's beginning
-any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
+LETTER = r"([A-Za-z])(?![A-Za-z0-9'_+#*])"
 LEADS = any_of("""
     is are be was it's that's like as that for to on of from go_with going_with or and nor else but then
     wait also vs versus either both neither between first answers? ans options? choices? letters? final
     correct so thus therefore hence yes no sure okay choose choosing pick select guess say think believe
-    conclude vote makes? making maybe perhaps likely indeed *ly""")
+    conclude vote makes? making maybe perhaps likely indeed only leaves leaving mean *ly""")
 BEFORE = rf"""(?:^ | [,:;(\[/&|>=→、。\n]\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\)) | {LEADS}\.?\s+
     | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
 # ... and before a sign; if a capital ("a because" is none), also before these words, or that it is right.
 SIGN = r"(?=\s*(?:$ | [,:;!?)\]/&|>=→+。、…] | \.(?!\w\b) | -+[\s>])) | (?=\n)"
 WORD = any_of("not but rather instead because since as it_is I_think for_sure")
-IS = any_of("is seems looks appears would_be must_be should_be") + r"(?:\sto\sbe)?"
 CORRECT = any_of("correct right true best answer accurate appropriate")
+SEEMS = any_of("looks looked seemed appeared seems appears")
 RIGHT = rf"""[)\]]?(?:\s?(?:选项)?[是为]?[正对] | \s(?:best\s)?{any_of("matches fits describes the_correct")}
-    | \s{IS}(?:\s{any_of("the my most final *ly")})*\s{CORRECT})"""
+    | (?P<right>\s(?!{SEEMS}){IS}(?:\s{any_of("the my most final *ly")})*\s{CORRECT})
+    | \s(?:{SEEMS})(?:\sto\sbe)?(?:\s{any_of("the my most final *ly")})*\s{CORRECT})"""
 # A weak mention names none, but hinders another letter: A or ..., A is blue.
 WEAK = rf"""\W{{0,3}}\bor\b | \s(?:and|nor)\b | \s?[和或与还及都]
-    | (?<=[^I])(?!{RIGHT})\s{any_of("is are was to then with vs versus no wait maybe perhaps")}"""
-MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?P<weak>(?i:{WEAK})) | {SIGN}
+    | (?<=[^I])(?!{RIGHT.replace("?P<right>", "?:")})\s
+      {any_of("is are was to then with vs versus no wait maybe perhaps might may could would seems looks also")}"""
+MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?=(?P<weak>(?i:{WEAK}))) | {SIGN}
     | (?<=[A-Z])(?:(?=\s*[(\[] | \s?[选项因] | \s{WORD}) | {RIGHT}))""", re.VERBOSE)
-# It is denied where these come before it, with nothing between but such words and other letters, or after it.
-DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclude
-    eliminate rules?_out anything_but everything_but all_but doubt""")
-BETWEEN = any_of("""the an? option choice letter answer correct right choose pick select go going with be is
-    to it that think believe say *ly""")
+# It is denied where these come before it or its list, with nothing between but such words, or after it.
+DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclud(?:e|es|ed|ing)
+    eliminat(?:e|es|ed|ing) rul(?:e|es|ed|ing)_out anything_but everything_but all_but none_of doubt""")
+BETWEEN = any_of("""the an? options? choices? letter answer correct right choose pick select go going with be is
+    to it that think believe say both *ly""")
 DENIED = re.compile(rf"""(?:{DENIES} | ^(?i:no)\b | n't\b | [不非别除])
-    (?:[\s(\[:] | [是选项应该答案能会可择了] | {BETWEEN})*
-    (?:[A-Z][)\]]?\s*(?:[,/] | (?:or|nor|and)\b | 就是)\s*[(\[]?)*$""", re.VERBOSE)
-WRONG = any_of("wrong incorrect false unlikely impossible ruled_out eliminated excluded")
-DENIED_AFTER = re.compile(rf"""[)\]]?\s?(?:(?:is|are|was|were|would|can|could|do|does|must)\s?(?:not|n't)\b
-    | cannot\b | \w{{2,12}}\s(?:\w{{2,12}}\s)?{WRONG} | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$
-    | (?:选项)?是?[不错])""", re.VERBOSE)
+    (?:[\ (\[:|] | [是选项应该答案能会可择了] | {BETWEEN})*$""", re.VERBOSE)
+WRONG = any_of("wrong incorrect false unlikely impossible ruled_out eliminated excluded out")
+DENIED_AFTER = re.compile(rf"""[)\]]?\s?(?:(?:is|are|was|were|would|can|could|do|does|did|must)\s?(?:not|n't|never)\b
+    | cannot\b | \w{{2,12}}\s(?:\w{{2,12}}\s){{0,2}}{WRONG} | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$
+    | [:-]\s?(?i:is\s)?(?i:no|not|wrong|incorrect|false)\b
+    | [^.!?;\n]{{0,60}}\bbut\s(?:it|that|this|they)\s?(?:is|are|was|were|'s)\s(?:\w{{2,12}}\s)?{WRONG}
+    | (?:选项)?(?:都|也|均)?(?:是)?[不错] | \s?[✗✘❌])""", re.VERBOSE)
+ITEM = r"[(\[]?(?<![A-Za-z0-9])[A-Z](?![A-Za-z0-9])[)\]]?"
+LIST = re.compile(rf"{ITEM}(?:\s*[,/、]\s*{ITEM})*(?:,?\s*(?:\b(?:and|or|nor)\b|[&和或与及]|就是)\s*(?:options?\s)?{ITEM})?")
+RESTATED = re.compile(r"(?:^|(?<=[\s|,;:(]))(?:[Oo]ptions?\s)?[(\[]*([A-Z])[.):\]]+\s+(?!(?:and|or|nor|is|are|was|were|can|do|does)\b)(?=\S)")
 SEPARATOR = re.compile(r"^(?:[\s)\].,:;、。=→|(\[]|[-=]+>|-+(?=\s))+")  # between a letter and its option's text
+CLAUSE_END = re.compile(r"[.!?;](?=[\s)]|$)|[。\n]|\s(?=\((?=[^()]{0,99}\w\s\w))")
+ALONE = re.compile(rf"(?:[^\w|]|\b(?i:I|we|the|would|'d|'ll|am)\b|(?!\b(?i:options?|choices?)\b){LEADS})*")
 
 
 def read_letter(text, options):
@@ -160,45 +223,103 @@ def read_letter(text, options):
     bare = lambda text: text.strip(" \n.,:;)]").casefold()  # first: C++ is not C
     known = [(form, [form(option) for option in options]) for form in (bare, normalise)]
 
-    def owner(text):
-        """The letter of the only option with this text, or None."""
+    def owners(text):
+        """The letters of the options with this text."""
         for form, forms in known:
-            if (same := form(text)) and forms.count(same) == 1:
-                return letters[forms.index(same)]
+            same = form(text)
+            if same and same in forms:
+                return [letter for letter, other in zip(letters, forms) if other == same]
+        return []
 
     def whole(text):
         """The letter, where a letter, an option's text or both are all that is said; else None."""
         first = re.match(rf"[^\w+#=~!¬≠]*{LETTER}(.*)", text, re.DOTALL)
         if first and first[1].upper() in letters and not re.search(r"[\w+#=]", first[2]):
             return first[1].upper()  # before the texts: the prompt asks for it
-        if letter := owner(text):
-            return letter
-        if first and first[1] in (owner(SEPARATOR.sub("", first[2])), owner(first[2].removeprefix("-"))):
+        if len(named := owners(text)) == 1:
+            return named[0]
+        if first and first[1] in owners(SEPARATOR.sub("", first[2])) + owners(first[2].removeprefix("-")):
             return first[1]  # B red, B-red
 
     # a letter, an option's text, or both are all that is said
-    if letter := whole(said) or owner(text):
+    said = re.sub(r"^(?:I think )?(?:[Ii]t is|[Ii]t's|[Tt]hat is) ", "", said)
+    if letter := whole(said) or whole(text):
         return letter
-    # or all that is said after the last "answer"
-    leads = list(re.finditer(r"(?i)\b(?:answer|option|choice)\b(?: is)?\s*:?|答案[是为]?:?", said))
+    # or all that is said after the words that lead to an answer
+    leads = undenied_leads(said)
     if leads and (letter := whole(said[leads[-1].end():])):  # The answer is red
-        said = f"{said[:leads[-1].end()]} {letter}"
-    # an option that names letters itself counts as its own letter
+        said = f"{said[:leads[-1].end()]}{letter}"
+    # an option that names letters itself counts as its own letter; options in a row are restated
     for letter, option in zip(letters, options):
         if len(option) > 1 and re.search(rf"\b{LETTER}", option):  # D. Both A and B
             said = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", letter, said, flags=re.IGNORECASE)
-    # one letter is mentioned and not denied
-    mentions = [match for match in MENTION.finditer(said) if not is_denied(said, *match.span(1))]
-    named = [m for m in mentions if m["weak"] is None]
-    if len({m[1].upper() for m in mentions}) != 1 or not named or named[0][1].upper() not in letters:
+    items = list(RESTATED.finditer(said))
+    row = {item.start() for pair in itertools.pairwise(items) for item in pair
+           if ord(pair[1][1]) - ord(pair[0][1]) == 1}
+    said = RESTATED.sub(lambda item: f"| {item[1]}: " if item.start() in row else item[0], said)
+
+    # the letter that is claimed, or else mentioned, and no other option's text follows it
+    mentions = undenied(said, letters)
+    named, ends = claim(said, mentions, whole)
+    strong = [mention for mention in mentions if mention["weak"] is None]
+    if not named and strong:
+        named, ends = {mention[1].upper() for mention in mentions}, [strong[0].end(1)]
+    if len(named) != 1 or not named <= set(letters):
         return None
-    # and no other option's text follows it
-    letter = named[0][1].upper()
-    rest = SEPARATOR.sub("", said[named[0].end(1):])
-    for part in (rest, rest.partition("\n")[0], re.split(r"[.;。](?:\s|$)", rest)[0]):
-        if owner(part):
-            return letter if owner(part) == letter else None  # A. red
-    return letter
+    for end in ends[:1] + ends[-1:]:
+        rest = SEPARATOR.sub("", said[end:])
+        for part in (rest, rest.partition("\n")[0], re.split(r"[.;。](?:\s|$)", rest)[0]):
+            if not named & set(owners(part) or named):  # A. red
+                return None
+    return named.pop()
+
+
+def claim(said, mentions, whole):
+    """The letters that the clauses of a plain text claim, with those that are doubted behind, and where they
+    end."""
+    leads = {match.start(): match for match in undenied_leads(said)}
+    cuts = sorted({0, len(said), *leads, *(match.end() for match in CLAUSE_END.finditer(said))})
+    inside = {start: [] for start in cuts}
+    for mention in mentions:
+        inside[cuts[bisect.bisect(cuts, mention.start(1)) - 1]].append(mention)
+    claimed, doubted, ends, is_final, is_led = set(), set(), [], False, False
+    for start, end in itertools.pairwise(cuts):
+        lead = leads.get(start)
+        clause = said[lead.end() if lead else start:end]
+        found = {mention[1].upper() for mention in inside[start]}
+        is_said = end not in leads or re.search(r"[.!?;。\n]\s*$", said[end - 3:end])  # not: A is 3, so the answer ...
+        first = next((mention for mention in inside[start] if mention["weak"] is None), None)
+        is_right = any(mention["right"] for mention in inside[start])
+        is_alone = is_said and first and first.start(1) - start < 60 and ALONE.fullmatch(said[start:first.start(1)])
+        is_alone = is_alone and not DOUBT.search(said[start:first.start(1)])
+        if lead and (letter := whole(re.split(r",? (?:not|rather|because|since)\b", clause)[0])):
+            found = {letter}
+        if found and (lead or is_right or is_alone) and not clause.rstrip().endswith("?"):
+            if lead and lead["final"] and not is_final:
+                claimed, ends, is_final = set(), [], True
+            claimed |= found
+            doubted, is_led = set(), bool(lead or is_right)
+            ends += [first.end(1)] if first else []
+        elif DOUBT.search(clause) or (first and not is_led):
+            doubted |= found
+    return (claimed | doubted if claimed else set()), ends
+
+
+def undenied(said, letters):
+    """The mentions of letters in a plain text but for those that are denied, alone or with their list."""
+    lists = {}
+    for match in LIST.finditer(said):
+        places = [match.start() + letter.start() for letter in re.finditer("[A-Z]", match[0])]
+        is_one = re.match(r"\s(?:is|was|does|has)", said[match.end():match.end() + 6])  # A, B is wrong
+        lists |= {place: (places[0], match.span()) for place in (places[-1:] if is_one else places)}
+    mentions = [match for match in MENTION.finditer(said) if match[1].isupper() or match[1].upper() in letters]
+    starts = {mention.start(1) for mention in mentions}
+    kept = []
+    for mention in mentions:
+        head, span = lists.get(mention.start(1), (mention.start(1), mention.span(1)))
+        if head in starts and not is_denied(said, *span):  # not: scene B or C
+            kept.append(mention)
+    return kept
 
 
 def is_denied(said, start, end):
