@@ -98,7 +98,7 @@ def normalise(text):
 
 # in these lists of words _ is a space and * a word's beginning
 any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
-IS = any_of("is was would_be should_be must_be has_to_be seems appears remains") + r"(?:\sto\sbe\b)?"
+IS = any_of("is would_be should_be must_be has_to_be seems appears remains") + r"(?:\sto\sbe\b)?"
 # The words that lead to an answer; where they say that it is final, what differs before them does not count.
 FINAL = re.compile(rf"""(?:(?P<final>\b[Ff](?i:inal)\s | 最终) | (?<!\w))
     (?:{any_of("answer ans correct_option right_option best_option correct_choice right_choice best_choice choice "
@@ -106,11 +106,11 @@ FINAL = re.compile(rf"""(?:(?P<final>\b[Ff](?i:inal)\s | 最终) | (?<!\w))
       (?:(?:(?!\s[(\[]?[A-Z]\b)[^.:?\n]){{0,40}}?\s{IS}(?:\s{any_of("most *ly")})* | (?=\s*[:=\n] | \s-\s))
       | {any_of("I we")}(?:'d|'ll|'m|'re|\swould|\swill|\sam|\sfinally)?\s
         {any_of("choose pick select vote opt_for go_with going_with")}
-      | {any_of("so thus hence therefore")},?(?=\s[(\[]?[A-Z]\b[)\]]?(?:[,.]|$))
+      | {any_of("so thus hence therefore")}[,:]?(?=\s[(\[]?[A-Z]\b[)\]]?(?:[,.]|$))
       | (?:答案 | 选择?(?!项))(?:应该)?[是为选]*)\s*[:=]?\s*""", re.VERBOSE)
 SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[\s\d][a-z])|(?<=\w{3})|(?<=[^\w\s.])|(?<=[\u3400-\u9fff]))[.!?;](?=\s+[^a-z])|[。\n]")
 # Behind an answer these words undo it.
-DOUBT = re.compile(any_of("""or maybe perhaps might may could can_be possibl[ey] probably also too either both wait actually
+DOUBT = re.compile(any_of("""or maybe perhaps might may could can_be possibl[ey] probably also too either both otherwise second_thought wait actually
     hmm+ instead rather sorry correction I_mean alternatively equally unsure not_sure hold_on unless""")
     + r"|\b(?i:no)\b\s*[,.!-]|或|可能|也|还是|其实|等等|不，|不,")
 
@@ -175,45 +175,46 @@ def option_texts(options):
 # A letter that stands for an option comes first, or after a sign or one of these words ...
 LETTER = r"([A-Za-z])(?![A-Za-z0-9'_+#*])"
 LEADS = any_of("""
-    is are be was it's that's like as that for to on of from go_with going_with or and nor else but then
+    is are be was it it's that's like as that for to on from go_with going_with or and nor else but then
     wait also vs versus either both neither between first answers? ans options? choices? letters? final
-    correct so thus therefore hence yes no sure okay choose choosing pick select guess say think believe
-    conclude vote makes? making maybe perhaps likely indeed only leaves leaving mean *ly""")
-BEFORE = rf"""(?:^ | [,:;(\[/&|>=→、。\n]\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\)) | {LEADS}\.?\s+
-    | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
-# ... and before a sign; if a capital ("a because" is none), also before these words, or that it is right.
+    correct so thus therefore hence yes no sure okay choose choosing pick select guess say think believe mean
+    conclude vote makes? making maybe perhaps otherwise likely indeed only leaves leaving left_with *ly""")
+BEFORE = rf"""(?:^ | [,:;(\[&|>=→、。\n]\s* | (?<=[A-Z)\]\s])/\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\))
+    | {LEADS}\.?\s+ | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
+# ... and before a sign, or that it is right, or, if a capital ("a because" is none), before these words.
 SIGN = r"(?=\s*(?:$ | [,:;!?)\]/&|>=→+。、…] | \.(?!\w\b) | -+[\s>])) | (?=\n)"
+SEEMS = any_of("looks looked seems seemed appears appeared would_be") + r"(?:\sto\sbe)?"
+CORRECT = rf"""(?:\s{any_of("the my most final *ly")})*\s{any_of("correct right true best answer accurate appropriate")}"""
+RIGHT = rf"""(?P<right>\s(?!would){IS}{CORRECT}) | [)\]]?(?:\s{SEEMS}{CORRECT} | \s?(?:选项)?[是为]?[正对]
+    | \s(?:best\s)?{any_of("matches fits describes the_correct")})"""
 WORD = any_of("not but rather instead because since as it_is I_think for_sure")
-CORRECT = any_of("correct right true best answer accurate appropriate")
-SEEMS = any_of("looks looked seemed appeared seems appears")
-RIGHT = rf"""[)\]]?(?:\s?(?:选项)?[是为]?[正对] | \s(?:best\s)?{any_of("matches fits describes the_correct")}
-    | (?P<right>\s(?!{SEEMS}){IS}(?:\s{any_of("the my most final *ly")})*\s{CORRECT})
-    | \s(?:{SEEMS})(?:\sto\sbe)?(?:\s{any_of("the my most final *ly")})*\s{CORRECT})"""
 # A weak mention names none, but hinders another letter: A or ..., A is blue.
-WEAK = rf"""\W{{0,3}}\bor\b | \s(?:and|nor)\b | \s?[和或与还及都]
-    | (?<=[^I])(?!{RIGHT.replace("?P<right>", "?:")})\s
-      {any_of("is are was to then with vs versus no wait maybe perhaps might may could would seems looks also")}"""
-MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?=(?P<weak>(?i:{WEAK}))) | {SIGN}
-    | (?<=[A-Z])(?:(?=\s*[(\[] | \s?[选项因] | \s{WORD}) | {RIGHT}))""", re.VERBOSE)
-# It is denied where these come before it or its list, with nothing between but such words, or after it.
-DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false exclud(?:e|es|ed|ing)
-    eliminat(?:e|es|ed|ing) rul(?:e|es|ed|ing)_out anything_but everything_but all_but none_of doubt""")
+WEAK = rf"""\W{{0,3}}\b(?i:or)\b | \s(?i:and|nor)\b | \s?[和或与还及都] | (?<=[B-HJ-Z])\s[a-z] | (?<=[^I])
+    \s{any_of("is are was to then with vs versus no wait maybe perhaps might may could would if")}"""
+MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?:{RIGHT}) | {SIGN}
+    | (?<=[A-Z])(?=\s*[(\[] | \s?[选项因] | \s{WORD}) | (?=(?P<weak>{WEAK})))""", re.VERBOSE)
+# It is denied where these come before it or after it, with nothing between but such words and other letters.
+DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false excludes?
+    exclud(?:ed|ing) eliminat(?:e|es|ed|ing) rul(?:e|es|ed|ing)_out anything_but everything_but all_but none_of
+    doubt (?:wrong|incorrect|false),?_(?:and_)?so_(?:is|are)""")
 BETWEEN = any_of("""the an? options? choices? letter answer correct right choose pick select go going with be is
-    to it that think believe say both *ly""")
-DENIED = re.compile(rf"""(?:{DENIES} | ^(?i:no)\b | n't\b | [不非别除])
-    (?:[\ (\[:|] | [是选项应该答案能会可择了] | {BETWEEN})*$""", re.VERBOSE)
+    to it that think believe say both sure certain if whether *ly""")
+ITEM = r"[(\[]?[A-Z](?![A-Za-z0-9])[)\]]?"
+AND = r",?\s?(?:\b(?:and|or|nor)\b | [&和或与及] | 就是)\s?(?:options?\s)?"
+LISTED = re.compile(rf"(?<![A-Za-z0-9])([A-Z])[)\]]?{AND}[(\[]?$", re.VERBOSE)
+DENIED = re.compile(rf"""(?:(?:{DENIES}) | ^(?i:no)\b | n't\b | [不非别除]) (?:[\ (\[] | [是选项应该答案能会可择了] | {BETWEEN})*
+    (?:{ITEM}(?:\s?[,/、]\s?|{AND}))*[(\[]?\Z""", re.VERBOSE)
 WRONG = any_of("wrong incorrect false unlikely impossible ruled_out eliminated excluded out")
-DENIED_AFTER = re.compile(rf"""[)\]]?\s?(?:(?:is|are|was|were|would|can|could|do|does|did|must)\s?(?:not|n't|never)\b
-    | cannot\b | \w{{2,12}}\s(?:\w{{2,12}}\s){{0,2}}{WRONG} | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$
-    | [:-]\s?(?i:is\s)?(?i:no|not|wrong|incorrect|false)\b
+DENIED_AFTER = re.compile(rf"""[)\]]?(?:(?:\s?[,/、]\s?{ITEM})*{AND}{ITEM} | (?:\s?[,/、]\s?{ITEM})+(?=\s(?:are|were|do|can) | 都))?
+    (?:\s?(?:(?:is|are|was|were|would|can|could|do|does|did|must)\s?(?:not|n't|never)\b | cannot\b)
+    | \s\w{{2,12}}\s(?:\w{{2,12}}\s){{0,2}}{WRONG} | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$
+    | \s?[):\]-]\s?(?i:is\s)?(?i:no|not|wrong|incorrect|false)\b | \s?[✗✘❌]
     | [^.!?;\n]{{0,60}}\bbut\s(?:it|that|this|they)\s?(?:is|are|was|were|'s)\s(?:\w{{2,12}}\s)?{WRONG}
-    | (?:选项)?(?:都|也|均)?(?:是)?[不错] | \s?[✗✘❌])""", re.VERBOSE)
-ITEM = r"[(\[]?(?<![A-Za-z0-9])[A-Z](?![A-Za-z0-9])[)\]]?"
-LIST = re.compile(rf"{ITEM}(?:\s*[,/、]\s*{ITEM})*(?:,?\s*(?:\b(?:and|or|nor)\b|[&和或与及]|就是)\s*(?:options?\s)?{ITEM})?")
-RESTATED = re.compile(r"(?:^|(?<=[\s|,;:(]))(?:[Oo]ptions?\s)?[(\[]*([A-Z])[.):\]]+\s+(?!(?:and|or|nor|is|are|was|were|can|do|does)\b)(?=\S)")
+    | (?:选项)?[都也均]?是?[不错])""", re.VERBOSE)
 SEPARATOR = re.compile(r"^(?:[\s)\].,:;、。=→|(\[]|[-=]+>|-+(?=\s))+")  # between a letter and its option's text
-CLAUSE_END = re.compile(r"[.!?;](?=[\s)]|$)|[。\n]|\s(?=\((?=[^()]{0,99}\w\s\w))")
-ALONE = re.compile(rf"(?:[^\w|]|\b(?i:I|we|the|would|'d|'ll|am)\b|(?!\b(?i:options?|choices?)\b){LEADS})*")
+CLAUSE_END = re.compile(r"[.!?;](?=\s+[^\sa-z]|\)|$)|[。\n]|\s(?=\([^()]{0,99}\w\s\w)")
+# All that comes before a letter that a clause begins with: So it is B.
+ALONE = re.compile(rf"(?:\W|\b(?i:I|we|the|would|'d|'ll|am)\b|(?!\b(?i:options?|choices?)\b){LEADS})*")
 
 
 def read_letter(text, options):
@@ -241,31 +242,27 @@ def read_letter(text, options):
         if first and first[1] in owners(SEPARATOR.sub("", first[2])) + owners(first[2].removeprefix("-")):
             return first[1]  # B red, B-red
 
-    # a letter, an option's text, or both are all that is said
+    # a letter, an option's text, or both are all that is said, or all after the words that lead to it
     said = re.sub(r"^(?:I think )?(?:[Ii]t is|[Ii]t's|[Tt]hat is) ", "", said)
     if letter := whole(said) or whole(text):
         return letter
-    # or all that is said after the words that lead to an answer
     leads = undenied_leads(said)
-    if leads and (letter := whole(said[leads[-1].end():])):  # The answer is red
+    if leads and (letter := whole(said[leads[-1].end():])):
         said = f"{said[:leads[-1].end()]}{letter}"
-    # an option that names letters itself counts as its own letter; options in a row are restated
+    # an option that names letters itself counts as its own letter
     for letter, option in zip(letters, options):
         if len(option) > 1 and re.search(rf"\b{LETTER}", option):  # D. Both A and B
             said = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", letter, said, flags=re.IGNORECASE)
-    items = list(RESTATED.finditer(said))
-    row = {item.start() for pair in itertools.pairwise(items) for item in pair
-           if ord(pair[1][1]) - ord(pair[0][1]) == 1}
-    said = RESTATED.sub(lambda item: f"| {item[1]}: " if item.start() in row else item[0], said)
-
-    # the letter that is claimed, or else mentioned, and no other option's text follows it
-    mentions = undenied(said, letters)
-    named, ends = claim(said, mentions, whole)
+    # one letter is claimed or, where none is, mentioned
+    mentions = undenied_mentions(said, letters)
     strong = [mention for mention in mentions if mention["weak"] is None]
+    named = claimed(said, mentions, whole)
     if not named and strong:
-        named, ends = {mention[1].upper() for mention in mentions}, [strong[0].end(1)]
+        named = {mention[1].upper() for mention in mentions}
     if len(named) != 1 or not named <= set(letters):
         return None
+    # and no other option's text follows it
+    ends = [mention.end(1) for mention in strong if mention[1].upper() in named]
     for end in ends[:1] + ends[-1:]:
         rest = SEPARATOR.sub("", said[end:])
         for part in (rest, rest.partition("\n")[0], re.split(r"[.;。](?:\s|$)", rest)[0]):
@@ -274,52 +271,52 @@ def read_letter(text, options):
     return named.pop()
 
 
-def claim(said, mentions, whole):
-    """The letters that the clauses of a plain text claim, with those that are doubted behind, and where they
-    end."""
+def claimed(said, mentions, whole):
+    """The letters that a plain text claims, with those that are doubted behind. A clause claims what comes after words
+    that lead to an answer, what it says is right, and a letter that it begins with."""
     leads = {match.start(): match for match in undenied_leads(said)}
-    cuts = sorted({0, len(said), *leads, *(match.end() for match in CLAUSE_END.finditer(said))})
+    within = {place for lead in leads.values() for place in range(lead.start() + 1, lead.end() + 1)}
+    stops = {match.end() for match in CLAUSE_END.finditer(said)}
+    cuts = sorted({0, len(said), *leads} | stops - within)
     inside = {start: [] for start in cuts}
     for mention in mentions:
         inside[cuts[bisect.bisect(cuts, mention.start(1)) - 1]].append(mention)
-    claimed, doubted, ends, is_final, is_led = set(), set(), [], False, False
+    led, begun, doubted, is_final = set(), set(), set(), False
     for start, end in itertools.pairwise(cuts):
         lead = leads.get(start)
         clause = said[lead.end() if lead else start:end]
         found = {mention[1].upper() for mention in inside[start]}
-        is_said = end not in leads or re.search(r"[.!?;。\n]\s*$", said[end - 3:end])  # not: A is 3, so the answer ...
-        first = next((mention for mention in inside[start] if mention["weak"] is None), None)
-        is_right = any(mention["right"] for mention in inside[start])
-        is_alone = is_said and first and first.start(1) - start < 60 and ALONE.fullmatch(said[start:first.start(1)])
-        is_alone = is_alone and not DOUBT.search(said[start:first.start(1)])
+        strong = [mention.start(1) for mention in inside[start] if mention["weak"] is None]
+        before = said[start:strong[0]] if strong else ""
         if lead and (letter := whole(re.split(r",? (?:not|rather|because|since)\b", clause)[0])):
             found = {letter}
-        if found and (lead or is_right or is_alone) and not clause.rstrip().endswith("?"):
+        is_led = lead or any(mention["right"] for mention in inside[start])
+        is_begun = strong and len(before) < 60 and ALONE.fullmatch(before) and not DOUBT.search(before)
+        is_begun = is_begun and (end not in leads or said[start:end].rstrip()[-1:] in ".!?;。" or said[end - 1] == "\n")
+        if found and (is_led or is_begun) and not clause.rstrip().endswith("?"):
             if lead and lead["final"] and not is_final:
-                claimed, ends, is_final = set(), [], True
-            claimed |= found
-            doubted, is_led = set(), bool(lead or is_right)
-            ends += [first.end(1)] if first else []
-        elif DOUBT.search(clause) or (first and not is_led):
+                led, begun, is_final = set(), set(), True
+            (led if is_led else begun).update(found)
+            doubted = set()
+        elif DOUBT.search(clause):
             doubted |= found
-    return (claimed | doubted if claimed else set()), ends
+    if not led:
+        return begun | doubted | {m[1].upper() for m in mentions if m["weak"] is None} if begun else begun
+    return led | doubted | (begun if len(begun) == 1 else set())  # several are a list of the options
 
 
-def undenied(said, letters):
-    """The mentions of letters in a plain text but for those that are denied, alone or with their list."""
-    lists = {}
-    for match in LIST.finditer(said):
-        places = [match.start() + letter.start() for letter in re.finditer("[A-Z]", match[0])]
-        is_one = re.match(r"\s(?:is|was|does|has)", said[match.end():match.end() + 6])  # A, B is wrong
-        lists |= {place: (places[0], match.span()) for place in (places[-1:] if is_one else places)}
-    mentions = [match for match in MENTION.finditer(said) if match[1].isupper() or match[1].upper() in letters]
-    starts = {mention.start(1) for mention in mentions}
-    kept = []
-    for mention in mentions:
-        head, span = lists.get(mention.start(1), (mention.start(1), mention.span(1)))
-        if head in starts and not is_denied(said, *span):  # not: scene B or C
-            kept.append(mention)
-    return kept
+def undenied_mentions(said, letters):
+    """The mentions of letters in a plain text but for what is denied, small words and ends of lists (scene A or B)."""
+    places, mentions = set(), []
+    for mention in MENTION.finditer(said):
+        start, end = mention.span(1)
+        head = LISTED.search(said, max(0, start - 9), start)
+        if head and head.start(1) not in places:
+            continue
+        places.add(start)
+        if not is_denied(said, start, end) and (mention[1].isupper() or mention[1].upper() in letters):
+            mentions.append(mention)
+    return mentions
 
 
 def is_denied(said, start, end):
