@@ -3,16 +3,16 @@
     number     about −3 s -> -3; two numbers are wrong
     segment    01:05 – 1 min 20 s -> 65 s to 80 s
     letter     in four stages, each a function or a pattern below:
-      plain    width, LaTeX, markup     （B）   **B**   $B$   \\boxed{\\mathbf{B}}   <b>B</b>             -> B
-      whole    it is all that is said   b   (b)   B. red   B - red   B、红色   red   The red.              -> B
-      claim    a sentence names it      B, not A   So the answer is B.   I choose (B)   B is correct   答案是B -> B
-      mention  where none does, but only one is mentioned       Looking closer, option (B) matches.     -> B
+      plain    width, LaTeX, markup     （B）   **B**   $B$   \\boxed{\\mathbf{B}}   <b>B</b>      -> B
+      whole    it is all that is said   b   (b)   B. red   B - red   B、红色   red   The red.   -> B
+      claim    a clause names it        B, not A   So the answer is B.   B is correct   答案是B -> B
+      mention  where none does, but only one is mentioned   As seen, option (B) matches.    -> B
 
 A letter counts where it stands for an option (not in: A car, I think, T-shirt, team B) and is not denied (not
-B; B is wrong; A, B and C are incorrect denies the three). A claim (the answer is B) outweighs what was only
-mentioned before it and what is noted after it (A is a distractor), for numbers, segments and words, too. Claims
-that differ name none (The answer is A. No, B.), unless a later one says that it is final (Final answer: B, or
-\\boxed{B}) and nothing behind it differs. Doubt behind a claim (or A; maybe A; A is also possible) undoes it.
+B; B is wrong; A, B and C are incorrect denies the three). A claim (the answer is B) outweighs what is mentioned
+before it and noted after it (A is a distractor). Claims that differ name none (The answer is A. No, B.), unless a later one says that it is final (Final answer: B, or \\boxed{B}) and nothing behind it
+differs. Doubt behind a claim (or A; maybe A; A is also possible) undoes it. This holds for what is claimed of
+numbers, segments and words, too.
 """
 
 import bisect
@@ -61,8 +61,7 @@ def last_answer(text):
 
 # ------------------------------------------------------------------------------------------------ plain text
 SMALL = "²³¹¼-¾⁰-₉⅐-⅟①-⒛⓪-⓿"  # no digits of a number: 10² is not 102
-
-
+FANCY = str.maketrans("‘’【】“”„", "''[]\"\"\"")
 LAYOUT = r"\\(?:left|right|q?quad|displaystyle|large|centering|begin|end|bf|rm|it|tt|sf)(?![a-zA-Z])"
 
 
@@ -71,19 +70,20 @@ def plain(text):
     answer), HTML, markdown, quotes. Signs that are part of a word stay: C++, F*, 5', $5. Lines stay lines."""
     fold = lambda match: unicodedata.normalize("NFKC", match[0])
     text = re.sub(rf"(?<=\d)[{SMALL}]+", lambda match: "^" + fold(match), text)
-    text = re.sub(rf"[^{SMALL}]+", fold, text)[:20_000].translate(str.maketrans("‘’【】“”„", "''[]\"\"\""))
+    text = re.sub(rf"[^{SMALL}]+", fold, text)[:20_000].translate(FANCY)
     text = re.sub("[\u00ad\u200b-\u200f\u2060\ufe0f\ufeff✅✓✔☑]", "", text)
     text = re.sub(r"(?<=[^\W\d_])\s*[—―]+", " - ", text)  # after a word it is no sign
     text = re.sub(r"\\+", r"\\", re.sub(r"[‐-―−]", "-", text)).replace("{,}", ",")
     for _ in range(3):  # nested
         text = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\?(?:boxed|fbox)\s*\{+([^{}]*)\}+", r"\nFinal answer: \1\n", text)
-    text = re.sub(rf"\\(?:[lL]ong)?[rR]ightarrow|\\to(?![a-z])", " → ", text)
-    text = re.sub(rf"\$\$|(?<!\\)\$(?=\S)([^$\n]*)(?<=[^\s\\])\$(?!\d)", r" \1 ", text)  # $x$, but $5 and $6
+    text = re.sub(r"\\(?:[lL]ong)?[rR]ightarrow|\\to(?![a-z])", " → ", text)
+    text = re.sub(r"\$\$|(?<!\\)\$(?=\S)([^$\n]*)(?<=[^\s\\])\$(?!\d)", r" \1 ", text)  # $x$, but $5 and $6
     text = re.sub(rf"{LAYOUT}|\\[()\[\],;:!]|[{{}}]|(?<!\d)\$(?!\d)", " ", text).replace("\\", " ")
     text = re.sub(r"<(?![A-Z]>)[/|]*[a-zA-Z][^<>]{0,60}>", " ", text)
-    text = re.sub(r"(?m)^[^\S\n]*(?:[#>]+|[*+-][^\S\n]|[-=_*]{3,}$)|\*\*+|~~|[`«»「」『』《》]|\b_+|(?<!_)_+\b", " ", text)
-    text = re.sub(r"(?<![\w*])\*([^*\n]*)\*|(?<!\w)(['\"])([^'\"\n]{0,99})\2(?!\w)|(?<!\w)\*(?=\w)|(?<!\d)\"", r"\1 \3", text)
+    text = re.sub(r"(?m)^[^\S\n]*(?:[#>]+|[*+-][^\S\n]|[-=_*]{3,}$)|\*\*+|~~|[`«»「」『』《》]", " ", text)
+    text = re.sub(r"(?<![\w*])\*([^*\n]*)\*|(?<!\w)\*(?=\w)|\b_+|(?<!_)_+\b", r"\1 ", text)
+    text = re.sub(r"(?<!\w)(['\"])([^'\"\n]{0,99})\1(?!\w)|(?<!\d)\"", r" \2 ", text)
     return re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
@@ -96,35 +96,52 @@ def normalise(text):
     return re.sub(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})", " ", text)
 
 
+# ----------------------------------------------------------------------------------- what leads to an answer
 # in these lists of words _ is a space and * a word's beginning
 any_of = lambda words: rf"\b(?i:{'|'.join(words.split())})\b".replace("_", r"\s").replace("*", r"\w+")
 IS = any_of("is would_be should_be must_be has_to_be seems appears remains") + r"(?:\sto\sbe\b)?"
-# The words that lead to an answer; where they say that it is final, what differs before them does not count.
+NOUNS = any_of("""answer ans (?:correct|right|best)_(?:option|choice|one|letter) choice letter selection pick
+    guess selected selected_option option_that""")
 FINAL = re.compile(rf"""(?:(?P<final>\b[Ff](?i:inal)\s | 最终) | (?<!\w))
-    (?:{any_of("answer ans correct_option right_option best_option correct_choice right_choice best_choice choice "
-    "correct_one correct_letter letter selection pick guess selected_option selected option_that")}
-      (?:(?:(?!\s[(\[]?[A-Z]\b)[^.:?\n]){{0,40}}?\s{IS}(?:\s{any_of("most *ly")})* | (?=\s*[:=\n] | \s-\s))
+    (?:{NOUNS}(?:(?:(?!\s[(\[]?[A-Z]\b)[^.:?\n]){{0,40}}?\s{IS}(?:\s{any_of("most *ly")})*
+        | (?=\s*[:=\n] | \s-\s))
       | {any_of("I we")}(?:'d|'ll|'m|'re|\swould|\swill|\sam|\sfinally)?\s
         {any_of("choose pick select vote opt_for go_with going_with")}
       | {any_of("so thus hence therefore")}[,:]?(?=\s[(\[]?[A-Z]\b[)\]]?(?:[,.]|$))
       | (?:答案 | 选择?(?!项))(?:应该)?[是为选]*)\s*[:=]?\s*""", re.VERBOSE)
-SENTENCE_END = re.compile(r"(?:(?<=\d)|(?<=[\s\d][a-z])|(?<=\w{3})|(?<=[^\w\s.])|(?<=[\u3400-\u9fff]))[.!?;](?=\s+[^a-z])|[。\n]")
+SENTENCE_END = re.compile(r"""(?:(?<=\d) | (?<=[\s\d][a-z]) | (?<=\w{3}) | (?<=[^\w\s.])
+    | (?<=[\u3400-\u9fff]))[.!?;](?=\s+[^\sa-z]) | [。\n]""", re.VERBOSE)  # but J. Smith, St. John's, 65 sec. to 80 sec.
+NOTE = re.compile(r",? (?:not|rather|because|since)\b")  # It is B, not A
 # Behind an answer these words undo it.
-DOUBT = re.compile(any_of("""or maybe perhaps might may could can_be possibl[ey] probably also too either both otherwise second_thought wait actually
-    hmm+ instead rather sorry correction I_mean alternatively equally unsure not_sure hold_on unless""")
-    + r"|\b(?i:no)\b\s*[,.!-]|或|可能|也|还是|其实|等等|不，|不,")
+DOUBT = re.compile(any_of("""or maybe perhaps might may could can_be possibl[ey] probably also too either both
+    otherwise unless alternatively equally actually instead rather wait hmm+ hold_on sorry correction I_mean
+    second_thought unsure not_sure""") + r"|\b(?i:no)\b\s*[,.!-]|或|可能|也|还是|其实|等等|不[，,]")
+# It is denied where these come before it, with nothing between but such words and other letters.
+DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false excludes?
+    exclud(?:ed|ing) eliminat(?:e|es|ed|ing) rul(?:e|es|ed|ing)_out anything_but everything_but all_but
+    none_of doubt (?:wrong|incorrect|false),?_(?:and_)?so_(?:is|are)""")
+BETWEEN = any_of("""the an? options? choices? letter answer correct right choose pick select go going with be
+    is to it that think believe say both sure certain if whether *ly""")
+ITEM = r"[(\[]?[A-Z](?![A-Za-z0-9])[)\]]?"
+AND = r",?\s?(?:\b(?:and|or|nor)\b | [&和或与及] | 就是)\s?(?:options?\s)?"
+DENIED = re.compile(rf"""(?:{DENIES} | ^(?i:no)\b | n't\b | [不非别除])
+    (?:[\ (\[] | [是选项应该答案能会可择了] | {BETWEEN})* (?:{ITEM}(?:\s?[,/、]\s?|{AND}))*[(\[]?\Z""", re.VERBOSE)
 
 
-def undenied_leads(text):
-    """Where words lead to an answer in a plain text, but for "I don't think the answer is" and the like."""
-    return [match for match in FINAL.finditer(text)
-            if not DENIED.search(text[max(0, match.end() - 60):match.end()])]
+def is_denied(text, end):
+    """Whether what stands before a place of a text denies what comes there."""
+    return bool(DENIED.search(text[max(0, end - 60):end]))
+
+
+def leads_in(text):
+    """The words that lead to an answer in a plain text, but for "I don't think the answer is" and its like."""
+    return [lead for lead in FINAL.finditer(text) if not is_denied(text, lead.end())]
 
 
 def concluded(text):
-    """What the last words that lead to an answer lead to in a plain text, up to their sentence's end; all of the
+    """What the last words that lead to an answer in a plain text lead to, up to the sentence's end; the whole
     text where there are none, where they lead to different answers or where doubt follows."""
-    leads = [match for match in undenied_leads(text) if re.search(r"\w", text[match.end():match.end() + 9])]
+    leads = [lead for lead in leads_in(text) if re.search(r"\w", text[lead.end():lead.end() + 9])]
     ends = [match.start() for match in leads[1:]] + [len(text)]
     said, is_final = [], False
     for lead, end in zip(leads, ends):
@@ -132,7 +149,7 @@ def concluded(text):
             said, is_final = [], True
         stop = SENTENCE_END.search(text, lead.end(), end)
         end = stop.start() if stop else end
-        said.append(text[lead.end():end].strip().rstrip(".,"))
+        said.append(NOTE.split(text[lead.end():end].strip())[0].rstrip(".,"))
     if len({part.casefold() for part in said}) != 1 or DOUBT.search(text, end):
         return text
     return said[0]
@@ -179,12 +196,12 @@ LEADS = any_of("""
     wait also vs versus either both neither between first answers? ans options? choices? letters? final
     correct so thus therefore hence yes no sure okay choose choosing pick select guess say think believe mean
     conclude vote makes? making maybe perhaps otherwise likely indeed only leaves leaving left_with *ly""")
-BEFORE = rf"""(?:^ | [,:;(\[&|>=→、。\n]\s* | (?<=[A-Z)\]\s])/\s* | (?<![MDv][rs])[.!?)\]+-]\s+ | \s(?=[A-Z]\))
-    | {LEADS}\.?\s+ | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
+BEFORE = rf"""(?:^ | [,:;(\[&|>=→、。\n]\s* | (?<=[A-Z)\]\s])/\s* | (?<![MDv][rs])[.!?)\]+-]\s+
+    | \s(?=[A-Z]\)) | {LEADS}\.?\s+ | (?<=[是选择项案为答和或者与及])\s* | (?:所以|因此)\s*)[(\[]{{0,3}}"""
 # ... and before a sign, or that it is right, or, if a capital ("a because" is none), before these words.
 SIGN = r"(?=\s*(?:$ | [,:;!?)\]/&|>=→+。、…] | \.(?!\w\b) | -+[\s>])) | (?=\n)"
 SEEMS = any_of("looks looked seems seemed appears appeared would_be") + r"(?:\sto\sbe)?"
-CORRECT = rf"""(?:\s{any_of("the my most final *ly")})*\s{any_of("correct right true best answer accurate appropriate")}"""
+CORRECT = rf"(?:\s{any_of('the my most final *ly')})*\s{any_of('correct right true best answer accurate')}"
 RIGHT = rf"""(?P<right>\s(?!would){IS}{CORRECT}) | [)\]]?(?:\s{SEEMS}{CORRECT} | \s?(?:选项)?[是为]?[正对]
     | \s(?:best\s)?{any_of("matches fits describes the_correct")})"""
 WORD = any_of("not but rather instead because since as it_is I_think for_sure")
@@ -193,19 +210,11 @@ WEAK = rf"""\W{{0,3}}\b(?i:or)\b | \s(?i:and|nor)\b | \s?[和或与还及都] | 
     \s{any_of("is are was to then with vs versus no wait maybe perhaps might may could would if")}"""
 MENTION = re.compile(rf"""{BEFORE}{LETTER}(?:(?:{RIGHT}) | {SIGN}
     | (?<=[A-Z])(?=\s*[(\[] | \s?[选项因] | \s{WORD}) | (?=(?P<weak>{WEAK})))""", re.VERBOSE)
-# It is denied where these come before it or after it, with nothing between but such words and other letters.
-DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false excludes?
-    exclud(?:ed|ing) eliminat(?:e|es|ed|ing) rul(?:e|es|ed|ing)_out anything_but everything_but all_but none_of
-    doubt (?:wrong|incorrect|false),?_(?:and_)?so_(?:is|are)""")
-BETWEEN = any_of("""the an? options? choices? letter answer correct right choose pick select go going with be is
-    to it that think believe say both sure certain if whether *ly""")
-ITEM = r"[(\[]?[A-Z](?![A-Za-z0-9])[)\]]?"
-AND = r",?\s?(?:\b(?:and|or|nor)\b | [&和或与及] | 就是)\s?(?:options?\s)?"
-LISTED = re.compile(rf"(?<![A-Za-z0-9])([A-Z])[)\]]?{AND}[(\[]?$", re.VERBOSE)
-DENIED = re.compile(rf"""(?:(?:{DENIES}) | ^(?i:no)\b | n't\b | [不非别除]) (?:[\ (\[] | [是选项应该答案能会可择了] | {BETWEEN})*
-    (?:{ITEM}(?:\s?[,/、]\s?|{AND}))*[(\[]?\Z""", re.VERBOSE)
+LISTED = re.compile(rf"(?<![A-Za-z0-9])([A-Z])[)\]]?{AND}[(\[]?\Z", re.VERBOSE)
+# It is denied where these come after it or after the list that it is in.
 WRONG = any_of("wrong incorrect false unlikely impossible ruled_out eliminated excluded out")
-DENIED_AFTER = re.compile(rf"""[)\]]?(?:(?:\s?[,/、]\s?{ITEM})*{AND}{ITEM} | (?:\s?[,/、]\s?{ITEM})+(?=\s(?:are|were|do|can) | 都))?
+DENIED_AFTER = re.compile(rf"""[)\]]?
+    (?:(?:\s?[,/、]\s?{ITEM})*{AND}{ITEM} | (?:\s?[,/、]\s?{ITEM})+(?=\s(?:are|were|do|can)\b | 都))?
     (?:\s?(?:(?:is|are|was|were|would|can|could|do|does|did|must)\s?(?:not|n't|never)\b | cannot\b)
     | \s\w{{2,12}}\s(?:\w{{2,12}}\s){{0,2}}{WRONG} | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$
     | \s?[):\]-]\s?(?i:is\s)?(?i:no|not|wrong|incorrect|false)\b | \s?[✗✘❌]
@@ -213,8 +222,8 @@ DENIED_AFTER = re.compile(rf"""[)\]]?(?:(?:\s?[,/、]\s?{ITEM})*{AND}{ITEM} | (?
     | (?:选项)?[都也均]?是?[不错])""", re.VERBOSE)
 SEPARATOR = re.compile(r"^(?:[\s)\].,:;、。=→|(\[]|[-=]+>|-+(?=\s))+")  # between a letter and its option's text
 CLAUSE_END = re.compile(r"[.!?;](?=\s+[^\sa-z]|\)|$)|[。\n]|\s(?=\([^()]{0,99}\w\s\w)")
-# All that comes before a letter that a clause begins with: So it is B.
-ALONE = re.compile(rf"(?:\W|\b(?i:I|we|the|would|'d|'ll|am)\b|(?!\b(?i:options?|choices?)\b){LEADS})*")
+# All that may come before a letter that a clause begins with: So it is B.
+BEGINNING = re.compile(rf"(?:\W|\b(?i:I|we|the|would|'d|'ll|am)\b|(?!\b(?i:options?|choices?)\b){LEADS})*")
 
 
 def read_letter(text, options):
@@ -246,7 +255,7 @@ def read_letter(text, options):
     said = re.sub(r"^(?:I think )?(?:[Ii]t is|[Ii]t's|[Tt]hat is) ", "", said)
     if letter := whole(said) or whole(text):
         return letter
-    leads = undenied_leads(said)
+    leads = leads_in(said)
     if leads and (letter := whole(said[leads[-1].end():])):
         said = f"{said[:leads[-1].end()]}{letter}"
     # an option that names letters itself counts as its own letter
@@ -254,7 +263,7 @@ def read_letter(text, options):
         if len(option) > 1 and re.search(rf"\b{LETTER}", option):  # D. Both A and B
             said = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", letter, said, flags=re.IGNORECASE)
     # one letter is claimed or, where none is, mentioned
-    mentions = undenied_mentions(said, letters)
+    mentions = mentions_in(said, letters)
     strong = [mention for mention in mentions if mention["weak"] is None]
     named = claimed(said, mentions, whole)
     if not named and strong:
@@ -272,27 +281,24 @@ def read_letter(text, options):
 
 
 def claimed(said, mentions, whole):
-    """The letters that a plain text claims, with those that are doubted behind. A clause claims what comes after words
-    that lead to an answer, what it says is right, and a letter that it begins with."""
-    leads = {match.start(): match for match in undenied_leads(said)}
+    """The letters that a plain text claims, and those that doubt behind them names. A clause claims what comes
+    after words that lead to an answer, what it says is right and a letter that it begins with."""
+    leads = {lead.start(): lead for lead in leads_in(said)}
     within = {place for lead in leads.values() for place in range(lead.start() + 1, lead.end() + 1)}
-    stops = {match.end() for match in CLAUSE_END.finditer(said)}
-    cuts = sorted({0, len(said), *leads} | stops - within)
-    inside = {start: [] for start in cuts}
-    for mention in mentions:
-        inside[cuts[bisect.bisect(cuts, mention.start(1)) - 1]].append(mention)
+    ends = {match.end() for match in CLAUSE_END.finditer(said)} - within
+    places = [mention.start(1) for mention in mentions]
     led, begun, doubted, is_final = set(), set(), set(), False
-    for start, end in itertools.pairwise(cuts):
+    for start, end in itertools.pairwise(sorted({0, len(said), *leads, *ends})):
         lead = leads.get(start)
         clause = said[lead.end() if lead else start:end]
-        found = {mention[1].upper() for mention in inside[start]}
-        strong = [mention.start(1) for mention in inside[start] if mention["weak"] is None]
-        before = said[start:strong[0]] if strong else ""
-        if lead and (letter := whole(re.split(r",? (?:not|rather|because|since)\b", clause)[0])):
+        here = mentions[bisect.bisect_left(places, start):bisect.bisect_left(places, end)]
+        found = {mention[1].upper() for mention in here}
+        if lead and (letter := whole(NOTE.split(clause)[0])):
             found = {letter}
-        is_led = lead or any(mention["right"] for mention in inside[start])
-        is_begun = strong and len(before) < 60 and ALONE.fullmatch(before) and not DOUBT.search(before)
-        is_begun = is_begun and (end not in leads or said[start:end].rstrip()[-1:] in ".!?;。" or said[end - 1] == "\n")
+        is_led = lead or any(mention["right"] for mention in here)
+        strong = [mention.start(1) for mention in here if mention["weak"] is None]
+        before = said[start:strong[0]][:99] if strong and (end in ends or end not in leads) else "option"
+        is_begun = BEGINNING.fullmatch(before) and not DOUBT.search(before)
         if found and (is_led or is_begun) and not clause.rstrip().endswith("?"):
             if lead and lead["final"] and not is_final:
                 led, begun, is_final = set(), set(), True
@@ -300,13 +306,14 @@ def claimed(said, mentions, whole):
             doubted = set()
         elif DOUBT.search(clause):
             doubted |= found
-    if not led:
-        return begun | doubted | {m[1].upper() for m in mentions if m["weak"] is None} if begun else begun
-    return led | doubted | (begun if len(begun) == 1 else set())  # several are a list of the options
+    if led:
+        return led | doubted | (begun if len(begun) == 1 else set())  # several are a list of the options
+    return begun and begun | doubted | {mention[1].upper() for mention in mentions if mention["weak"] is None}
 
 
-def undenied_mentions(said, letters):
-    """The mentions of letters in a plain text but for what is denied, small words and ends of lists (scene A or B)."""
+def mentions_in(said, letters):
+    """The mentions of letters in a plain text, but for those that are denied and for ends of lists of other
+    things (scene A or B)."""
     places, mentions = set(), []
     for mention in MENTION.finditer(said):
         start, end = mention.span(1)
@@ -314,11 +321,7 @@ def undenied_mentions(said, letters):
         if head and head.start(1) not in places:
             continue
         places.add(start)
-        if not is_denied(said, start, end) and (mention[1].isupper() or mention[1].upper() in letters):
+        is_letter = mention[1].isupper() or mention[1].upper() in letters
+        if is_letter and not is_denied(said, start) and not DENIED_AFTER.match(said, end):
             mentions.append(mention)
     return mentions
-
-
-def is_denied(said, start, end):
-    """Whether the letter at [start, end) of a text is denied by what stands before or after it."""
-    return bool(DENIED.search(said[max(0, start - 60):start]) or DENIED_AFTER.match(said, end))
