@@ -9,10 +9,10 @@
       mention  where none does, but only one is mentioned   As seen, option (B) matches.    -> B
 
 A letter counts where it stands for an option (not in: A car, I think, T-shirt, team B) and is not denied (not
-B; B is wrong; A, B and C are incorrect denies the three). A claim (the answer is B) outweighs what is mentioned
-before it and noted after it (A is a distractor). Claims that differ name none (The answer is A. No, B.), unless a later one says that it is final (Final answer: B, or \\boxed{B}) and nothing behind it
-differs. Doubt behind a claim (or A; maybe A; A is also possible) undoes it. This holds for what is claimed of
-numbers, segments and words, too.
+B; B is wrong; A, B and C are wrong denies the three). A claim (the answer is B) outweighs what is mentioned
+before it or noted after it (A is a trap). Claims that differ name none (The answer is A. No, B.), unless
+a later one says that it is final (Final answer: B, or \\boxed{B}) and nothing behind it differs. Doubt behind
+a claim (or A; maybe A; A is also possible) undoes it. This holds for numbers, segments and words, too.
 """
 
 import bisect
@@ -110,7 +110,7 @@ FINAL = re.compile(rf"""(?:(?P<final>\b[Ff](?i:inal)\s | 最终) | (?<!\w))
       | {any_of("so thus hence therefore")}[,:]?(?=\s[(\[]?[A-Z]\b[)\]]?(?:[,.]|$))
       | (?:答案 | 选择?(?!项))(?:应该)?[是为选]*)\s*[:=]?\s*""", re.VERBOSE)
 SENTENCE_END = re.compile(r"""(?:(?<=\d) | (?<=[\s\d][a-z]) | (?<=\w{3}) | (?<=[^\w\s.])
-    | (?<=[\u3400-\u9fff]))[.!?;](?=\s+[^\sa-z]) | [。\n]""", re.VERBOSE)  # but J. Smith, St. John's, 65 sec. to 80 sec.
+    | (?<=[\u3400-\u9fff]))[.!?;](?=\s+[^\sa-z]) | [。\n]""", re.VERBOSE)  # not: J. Smith, 65 sec. to 80
 NOTE = re.compile(r",? (?:not|rather|because|since)\b")  # It is B, not A
 # Behind an answer these words undo it.
 DOUBT = re.compile(any_of("""or maybe perhaps might may could can_be possibl[ey] probably also too either both
@@ -134,7 +134,7 @@ def is_denied(text, end):
 
 
 def leads_in(text):
-    """The words that lead to an answer in a plain text, but for "I don't think the answer is" and its like."""
+    """The words that lead to an answer in a plain text, but for "I don't think the answer is"."""
     return [lead for lead in FINAL.finditer(text) if not is_denied(text, lead.end())]
 
 
@@ -214,7 +214,8 @@ LISTED = re.compile(rf"(?<![A-Za-z0-9])([A-Z])[)\]]?{AND}[(\[]?\Z", re.VERBOSE)
 # It is denied where these come after it or after the list that it is in.
 WRONG = any_of("wrong incorrect false unlikely impossible ruled_out eliminated excluded out")
 DENIED_AFTER = re.compile(rf"""[)\]]?
-    (?:(?:\s?[,/、]\s?{ITEM})*{AND}{ITEM} | (?:\s?[,/、]\s?{ITEM})+(?=\s(?:are|were|do|can)\b | 都))?
+    (?:(?:\s?[,/、]\s?{ITEM}){{0,25}}{AND}{ITEM}
+    | (?:\s?[,/、]\s?{ITEM}){{1,25}}(?=\s(?:are|were|do|can)\b | 都))?
     (?:\s?(?:(?:is|are|was|were|would|can|could|do|does|did|must)\s?(?:not|n't|never)\b | cannot\b)
     | \s\w{{2,12}}\s(?:\w{{2,12}}\s){{0,2}}{WRONG} | \W{{0,2}}(?i:no|wrong|incorrect|false)\W*$
     | \s?[):\]-]\s?(?i:is\s)?(?i:no|not|wrong|incorrect|false)\b | \s?[✗✘❌]
@@ -281,8 +282,8 @@ def read_letter(text, options):
 
 
 def claimed(said, mentions, whole):
-    """The letters that a plain text claims, and those that doubt behind them names. A clause claims what comes
-    after words that lead to an answer, what it says is right and a letter that it begins with."""
+    """The letters that a plain text claims, with those that doubt behind them names. A clause claims what
+    comes after words that lead to an answer, what it says is right and a letter that it begins with."""
     leads = {lead.start(): lead for lead in leads_in(said)}
     within = {place for lead in leads.values() for place in range(lead.start() + 1, lead.end() + 1)}
     ends = {match.end() for match in CLAUSE_END.finditer(said)} - within

@@ -1,4 +1,4 @@
-"""What answers say, graded by hand: clear ones, which a person would accept at once, and ambiguous ones, which
+"""What answers say, graded by hand: clear ones, which a person accepts at once, and ambiguous ones, which
 hedge, contradict themselves or say nothing, worded as models do."""
 
 COLOURS = ["blue", "red", "green", "yellow"]

@@ -428,7 +428,8 @@ PIECES = [
     "not B ", "\\boxed{", "\\boxed", "\\text{", "\\text", "\\", "\\(", "<b", "<|", "答案", "答案是", "选", "不", "是",
     "。", "、", "min ", "1 min ", "1 s ", "1:1:", "and ", "ﷺ", "\u200b", "½", "²", "́", "\u0000", "\ud83d", "＄",
     "𝐁", "Answer: A\n", "A, ", "A and ", "(A) or ", ". A ", "A. ", "A: no\n", "I choose ", "Final answer: ",
-    "so A, ", "A, but ", "maybe ", "not sure the ", "either ", "+ ", "- ", "(a b ", "$x", "' ", "'x", "\"x", "*x", "5,",
+    "so A, ", "A, but ", "maybe ", "not sure the ",
+    "either ", "+ ", "- ", "(a b ", "$x", "' ", "'x", "\"x", "*x", "5,",
     "% ", "?", "likely ", "final ", "、", "；", "A、", "A和", "或",
 ]
 KINDS = [CHOICE, {"answer_type": "number", "answer": 7}, {"answer_type": "segment", "answer": [1, 2]},
@@ -444,7 +445,7 @@ def grades_in_time(text):
     return True
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 13])
 def test_ten_thousand_characters_of_anything_take_no_time(step):
     rng = random.Random(0)
     texts = []
