@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from answers import AMBIGUOUS_LETTERS, CLEAR_LETTERS, CLEAR_OTHERS, WRONG_OTHERS
 from common import RunConfig, UserError, read_text, write_jsonl
 from grading import grade, last_answer, normalise, option_texts, plain, read_letter, read_times, read_untagged
 from sources.read import read_questions, read_trajectories
@@ -31,6 +32,21 @@ def check_all(cases, holds):
             said = f": {type(error).__name__}: {error}"
         wrong.append(repr(case)[:200] + said[:200])
     assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong)
+
+
+# -------------------------------------------------------------------------- the wordings of answers.py
+def test_clear_answers_are_read_and_ambiguous_ones_are_not():
+    letters = [(text, options, letter) for options, letter, texts in CLEAR_LETTERS for text in texts]
+    none = [(text, options, None) for options, texts in AMBIGUOUS_LETTERS for text in texts]
+    assert len(letters) >= 400 and len(none) >= 100
+    check_all(letters + none, lambda text, options, letter: (
+        read_letter(text, options) == letter and all(
+            grade(text, {"answer_type": "multiple_choice", "options": options, "answer": other})
+            == (other == letter) for other in "ABCD")))
+    others = [(kind, truth, text, score) for score, cases in ((1, CLEAR_OTHERS), (0, WRONG_OTHERS))
+              for kind, truth, texts in cases for text in texts]
+    check_all(others, lambda kind, truth, text, score: (
+        grade(text, {"answer_type": kind, "answer": truth}) == pytest.approx(score)))
 
 
 # ---------------------------------------------------------------------------------- one letter: B, of COLOURS
@@ -411,7 +427,10 @@ PIECES = [
     "answer is ", "the answer is the option ", "option ", "I ", "I think ", "it is ", "so ", "A is ", "B or ",
     "not B ", "\\boxed{", "\\boxed", "\\text{", "\\text", "\\", "\\(", "<b", "<|", "答案", "答案是", "选", "不", "是",
     "。", "、", "min ", "1 min ", "1 s ", "1:1:", "and ", "ﷺ", "\u200b", "½", "²", "́", "\u0000", "\ud83d", "＄",
-    "𝐁", "Answer: A\n",
+    "𝐁", "Answer: A\n", "A, ", "A and ", "(A) or ", ". A ", "A. ", "A: no\n", "I choose ", "Final answer: ",
+    "so A, ", "A, but ", "maybe ", "not sure the ",
+    "either ", "+ ", "- ", "(a b ", "$x", "' ", "'x", "\"x", "*x", "5,",
+    "% ", "?", "likely ", "final ", "、", "；", "A、", "A和", "或",
 ]
 KINDS = [CHOICE, {"answer_type": "number", "answer": 7}, {"answer_type": "segment", "answer": [1, 2]},
          {"answer_type": "open_ended", "answer": "red"}]
@@ -426,7 +445,7 @@ def grades_in_time(text):
     return True
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 13])
 def test_ten_thousand_characters_of_anything_take_no_time(step):
     rng = random.Random(0)
     texts = []
