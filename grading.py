@@ -288,7 +288,10 @@ def claimed(said, mentions, whole):
     within = {place for lead in leads.values() for place in range(lead.start() + 1, lead.end() + 1)}
     ends = {match.end() for match in CLAUSE_END.finditer(said)} - within
     places = [mention.start(1) for mention in mentions]
-    led, begun, doubted, is_final = set(), set(), set(), False
+    led = set()  # letters that words lead to, or that are called right
+    begun = set()  # letters that clauses begin with
+    doubted = set()  # letters in doubts behind the last claim
+    is_final = False
     for start, end in itertools.pairwise(sorted({0, len(said), *leads, *ends})):
         lead = leads.get(start)
         clause = said[lead.end() if lead else start:end]
@@ -297,19 +300,27 @@ def claimed(said, mentions, whole):
         if lead and (letter := whole(NOTE.split(clause)[0])):
             found = {letter}
         is_led = lead or any(mention["right"] for mention in here)
+        is_begun = False
         strong = [mention.start(1) for mention in here if mention["weak"] is None]
-        before = said[start:strong[0]][:99] if strong and (end in ends or end not in leads) else "option"
-        is_begun = BEGINNING.fullmatch(before) and not DOUBT.search(before)
+        if strong and (end in ends or end not in leads):
+            before = said[start:strong[0]][:99]
+            is_begun = BEGINNING.fullmatch(before) and not DOUBT.search(before)
         if found and (is_led or is_begun) and not clause.rstrip().endswith("?"):
             if lead and lead["final"] and not is_final:
                 led, begun, is_final = set(), set(), True
-            (led if is_led else begun).update(found)
+            if is_led:
+                led |= found
+            else:
+                begun |= found
             doubted = set()
         elif DOUBT.search(clause):
             doubted |= found
     if led:
-        return led | doubted | (begun if len(begun) == 1 else set())  # several are a list of the options
-    return begun and begun | doubted | {mention[1].upper() for mention in mentions if mention["weak"] is None}
+        several_begun = len(begun) > 1  # a list of the options
+        return led | doubted | (set() if several_begun else begun)
+    if begun:
+        return begun | doubted | {mention[1].upper() for mention in mentions if mention["weak"] is None}
+    return set()
 
 
 def mentions_in(said, letters):
