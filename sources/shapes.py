@@ -2,7 +2,8 @@
 
     options    ["a", "b"]   ["A. a", "B. b"]   {"A": "a", "B": "b"}   "['a', 'b']"
                or at the end of the question's text: (A) a, A) a, A. a, A.a, A：a, a line each or in one line
-    answer     B   b   B.   (B)   <answer>B</answer>   B. b   the text of an option
+               or there, where the answer names one of them: (a) a, （ａ）a, 1. a, ① a, ii) a
+    answer     B   b   B.   (B)   <answer>B</answer>   B. b   the text of an option   its mark: (b), 2, ②, ii
 
 What cannot be read raises RowFault.
 """
@@ -11,16 +12,23 @@ import ast
 import json
 import math
 import re
+import unicodedata
 
 from grading import LETTERS, normalise, option_texts
 
 MARK = r"[(\[（【]?([A-Z])[.)\]:、．）：】]"  # of an option: (A), A), A., A：
-MARKED = re.compile(rf"\s*{MARK}(?![A-Z]\.)\s*(.*)")  # an option with its letter
 LINE_MARK = re.compile(rf"^[^\S\n]*{MARK}(?![A-Z]\.)", re.MULTILINE)  # at the beginning of a line
 WORD_MARK = re.compile(rf"(?:^|(?<=\s)){MARK}(?=\s*\S)")  # anywhere, with a text behind it
 HEADER = re.compile(r"(?:\n\s*(?i:options?|choices|candidates)\s*[:：]?"
                     r"|\s(?:Options?|Choices|Candidates)[:：])\s*$")  # before the options in the question
-NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|{MARK}\s*(\S.*)""", re.DOTALL)
+NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|(?i:{MARK})\s*(\S.*)""", re.DOTALL)
+# marks of other kinds, in their order: letters of any case and width, numbers, Roman numbers
+KINDS = (list(LETTERS.lower()), [str(number) for number in range(1, 27)],
+         "i ii iii iv v vi vii viii ix x".split())
+OTHER = r"(?:[(\[（【]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2}|[ivxIVX]{2,4})[.)\]:、．）：】](?!\d)|([Ⅰ-ⅿ①-ⓩ]))"
+OTHER_LINE = re.compile(rf"^[^\S\n]*{OTHER}", re.MULTILINE)
+OTHER_WORD = re.compile(rf"(?<=\s){OTHER}(?=\s*\S)")
+FILLING = ("", "n/a", "na", "nan", "null", "-")  # of a table's columns of options, behind the last one
 
 
 class RowFault(ValueError):
@@ -77,23 +85,41 @@ def read_options(value):
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
-        before, value, after = split_options("?\n" + value)
+        field = "?\n" + value
+        before, value, after = split_options(field)
+        marks = other_marks(field, KINDS[0]) or other_marks(field, KINDS[1])
+        if marks and not value:
+            before, value = cut(field, marks, keep=True)
         if not value or before != "?" or after:
             raise RowFault("options are not a list", repr(text[:60]))
     if isinstance(value, dict):
-        by_letter = {str(key).strip(" .()").upper(): text for key, text in value.items() if text is not None}
+        by_letter = {str(key).strip(" .()").upper(): text for key, text in value.items()}
         if sorted(by_letter) != list(LETTERS[:len(by_letter)]):
             raise RowFault("options have other keys than letters", ", ".join(by_letter)[:60])
         value = [by_letter[letter] for letter in sorted(by_letter)]
     if not isinstance(value, list):
         raise RowFault("options are not a list", str(value)[:60])
+    while value and value[-1] is None:  # a table's columns behind the last option
+        value = value[:-1]
     options = ["" if option is None else str(option).strip() for option in value]
-    # a letter alone is an option without text where the others have letters and texts
-    marked = [match[2] for match in map(MARKED.fullmatch, options) if match]
-    lettered = len(marked) == len(options) and any(marked)
-    if "" in options or lettered and "" in marked:
-        raise RowFault("an option is empty", str(options)[:60])
-    return [option.strip() for option in option_texts(options)]
+    # nothing, or a letter alone, is an option without text where the others have letters and texts
+    filled = [f"{letter}. \0" if option == "" or re.fullmatch(MARK, option, re.IGNORECASE) else option
+              for letter, option in zip(LETTERS, options)] + options[len(LETTERS):]
+    texts = option_texts(filled)
+    if texts == filled or set(texts) == {"\0"}:
+        return options
+    return [text.strip("\0").strip() for text in texts]
+
+
+def without_filling(options, right):
+    """Options without what fills a table's columns behind the last one. The right one, whose letter is given,
+    is no filling."""
+    if not isinstance(options, list):
+        return options
+    options = ["" if option is None else option for option in options]
+    while len(options) > LETTERS.index(right) + 1 and str(options[-1]).strip().lower() in FILLING:
+        options.pop()
+    return options
 
 
 def split_options(text):
@@ -103,10 +129,7 @@ def split_options(text):
     the text in one line, where each letter's mark is there once."""
     text = text.rstrip()
     # a line each: from the last A on
-    marks = list(LINE_MARK.finditer(text))
-    firsts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
-    marks = marks[firsts[-1]:] if firsts else []
-    if len(marks) > 1 and in_order(marks):
+    if marks := last_list(LINE_MARK.finditer(text), KINDS[0]):
         question, pieces = cut(text, marks)
         options, behind = [], []
         for piece in pieces:
@@ -119,7 +142,7 @@ def split_options(text):
     # in one line: (A) a (B) b, or A. a B. b C. c
     marks = list(WORD_MARK.finditer(text))
     brackets = all(mark[0][0] in "([（【" for mark in marks)
-    if len(marks) >= (2 if brackets else 3) and in_order(marks):
+    if len(marks) >= (2 if brackets else 3) and marks == last_list(marks, KINDS[0]):
         question, pieces = cut(text, marks)
         options = [piece.strip() for piece in pieces]
         if all(options):
@@ -127,16 +150,65 @@ def split_options(text):
     return text.strip(), [], ""
 
 
-def in_order(marks):
-    """Whether these matches of MARK are A, B, C, ..."""
-    return "".join(mark[1] for mark in marks) == LETTERS[:len(marks)]
+def last_list(marks, names):
+    """From these matches of marks the last two or more that have all the names, from the first on; or []."""
+    marks = [mark for mark in marks if mark_name(mark) in names]
+    found = [mark_name(mark) for mark in marks]
+    start = max((i for i, name in enumerate(found) if name == names[0]), default=0)
+    found = found[start:]
+    return marks[start:] if len(found) > 1 and found == names[:len(found)] else []
 
 
-def cut(text, marks):
-    """(the text before the first mark, the texts behind each mark)."""
+def mark_name(match):
+    """A mark as KINDS have it: of Ｂ, (b) and ⓑ it is b, of ② it is 2."""
+    found = next(filter(None, match.groups()))
+    return unicodedata.normalize("NFKC", found).strip("().").lower()
+
+
+def cut(text, marks, keep=False):
+    """(the text before the first mark, the texts behind each mark). keep: with the mark."""
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    pieces = [text[mark.end():end] for mark, end in zip(marks, ends)]
+    pieces = [text[mark.start() if keep else mark.end():end] for mark, end in zip(marks, ends)]
     return HEADER.sub("", text[:marks[0].start()]).strip(), pieces
+
+
+def split_named(text, answer, kinds=KINDS):
+    """(question, options, after, answer): as `split_options`, and also where options have marks of other kinds
+    and the answer names one of these or is its option's text: it is a letter then. Without such an answer the
+    marks may be of anything else that a question lists: events to put in order, statements."""
+    question, options, after = split_options(text)
+    said = unicodedata.normalize("NFKC", unwrap(answer))
+    named = re.match(rf"(?:{OTHER}|(\w{{1,4}})$)\s*(.*)", said, re.DOTALL)
+    name, rest = (mark_name(named), named[4]) if named else ("", said)
+    for names in kinds:
+        marks = [] if options else other_marks(text, names)
+        lettered = text
+        for letter, mark in reversed(list(zip(LETTERS, marks))):
+            lettered = f"{lettered[:mark.start()]}({letter}) {lettered[mark.end():]}"
+        of_these = split_options(lettered)
+        letter = LETTERS[names.index(name)] if name in names[:len(marks)] else None
+        if letter and (not rest or letter in texts_that_fit(rest, of_these[1])):
+            return *of_these, letter
+        if marks and len(texts_that_fit(said, of_these[1])) == 1:
+            return *of_these, said
+    return question, options, after, answer
+
+
+def without_numbers(options, answer):
+    """(options, answer): of 1. red, 2. blue, where the answer is 2, it makes red, blue and B."""
+    question, texts, after, letter = split_named("\n".join(["?", *options]), answer, KINDS[1:])
+    if texts_that_fit(unwrap(answer), options) or (question, len(texts), after) != ("?", len(options), ""):
+        return options, answer
+    return texts, letter
+
+
+def other_marks(text, names):
+    """The matches of OTHER with these names that may list a text's options: a line each, or in one line behind
+    the end of the question. [] where there are none."""
+    in_line = last_list(OTHER_WORD.finditer(text), names)
+    if in_line and not re.search(r"[?.:？。：]\s*$", text[:in_line[0].start()]):
+        in_line = []
+    return last_list(OTHER_LINE.finditer(text), names) or in_line
 
 
 def without_options(text, options):
@@ -158,20 +230,29 @@ def unwrap(answer):
 
 
 def read_answer(answer, options, is_letter=False):
-    """The letter of the right option, which the answer names by its letter, its text, or both. is_letter: a
-    letter is one, and not the text of an option: of A. C, B. B, C. A it means the third."""
+    """The letter of the right option, which the answer names by its letter, its text, or both.
+
+    Of several options that are this very text it is the last, and "" names an empty option, as in MLVU's own
+    code (github.com/JUNJIE99/MLVU evaluation/multiple_choice_evaluation/choice_bench.py, qa_template).
+
+    is_letter: a letter is one, and not the text of an option: of A. C, B. B, C. A it means the third; and ""
+    is no answer."""
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     said = "" if answer is None else unwrap(answer)
     letters = LETTERS[:len(options)]
     # a letter, with what stands around it, and perhaps the option's text
     fits = set()
-    if match := NAMED.fullmatch(said):
+    if match := NAMED.fullmatch(unicodedata.normalize("NFKC", said)):
         letter, text = (match[1] or match[2]).upper(), match[3]
         if letter in letters and (text is None or letter in texts_that_fit(text, options)):
             fits.add(letter)
     if not (fits and is_letter):
         fits |= texts_that_fit(said, options)
+    if answer == "" and not is_letter:
+        fits = {letter for letter, option in zip(LETTERS, options) if option == ""}
+    if len({options[LETTERS.index(letter)] for letter in fits}) == 1:
+        fits = {max(fits)}
     if len(fits) > 1:
         raise RowFault("the answer fits two options", f"{said[:60]!r} fits {', '.join(sorted(fits))}")
     if not fits:
@@ -201,7 +282,7 @@ def seconds(text):
 
 def read_segments(value):
     """[[start_s, end_s], ...] of "00:15-00:19", of several of these with commas between, or of a list of
-    pairs."""
+    pairs. A moment ends where it starts."""
     if not isinstance(value, list):
         parts = re.split(r"\s*[,;、]\s*", str(value).strip())
         value = [re.split(r"\s*[-–—~]\s*", part) for part in parts]
@@ -212,7 +293,5 @@ def read_segments(value):
         start_s, end_s = map(seconds, ends)
         if start_s > end_s:
             raise RowFault("a time reference is reversed", f"{start_s:g} s to {end_s:g} s")
-        if start_s == end_s:
-            raise RowFault("a time reference is empty", f"{start_s:g} s to {end_s:g} s")
         segments.append([start_s, end_s])
     return segments
