@@ -293,8 +293,8 @@ class ZoomEnv:
         return MAY_ZOOM.format(left=left) if left > 0 else LAST_TURN
 
     def _hits(self, segment):
-        """Whether a segment overlaps the question's evidence, [start_s, end_s] pairs, or holds a moment of it, a
-        pair of equal times; None if it has none."""
+        """Whether a segment overlaps the question's evidence, [start_s, end_s] pairs, or holds one of its
+        moments, whose times are equal; None if it has none."""
         evidence, (first, last) = self.question.get("evidence"), segment
         sees = lambda start, end: first < end and start < last or first <= start == end <= last
         return any(sees(start, end) for start, end in evidence) if evidence else None

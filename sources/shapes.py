@@ -173,9 +173,9 @@ def cut(text, marks, keep=False):
 
 
 def split_named(text, answer, kinds=KINDS):
-    """(question, options, after, answer): as `split_options`, and also where options have marks of other kinds
-    and the answer names one of these or is its option's text: it is a letter then. Without such an answer the
-    marks may be of anything else that a question lists: events to put in order, statements."""
+    """(question, options, after, answer): as `split_options`, and also where options have other marks and the
+    answer names one of these, which gives a letter, or is an option's text. Without such an answer they may
+    mark anything that a question lists: events to put in order, statements."""
     question, options, after = split_options(text)
     said = unicodedata.normalize("NFKC", unwrap(answer))
     named = re.match(rf"(?:{OTHER}|(\w{{1,4}})$)\s*(.*)", said, re.DOTALL)
@@ -203,8 +203,8 @@ def without_numbers(options, answer):
 
 
 def other_marks(text, names):
-    """The matches of OTHER with these names that may list a text's options: a line each, or in one line behind
-    the end of the question. [] where there are none."""
+    """The matches of OTHER with these names that may list options: a line each, or in one line behind the end
+    of the question. [] where there are none."""
     in_line = last_list(OTHER_WORD.finditer(text), names)
     if in_line and not re.search(r"[?.:？。：]\s*$", text[:in_line[0].start()]):
         in_line = []

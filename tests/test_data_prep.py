@@ -60,7 +60,7 @@ def test_what_is_wrong_with_a_question_is_named():
         (GOOD | {"options": None}, "2 to 26 options"), (GOOD | {"options": ["a car"], "answer": "A"}, "2 to 26"),
         (GOOD | {"options": [str(n) for n in range(27)]}, "2 to 26 options"),
         (GOOD | {"options": ["a car", 3]}, "option"),
-        (GOOD | {"options": ["a car", ""], "answer_type": "open_ended", "answer": "a car"}, "option is empty"),
+        (GOOD | {"options": ["x", ""], "answer_type": "open_ended", "answer": "x"}, "option is empty"),
         (GOOD | {"answer": "C"}, "answer 'C'"),
         (GOOD | {"answer_type": "number", "answer": "few"}, "answer 'few'"),
         (GOOD | {"answer_type": "segment", "answer": [3, 2]}, r"answer '\[3, 2\]'"),

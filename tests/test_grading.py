@@ -488,7 +488,8 @@ GOOD_ROWS = [
     ROW | {"options": [str(n) for n in range(26)], "answer": "Z"},
     ROW | {"meta": {"n": [1, {"a": None}], "kind": None}}, ROW | {"more": [1, "x"]},
     *(ROW | {"options": value} for value in (
-        ["red", "Red"], ["red", "red"], ["red", ""], ["", ""], ["red", " "], ["A. red", "B. red "], ["a", "b", "b"])),
+        ["red", "Red"], ["red", "red"], ["red", ""], ["", ""], ["red", " "], ["A. red", "B. red "],
+        ["a", "b", "b"])),
     ROW | {"evidence": [[1, 1]]}, ROW | {"evidence": [[0, 0], [1, 2]]},
     ROW | {"meta": {"uniform_accuracy": {"8": 0.5}, "kind": "detail", "duration_s": 120.0}},
 ]
@@ -506,7 +507,8 @@ BAD_ROWS = [
         None, [], ["red"], ["red", 3], ["red", None], ["red", True],
         ["red", ["x"]], "AB", {}, 0, "", {"A": "x", "B": "y"},
         ["red", CUT], ["red", NAN], True, [str(n) for n in range(27)], [""] * 27)),
-    WORDS | {"options": ["x", ""]}, NUMBER | {"options": ["7", " "]}, WORDS | {"options": "x"}, WORDS | {"options": {}},
+    WORDS | {"options": ["x", ""]}, NUMBER | {"options": ["7", " "]},
+    WORDS | {"options": "x"}, WORDS | {"options": {}},
     WORDS | {"options": [str(n) for n in range(27)]},
     # numbers, segments and words
     *(NUMBER | {"answer": value} for value in (
