@@ -86,10 +86,8 @@ def read_options(value):
         return []
     if isinstance(value, str):
         field = "?\n" + value
-        before, value, after = split_options(field)
-        marks = other_marks(field, KINDS[0]) or other_marks(field, KINDS[1])
-        if marks and not value:
-            before, value = cut(field, marks, keep=True)
+        found = split_options(field)
+        before, value, after = found if found[1] else split_others(field, KINDS[0])
         if not value or before != "?" or after:
             raise RowFault("options are not a list", repr(text[:60]))
     if isinstance(value, dict):
@@ -127,27 +125,35 @@ def split_options(text):
 
     They stand a line each, with nothing between them; `after` are the lines behind the last one. Or they end
     the text in one line, where each letter's mark is there once."""
-    text = text.rstrip()
-    # a line each: from the last A on
-    if marks := last_list(LINE_MARK.finditer(text), KINDS[0]):
-        question, pieces = cut(text, marks)
-        options, behind = [], []
-        for piece in pieces:
-            option, _, more = piece.partition("\n")
-            options.append(option.strip())
-            behind.append(more.strip())
-        if any(behind[:-1]):
-            return text.strip(), [], ""
-        return question, options, behind[-1]
-    # in one line: (A) a (B) b, or A. a B. b C. c
-    marks = list(WORD_MARK.finditer(text))
-    brackets = all(mark[0][0] in "([（【" for mark in marks)
-    if len(marks) >= (2 if brackets else 3) and marks == last_list(marks, KINDS[0]):
-        question, pieces = cut(text, marks)
-        options = [piece.strip() for piece in pieces]
-        if all(options):
-            return question, options, ""
-    return text.strip(), [], ""
+    in_line = list(WORD_MARK.finditer(text))
+    brackets = all(mark[0][0] in "([（【" for mark in in_line)
+    if len(in_line) < (2 if brackets else 3) or in_line != last_list(in_line, KINDS[0]):
+        in_line = []
+    return split_at(text, last_list(LINE_MARK.finditer(text), KINDS[0]), in_line)
+
+
+def split_others(text, names):
+    """As `split_options`, of marks with these names, one of KINDS. Those in one line follow the question's end."""
+    in_line = last_list(OTHER_WORD.finditer(text), names)
+    if in_line and not re.search(r"[?.:？。：]\s*$", text[:in_line[0].start()]):
+        in_line = []
+    return split_at(text, last_list(OTHER_LINE.finditer(text), names), in_line)
+
+
+def split_at(text, lines, in_line):
+    """(question, options, after) of a text with these marks, each at the beginning of a line; or else these, in
+    one line; (text, [], "") where they mark no options."""
+    marks = lines or in_line
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    options = [text[mark.end():end].strip(" \t") for mark, end in zip(marks, ends)]
+    behind = []
+    if lines:
+        parts = [option.partition("\n") for option in options]
+        options, behind = [first for first, _, _ in parts], [more.strip() for _, _, more in parts]
+    if not options or any(behind[:-1]) or not lines and not all(options):
+        return text.strip(), [], ""
+    question = HEADER.sub("", text[:marks[0].start()]).strip()
+    return question, [option.strip() for option in options], "".join(behind)
 
 
 def last_list(marks, names):
@@ -165,33 +171,24 @@ def mark_name(match):
     return unicodedata.normalize("NFKC", found).strip("().").lower()
 
 
-def cut(text, marks, keep=False):
-    """(the text before the first mark, the texts behind each mark). keep: with the mark."""
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    pieces = [text[mark.start() if keep else mark.end():end] for mark, end in zip(marks, ends)]
-    return HEADER.sub("", text[:marks[0].start()]).strip(), pieces
-
-
 def split_named(text, answer, kinds=KINDS):
     """(question, options, after, answer): as `split_options`, and also where options have other marks and the
     answer names one of these, which gives a letter, or is an option's text. Without such an answer they may
     mark anything that a question lists: events to put in order, statements."""
-    question, options, after = split_options(text)
+    capitals = split_options(text)
+    if capitals[1]:
+        return *capitals, answer
     said = unicodedata.normalize("NFKC", unwrap(answer))
     named = re.match(rf"(?:{OTHER}|(\w{{1,4}})$)\s*(.*)", said, re.DOTALL)
     name, rest = (mark_name(named), named[4]) if named else ("", said)
     for names in kinds:
-        marks = [] if options else other_marks(text, names)
-        lettered = text
-        for letter, mark in reversed(list(zip(LETTERS, marks))):
-            lettered = f"{lettered[:mark.start()]}({letter}) {lettered[mark.end():]}"
-        of_these = split_options(lettered)
-        letter = LETTERS[names.index(name)] if name in names[:len(marks)] else None
-        if letter and (not rest or letter in texts_that_fit(rest, of_these[1])):
-            return *of_these, letter
-        if marks and len(texts_that_fit(said, of_these[1])) == 1:
-            return *of_these, said
-    return question, options, after, answer
+        found = split_others(text, names)
+        letter = LETTERS[names.index(name)] if name in names[:len(found[1])] else None
+        if letter and (not rest or letter in texts_that_fit(rest, found[1])):
+            return *found, letter
+        if len(texts_that_fit(said, found[1])) == 1:
+            return *found, said
+    return *capitals, answer
 
 
 def without_numbers(options, answer):
@@ -200,15 +197,6 @@ def without_numbers(options, answer):
     if texts_that_fit(unwrap(answer), options) or (question, len(texts), after) != ("?", len(options), ""):
         return options, answer
     return texts, letter
-
-
-def other_marks(text, names):
-    """The matches of OTHER with these names that may list options: a line each, or in one line behind the end
-    of the question. [] where there are none."""
-    in_line = last_list(OTHER_WORD.finditer(text), names)
-    if in_line and not re.search(r"[?.:？。：]\s*$", text[:in_line[0].start()]):
-        in_line = []
-    return last_list(OTHER_LINE.finditer(text), names) or in_line
 
 
 def without_options(text, options):
