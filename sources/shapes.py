@@ -145,12 +145,12 @@ def split_at(text, lines, in_line):
     one line; (text, [], "") where they mark no options."""
     marks = lines or in_line
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    options = [text[mark.end():end].strip(" \t") for mark, end in zip(marks, ends)]
+    options = [text[mark.end():end] for mark, end in zip(marks, ends)]
     behind = []
     if lines:
         parts = [option.partition("\n") for option in options]
         options, behind = [first for first, _, _ in parts], [more.strip() for _, _, more in parts]
-    if not options or any(behind[:-1]) or not lines and not all(options):
+    if not options or any(behind[:-1]) or not lines and not all(map(str.strip, options)):
         return text.strip(), [], ""
     question = HEADER.sub("", text[:marks[0].start()]).strip()
     return question, [option.strip() for option in options], "".join(behind)
