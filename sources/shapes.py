@@ -133,7 +133,7 @@ def split_options(text):
 
 
 def split_others(text, names):
-    """As `split_options`, of marks with these names, one of KINDS. Those in one line follow the question's end."""
+    """As `split_options`, of marks with these names, of KINDS; in one line they follow a question's end."""
     in_line = last_list(OTHER_WORD.finditer(text), names)
     if in_line and not re.search(r"[?.:？。：]\s*$", text[:in_line[0].start()]):
         in_line = []
@@ -141,8 +141,8 @@ def split_others(text, names):
 
 
 def split_at(text, lines, in_line):
-    """(question, options, after) of a text with these marks, each at the beginning of a line; or else these, in
-    one line; (text, [], "") where they mark no options."""
+    """(question, options, after) of a text with these marks at the beginning of lines, or else those in one
+    line; (text, [], "") where they mark no options."""
     marks = lines or in_line
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     options = [text[mark.end():end] for mark, end in zip(marks, ends)]
