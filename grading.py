@@ -181,8 +181,8 @@ def read_times(text):
 # ------------------------------------------------------------------------------------------------- a letter
 def option_texts(options):
     """Options without the letters that they carry ("C.three", "D、four", "(a) x"), where each carries its own:
-    "a cat", "I.V. line" and "A、B" carry none."""
-    own = r"\s*[(\[（【]?(?i:[{}{}])[.)\]:、．）：】](?:\s+|(?![A-Z](?![A-Za-z])))(?=\S)"
+    "a cat", "I.V. line", "A、B" and "(a)(c)(b)" carry none."""
+    own = r"(?!\(\w\)\(\w\))\s*[(\[（【]?(?i:[{}{}])[.)\]:、．）：】](?:\s+|(?![A-Z](?![A-Za-z])))(?=\S)"
     owns = [re.match(own.format(letter, chr(ord(letter) + 0xFEE0)), option)  # as wide as Ａ, too
             for letter, option in zip(LETTERS, options)]
     texts = [option[own.end():].strip() for own, option in zip(owns, options) if own]

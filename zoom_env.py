@@ -293,9 +293,11 @@ class ZoomEnv:
         return MAY_ZOOM.format(left=left) if left > 0 else LAST_TURN
 
     def _hits(self, segment):
-        """Whether a segment overlaps the question's evidence, [start_s, end_s] pairs; None if it has none."""
-        evidence = self.question.get("evidence")
-        return any(segment[0] < end and start < segment[1] for start, end in evidence) if evidence else None
+        """Whether a segment overlaps the question's evidence, [start_s, end_s] pairs, or holds one of its
+        moments, whose times are equal; None if it has none."""
+        evidence, (first, last) = self.question.get("evidence"), segment
+        sees = lambda start, end: first < end and start < last or first <= start == end <= last
+        return any(sees(start, end) for start, end in evidence) if evidence else None
 
 
 def overview_times(duration_s, config):

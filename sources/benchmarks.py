@@ -17,11 +17,13 @@ from pathlib import Path, PurePosixPath
 from typing import Callable
 
 from common import UserError, open_folder, write_jsonl
+from grading import LETTERS
 from sources.files import SUBTITLES, VIDEOS, FileIndex, in_threads, read_annotations, relative_to_file
 from sources.images import place_images, save_image
 from sources.rows import question_error
-from sources.shapes import (CONTROL, RowFault, first_of, letter_at, read_answer, read_list, read_options,
-                            read_segments, split_options, unwrap, without_control, without_options)
+from sources.shapes import (CONTROL, KINDS, RowFault, first_of, letter_at, read_answer, read_list,
+                            read_options, read_segments, split_named, unwrap, without_control,
+                            without_filling, without_numbers, without_options)
 from sources.subtitles import read_subtitles
 from video import VideoError, open_video
 
@@ -38,7 +40,7 @@ class Given:
     options_inside: bool = False  # whether the options stand in the question's text
     is_letter: bool = True  # a letter as answer is one, whatever the options are
     open: str = ""  # of a question without options: its answer is a "text", a "number", a "number or text"
-    judge: bool = False  # whether only a judge can grade it
+    judge: bool = False  # whether only a judge can grade it where it has no options
     id: object = None  # without one it is made of the video's name, the question and its options
     folder: object = None  # part of the name of the video's folder
     meta: dict = field(default_factory=dict)
@@ -74,14 +76,15 @@ def videomme(raw):
 
 
 def longvideobench(raw):
-    numbered = [raw[f"option{i}"] for i in range(10) if raw.get(f"option{i}") not in (None, "", "N/A")]
-    position = read_list(raw.get("position"))
+    columns = [i for i in range(10) if f"option{i}" in raw]
+    numbered = [raw.get(f"option{i}") for i in range(max(columns, default=-1) + 1)]
+    right, position = letter_at(raw.get("correct_choice")), read_list(raw.get("position"))
     return Given(
         id=raw["id"],
         video=raw["video_path"],
         question=raw["question"],
-        options=raw.get("candidates") or numbered,
-        answer=letter_at(raw.get("correct_choice")),
+        options=without_filling(read_list(raw.get("candidates")) or numbered, right),
+        answer=right,
         frames=[int(n) for n in position] if position else None,
         subtitles=raw.get("subtitle_path"),
         begin_s=raw.get("starting_timestamp_for_subtitles"),
@@ -91,17 +94,17 @@ def longvideobench(raw):
 
 def mlvu(raw):
     """Multiple choice, and the two tasks whose answer is a text."""
-    task, options = first_of(raw, "task_type", "question_type"), raw.get("candidates")
+    task = first_of(raw, "task_type", "question_type")
     return Given(
         id=raw.get("question_id"),
         video=first_of(raw, "video_name", "video"),
         folder=task,
         question=raw["question"],
-        options=options,
+        options=raw.get("candidates"),
         answer=raw["answer"],
         is_letter=False,
         open="text",
-        judge=not options,
+        judge=True,
         meta=keep(raw | {"kind": task}, "kind", "scoring_points", duration_s="duration"))
 
 
@@ -156,16 +159,15 @@ def videommlu(raw):
 
 def longvideoreason(raw):
     """Its options stand in the question; the questions without any have a text as answer."""
-    options = raw.get("options")
     return Given(
         id=raw.get("problem_id"),
         video=first_of(raw, "videos", "video"),
         question=raw["problem"],
-        options=options,
+        options=raw.get("options"),
         options_inside=True,
         answer=raw["answer"],
         open="text",
-        judge=not options and not split_options(raw["problem"])[1],
+        judge=True,
         meta=keep(raw, kind="problem_type"))
 
 
@@ -250,36 +252,42 @@ NUMBER = re.compile(r"[-+]?((\d{1,3}(,\d{3})+|\d+)(\.\d+)?|\.\d+)")
 def finish(given, source):
     """(our row, without its files; [(reason, details)] of what it lacks) of what a format found. Raises
     RowFault."""
-    texts = [str(given.question), *read_options(given.options)]
-    control = CONTROL.search("\n".join([*texts, str(given.answer)]))
+    answer, texts = given.answer, [str(given.question), *read_options(given.options)]
+    control = CONTROL.search("\n".join([*texts, str(answer)]))
     question, *options = [without_control(text).strip() for text in texts]
     question = question.removeprefix("<video>").strip()  # the frames come behind the question
     # options: given, or in the question's text
     if options:
         question = without_options(question, options)
+        options, answer = without_numbers(options, answer)
     elif given.options_inside:
-        question, options, after = split_options(question)
+        kinds = KINDS[:1] if given.open else KINDS  # a number may answer an open question
+        question, options, after, answer = split_named(question, answer, kinds)
         if after:
             raise RowFault("text follows the options in the question", repr(after[:60]))
         options = read_options(options)
-        if not options and re.fullmatch(r"\(?[A-Z]\)?\.?", unwrap(given.answer)):
+        if not options and re.fullmatch(r"[(\[（]?[A-Za-z][)\]）]?\.?", unwrap(answer)):
             raise RowFault("no options in its question", question[-60:])
     if not question:
         raise RowFault("no question")
     if any("<image" in option for option in options):
         raise RowFault("an option is an image", str(options)[:60])
     # the answer
-    meta = dict(given.meta)
+    meta, notes = dict(given.meta), []
     if "kind" in meta:
         meta["kind"] = str(meta["kind"])
-    if given.judge:
-        meta["judge"] = True
     if options:
-        answer, answer_type = read_answer(given.answer, options, given.is_letter), "multiple_choice"
+        answer, answer_type = read_answer(answer, options, given.is_letter), "multiple_choice"
+        if options.count(options[LETTERS.index(answer)]) > 1:
+            notes.append(("two options are the same, and right", f"{answer} of {options}"))
+        if "" in options:
+            notes.append(("an option is empty", f"{answer} of {options}"))
     else:
+        if given.judge:
+            meta["judge"] = True
         answer, answer_type = open_answer(given, meta)
     # evidence
-    evidence, notes = None, []
+    evidence = None
     if control:
         notes.append(("a control character was in its text", repr(control[0])))
     try:

@@ -2,25 +2,26 @@
 
 from pathlib import Path
 
-from common import read_rows
+from common import read_rows, warn
 from sources.released_data import SUFFIXES, either_row, message_row, read_released, released_question
-from sources.rows import is_trajectory, question_error, trajectory_error
+from sources.rows import is_trajectory, question_error, question_of, trajectory_error
+from sources.shapes import CONTROL
 
 
 def read_questions(path, max_bad):
     """The question rows of a .jsonl file, or of a released data set (sources/released_data.py), and [(line,
     reason)] of those left out. Raises UserError."""
     if is_released(path):
-        return read_released(path, max_bad, released_question)
-    return read_rows(path, max_bad, question_error)
+        return warned(path, *read_released(path, max_bad, released_question))
+    return warned(path, *read_rows(path, max_bad, question_error))
 
 
 def read_trajectories(path, max_bad):
     """The trajectory rows of a .jsonl file, or the released set's messages, and the same. Raises
     UserError."""
     if is_released(path):
-        return read_released(path, max_bad, message_row)
-    return read_rows(path, max_bad, trajectory_error)
+        return warned(path, *read_released(path, max_bad, message_row))
+    return warned(path, *read_rows(path, max_bad, trajectory_error))
 
 
 def read_either(path):
@@ -30,6 +31,19 @@ def read_either(path):
         return read_released(path, 1.0, either_row)
     check = lambda row: trajectory_error(row) if is_trajectory(row) else question_error(row)
     return read_rows(path, 1.0, check)
+
+
+def warned(path, rows, bad):
+    """(rows, bad), with a warning where texts of the rows hold control characters, which stay."""
+    found = []
+    for question in map(question_of, rows):
+        control = CONTROL.search("\n".join([question["question"], *(question.get("options") or [])]))
+        if control:
+            found.append(f"{question['id']}: {control[0]!r}")
+    if found:
+        warn(f"{path}: {len(found)} questions hold control characters ({found[0]}); "
+             "was a backslash not escaped?")
+    return rows, bad
 
 
 def is_released(path):

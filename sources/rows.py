@@ -7,10 +7,12 @@ A file has one JSON object a line. A question:
 
     id, source        of the question and of its data set: names for reports
     video             path, relative to the file that the row is in
-    question, options a text, and the texts to choose from, or null
+    question, options a text, and the texts to choose from, or null; two may be the same, or one empty, where
+                      the answer is a letter, as public benchmarks have them
     answer            by answer_type: multiple_choice a letter, number a number, open_ended a text,
                       segment [start_s, end_s], whose score is the intersection over union
-    evidence          [[start_s, end_s], ...] to be seen, or null; tells which zooms hit, is never shown
+    evidence          [[start_s, end_s], ...] to be seen, or null; tells which zooms hit, is never shown; a
+                      moment ends where it starts
     meta              anything else; results are grouped by its "kind", or else by source, and by its
                       "duration_group" or "duration_s"; with "judge": true no grade counts
     overview_frames   optional: numbers of the frames to show in the overview instead of its own choice
@@ -30,8 +32,7 @@ and a trajectory, which is what a teacher said on such a question:
 
 import json
 
-from grading import LETTERS, normalise, option_texts
-from sources.shapes import CONTROL
+from grading import LETTERS, normalise
 
 MARKS = "<video>", "<audio>"  # that other formats put in a text where one belongs
 ANSWER_TYPES = ("multiple_choice", "number", "segment", "open_ended")
@@ -71,8 +72,8 @@ def is_subtitle(value):
 
 
 LISTS = {  # fields that may be null: what each element must be, and in words
-    "options": (is_text, "texts"),
-    "evidence": (is_segment, "[start_s, end_s]"),
+    "options": (lambda value: isinstance(value, str), "texts"),
+    "evidence": (is_span, "[start_s, end_s]"),
     "overview_frames": (is_frame_number, "frame numbers"),
     "images": (is_path, "paths"),
     "subtitles": (is_subtitle, "[start_s, end_s, text]"),
@@ -114,17 +115,13 @@ def question_error(question):
         return f"there are {len(images)} images, and {marks} <image> in the question"
     # options and answer
     options = question.get("options") or []
-    if control := CONTROL.search("\n".join([question["question"], *options, str(answer)])):
-        return f"a control character in its text, {control[0]!r}: was a backslash not escaped?"
     least = 2 if answer_type == "multiple_choice" else 0
     if not least <= len(options) <= len(LETTERS):
         return f"there must be {least} to {len(LETTERS)} options"
     if not answer_fits(answer, answer_type, options):
         return f"answer {str(answer)[:60]!r} cannot be right: its type is {answer_type}"
-    if answer_type == "multiple_choice":
-        texts = [option.strip() for option in option_texts(options)]
-        if texts.count(texts[LETTERS.index(answer.strip().upper())]) > 1:
-            return "two options are the same, and right"
+    if answer_type != "multiple_choice" and not all(map(is_text, options)):
+        return "an option is empty, and the answer is no letter"
     # meta and source
     meta = question.get("meta")
     if meta is None:

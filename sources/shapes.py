@@ -2,7 +2,8 @@
 
     options    ["a", "b"]   ["A. a", "B. b"]   {"A": "a", "B": "b"}   "['a', 'b']"
                or at the end of the question's text: (A) a, A) a, A. a, A.a, A：a, a line each or in one line
-    answer     B   b   B.   (B)   <answer>B</answer>   B. b   the text of an option
+               or there, where the answer names one of them: (a) a, （ａ）a, 1. a, ① a, ii) a
+    answer     B   b   B.   (B)   <answer>B</answer>   B. b   the text of an option   its mark: (b), 2, ②, ii
 
 What cannot be read raises RowFault.
 """
@@ -11,16 +12,23 @@ import ast
 import json
 import math
 import re
+import unicodedata
 
 from grading import LETTERS, normalise, option_texts
 
 MARK = r"[(\[（【]?([A-Z])[.)\]:、．）：】]"  # of an option: (A), A), A., A：
-MARKED = re.compile(rf"\s*{MARK}(?![A-Z]\.)\s*(.*)")  # an option with its letter
 LINE_MARK = re.compile(rf"^[^\S\n]*{MARK}(?![A-Z]\.)", re.MULTILINE)  # at the beginning of a line
 WORD_MARK = re.compile(rf"(?:^|(?<=\s)){MARK}(?=\s*\S)")  # anywhere, with a text behind it
 HEADER = re.compile(r"(?:\n\s*(?i:options?|choices|candidates)\s*[:：]?"
                     r"|\s(?:Options?|Choices|Candidates)[:：])\s*$")  # before the options in the question
-NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|{MARK}\s*(\S.*)""", re.DOTALL)
+NAMED = re.compile(rf"""[\s(\[（【*"'.]*([A-Za-z])[\s)\]）】*"'.:：,]*|(?i:{MARK})\s*(\S.*)""", re.DOTALL)
+# marks of other kinds, in their order: letters of any case and width, numbers, Roman numbers
+KINDS = (list(LETTERS.lower()), [str(number) for number in range(1, 27)],
+         "i ii iii iv v vi vii viii ix x".split())
+OTHER = r"(?:[(\[（【]?([A-Za-zＡ-Ｚａ-ｚ]|\d{1,2}|[ivxIVX]{2,4})[.)\]:、．）：】](?!\d)|([Ⅰ-ⅿ①-ⓩ]))"
+OTHER_LINE = re.compile(rf"^[^\S\n]*{OTHER}", re.MULTILINE)
+OTHER_WORD = re.compile(rf"(?<=\s){OTHER}(?=\s*\S)")
+FILLING = ("", "n/a", "na", "nan", "null", "-")  # of a table's columns of options, behind the last one
 
 # LaTeX that begins like an escape, without its first letter
 TAB = ("(?:heta|imes|ext(?:bf|it|rm|tt|sf|sc|color|style|normal)?|au|ilde|frac|binom|riangle[a-z]*|herefore"
@@ -110,23 +118,39 @@ def read_options(value):
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
-        before, value, after = split_options("?\n" + value)
+        field = "?\n" + value
+        found = split_options(field)
+        before, value, after = found if found[1] else split_others(field, KINDS[0])
         if not value or before != "?" or after:
             raise RowFault("options are not a list", repr(text[:60]))
     if isinstance(value, dict):
-        by_letter = {str(key).strip(" .()").upper(): text for key, text in value.items() if text is not None}
+        by_letter = {str(key).strip(" .()").upper(): text for key, text in value.items()}
         if sorted(by_letter) != list(LETTERS[:len(by_letter)]):
             raise RowFault("options have other keys than letters", ", ".join(by_letter)[:60])
         value = [by_letter[letter] for letter in sorted(by_letter)]
     if not isinstance(value, list):
         raise RowFault("options are not a list", str(value)[:60])
+    while value and value[-1] is None:  # a table's columns behind the last option
+        value = value[:-1]
     options = ["" if option is None else str(option).strip() for option in value]
-    # a letter alone is an option without text where the others have letters and texts
-    marked = [match[2] for match in map(MARKED.fullmatch, options) if match]
-    lettered = len(marked) == len(options) and any(marked)
-    if "" in options or lettered and "" in marked:
-        raise RowFault("an option is empty", str(options)[:60])
-    return [option.strip() for option in option_texts(options)]
+    # nothing, or a letter alone, is an option without text where the others have letters and texts
+    filled = [f"{letter}. \0" if option == "" or re.fullmatch(MARK, option, re.IGNORECASE) else option
+              for letter, option in zip(LETTERS, options)] + options[len(LETTERS):]
+    texts = option_texts(filled)
+    if texts == filled or set(texts) == {"\0"}:
+        return options
+    return [text.strip("\0").strip() for text in texts]
+
+
+def without_filling(options, right):
+    """Options without what fills a table's columns behind the last one. The right one, whose letter is given,
+    is no filling."""
+    if not isinstance(options, list):
+        return options
+    options = ["" if option is None else option for option in options]
+    while len(options) > LETTERS.index(right) + 1 and str(options[-1]).strip().lower() in FILLING:
+        options.pop()
+    return options
 
 
 def split_options(text):
@@ -134,42 +158,78 @@ def split_options(text):
 
     They stand a line each, with nothing between them; `after` are the lines behind the last one. Or they end
     the text in one line, where each letter's mark is there once."""
-    text = text.rstrip()
-    # a line each: from the last A on
-    marks = list(LINE_MARK.finditer(text))
-    firsts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
-    marks = marks[firsts[-1]:] if firsts else []
-    if len(marks) > 1 and in_order(marks):
-        question, pieces = cut(text, marks)
-        options, behind = [], []
-        for piece in pieces:
-            option, _, more = piece.partition("\n")
-            options.append(option.strip())
-            behind.append(more.strip())
-        if any(behind[:-1]):
-            return text.strip(), [], ""
-        return question, options, behind[-1]
-    # in one line: (A) a (B) b, or A. a B. b C. c
-    marks = list(WORD_MARK.finditer(text))
-    brackets = all(mark[0][0] in "([（【" for mark in marks)
-    if len(marks) >= (2 if brackets else 3) and in_order(marks):
-        question, pieces = cut(text, marks)
-        options = [piece.strip() for piece in pieces]
-        if all(options):
-            return question, options, ""
-    return text.strip(), [], ""
+    in_line = list(WORD_MARK.finditer(text))
+    brackets = all(mark[0][0] in "([（【" for mark in in_line)
+    if len(in_line) < (2 if brackets else 3) or in_line != last_list(in_line, KINDS[0]):
+        in_line = []
+    return split_at(text, last_list(LINE_MARK.finditer(text), KINDS[0]), in_line)
 
 
-def in_order(marks):
-    """Whether these matches of MARK are A, B, C, ..."""
-    return "".join(mark[1] for mark in marks) == LETTERS[:len(marks)]
+def split_others(text, names):
+    """As `split_options`, of marks with these names, of KINDS; in one line they follow a question's end."""
+    in_line = last_list(OTHER_WORD.finditer(text), names)
+    if in_line and not re.search(r"[?.:？。：]\s*$", text[:in_line[0].start()]):
+        in_line = []
+    return split_at(text, last_list(OTHER_LINE.finditer(text), names), in_line)
 
 
-def cut(text, marks):
-    """(the text before the first mark, the texts behind each mark)."""
+def split_at(text, lines, in_line):
+    """(question, options, after) of a text with these marks at the beginning of lines, or else those in one
+    line; (text, [], "") where they mark no options."""
+    marks = lines or in_line
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    pieces = [text[mark.end():end] for mark, end in zip(marks, ends)]
-    return HEADER.sub("", text[:marks[0].start()]).strip(), pieces
+    options = [text[mark.end():end] for mark, end in zip(marks, ends)]
+    behind = []
+    if lines:
+        parts = [option.partition("\n") for option in options]
+        options, behind = [first for first, _, _ in parts], [more.strip() for _, _, more in parts]
+    if not options or any(behind[:-1]) or not lines and not all(map(str.strip, options)):
+        return text.strip(), [], ""
+    question = HEADER.sub("", text[:marks[0].start()]).strip()
+    return question, [option.strip() for option in options], "".join(behind)
+
+
+def last_list(marks, names):
+    """From these matches of marks the last two or more that have all the names, from the first on; or []."""
+    marks = [mark for mark in marks if mark_name(mark) in names]
+    found = [mark_name(mark) for mark in marks]
+    start = max((i for i, name in enumerate(found) if name == names[0]), default=0)
+    found = found[start:]
+    return marks[start:] if len(found) > 1 and found == names[:len(found)] else []
+
+
+def mark_name(match):
+    """A mark as KINDS have it: of Ｂ, (b) and ⓑ it is b, of ② it is 2."""
+    found = next(filter(None, match.groups()))
+    return unicodedata.normalize("NFKC", found).strip("().").lower()
+
+
+def split_named(text, answer, kinds=KINDS):
+    """(question, options, after, answer): as `split_options`, and also where options have other marks and the
+    answer names one of these, which gives a letter, or is an option's text. Without such an answer they may
+    mark anything that a question lists: events to put in order, statements."""
+    capitals = split_options(text)
+    if capitals[1]:
+        return *capitals, answer
+    said = unicodedata.normalize("NFKC", unwrap(answer))
+    named = re.match(rf"(?:{OTHER}|(\w{{1,4}})$)\s*(.*)", said, re.DOTALL)
+    name, rest = (mark_name(named), named[4]) if named else ("", said)
+    for names in kinds:
+        found = split_others(text, names)
+        letter = LETTERS[names.index(name)] if name in names[:len(found[1])] else None
+        if letter and (not rest or letter in texts_that_fit(rest, found[1])):
+            return *found, letter
+        if len(texts_that_fit(said, found[1])) == 1:
+            return *found, said
+    return *capitals, answer
+
+
+def without_numbers(options, answer):
+    """(options, answer): of 1. red, 2. blue, where the answer is 2, it makes red, blue and B."""
+    question, texts, after, letter = split_named("\n".join(["?", *options]), answer, KINDS[1:])
+    if texts_that_fit(unwrap(answer), options) or (question, len(texts), after) != ("?", len(options), ""):
+        return options, answer
+    return texts, letter
 
 
 def without_options(text, options):
@@ -191,20 +251,29 @@ def unwrap(answer):
 
 
 def read_answer(answer, options, is_letter=False):
-    """The letter of the right option, which the answer names by its letter, its text, or both. is_letter: a
-    letter is one, and not the text of an option: of A. C, B. B, C. A it means the third."""
+    """The letter of the right option, which the answer names by its letter, its text, or both.
+
+    Of several options that are this very text it is the last, and "" names an empty option, as in MLVU's own
+    code (github.com/JUNJIE99/MLVU evaluation/multiple_choice_evaluation/choice_bench.py, qa_template).
+
+    is_letter: a letter is one, and not the text of an option: of A. C, B. B, C. A it means the third; and ""
+    is no answer."""
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     said = "" if answer is None else unwrap(answer)
     letters = LETTERS[:len(options)]
     # a letter, with what stands around it, and perhaps the option's text
     fits = set()
-    if match := NAMED.fullmatch(said):
+    if match := NAMED.fullmatch(unicodedata.normalize("NFKC", said)):
         letter, text = (match[1] or match[2]).upper(), match[3]
         if letter in letters and (text is None or letter in texts_that_fit(text, options)):
             fits.add(letter)
     if not (fits and is_letter):
         fits |= texts_that_fit(said, options)
+    if answer == "" and not is_letter:
+        fits = {letter for letter, option in zip(LETTERS, options) if option == ""}
+    if len({options[LETTERS.index(letter)] for letter in fits}) == 1:
+        fits = {max(fits)}
     if len(fits) > 1:
         raise RowFault("the answer fits two options", f"{said[:60]!r} fits {', '.join(sorted(fits))}")
     if not fits:
@@ -234,7 +303,7 @@ def seconds(text):
 
 def read_segments(value):
     """[[start_s, end_s], ...] of "00:15-00:19", of several of these with commas between, or of a list of
-    pairs."""
+    pairs. A moment ends where it starts."""
     if not isinstance(value, list):
         parts = re.split(r"\s*[,;、]\s*", str(value).strip())
         value = [re.split(r"\s*[-–—~]\s*", part) for part in parts]
@@ -245,7 +314,5 @@ def read_segments(value):
         start_s, end_s = map(seconds, ends)
         if start_s > end_s:
             raise RowFault("a time reference is reversed", f"{start_s:g} s to {end_s:g} s")
-        if start_s == end_s:
-            raise RowFault("a time reference is empty", f"{start_s:g} s to {end_s:g} s")
         segments.append([start_s, end_s])
     return segments

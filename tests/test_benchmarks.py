@@ -293,7 +293,8 @@ def test_options_in_every_shape():
 
     all_hold(holds, [(value, ["red", "blue"]) for value in (
         ["red", "blue"], ["A. red", "B. blue"], ["(A) red", "(B) blue"], ["A) red", "B) blue"],
-        ["A.red", "B.blue"], ["A：red", "B：blue"], ["a. red", "b. blue"], {"A": "red", "B": "blue"},
+        ["A.red", "B.blue"], "(a) red\n(b) blue", "(a) red (b) blue", "a. red\nb. blue",
+        ["A：red", "B：blue"], ["a. red", "b. blue"], {"A": "red", "B": "blue"},
         {"(B)": "blue", "a.": "red"}, "['red', 'blue']", '["A. red", "B. blue"]', "A. red\nB. blue",
         "(A) red (B) blue", ["red ", " blue\n"])])
     all_hold(holds, [(value, []) for value in (None, [], "", {})])
@@ -301,16 +302,33 @@ def test_options_in_every_shape():
 
 def test_unclear_options_are_named():
     all_hold(lambda value, reason: named_as(reason, read_options, value), [
-        (["A. red", "B."], "an option is empty"), (["red", ""], "an option is empty"),
-        (["red", None], "an option is empty"), ({"A": "red", "C": "blue"}, "options have other keys"),
+        ({"A": "red", "C": "blue"}, "options have other keys"),
+        ("(a) red or (c) blue", "options are not a list"),
         ("red or blue", "options are not a list"), (7, "options are not a list"),
         ("['red' 'blue']", "as NumPy prints it"), ("['A. red'\n 'B. blue']", "as NumPy prints it")])
+
+
+def test_options_without_text_hold_their_place_and_nulls_behind_the_last_fill_a_table():
+    def holds(value, options):
+        assert read_options(value) == options
+
+    all_hold(holds, [
+        (["A. red", "B."], ["red", ""]), (["A. red", "(b)", "C. blue"], ["red", "", "blue"]),
+        (["red", ""], ["red", ""]), (["A. red", "", "C. blue"], ["red", "", "blue"]),
+        (["", "red"], ["", "red"]), (["", ""], ["", ""]), (["red", None, "blue"], ["red", "", "blue"]),
+        (["red", "blue", None, None], ["red", "blue"]), ([None, None], []),
+        ({"A": "red", "B": None, "C": "blue", "D": None}, ["red", "", "blue"]),
+        ({"A": "red", "B": "N/A", "C": "blue"}, ["red", "N/A", "blue"]),
+        (["red", "blue", "N/A"], ["red", "blue", "N/A"]), (["A.", "B."], ["A.", "B."]),
+        ("(A) red\n(B)\n(C) blue", ["red", "", "blue"])])
 
 
 def test_options_that_are_letters_or_numbers_stay():
     assert read_options(["A", "B", "C"]) == ["A", "B", "C"]
     assert read_options([2, 0, 5]) == ["2", "0", "5"]
     assert read_options(["I. and II.", "II. only"]) == ["I. and II.", "II. only"]
+    for options in (["A. (a)(b)", "B. (b)(a)"], ["(a)(b)", "(b)(a)"]):
+        assert read_options(options) == ["(a)(b)", "(b)(a)"]
 
 
 def test_answers_in_every_shape():
@@ -319,7 +337,9 @@ def test_answers_in_every_shape():
 
     all_hold(holds, [[answer] for answer in (
         "B", "b", "B.", "(B)", "B)", "[B]", " B \n", "<answer>B</answer>", "<answer> (B) </answer>", "\\boxed{B}",
-        "B. a bus", "(B) a bus", "B：a bus", "a bus", "A BUS.", "bus", "<answer>a bus</answer>", ["B"])])
+        "B. a bus", "(B) a bus", "B：a bus",
+        "b. a bus", "(b) a bus", "b) a bus", "（ｂ）", "a bus", "A BUS.", "bus",
+        "<answer>a bus</answer>", ["B"])])
 
 
 def test_no_answer_is_guessed():
@@ -337,6 +357,16 @@ def test_the_exact_text_wins_and_a_data_set_may_say_that_answers_are_letters():
     assert read_answer("2", ["4", "2"]) == "B"
     assert read_answer("B", ["B", "A"], is_letter=True) == "B"
     assert read_answer("a tram", ["a car", "a tram"], is_letter=True) == "B"
+
+
+def test_of_equal_options_the_letter_or_the_last_one_is_right():
+    """As in MLVU's own code: a text names the last option that is the same, also an empty one. Where answers
+    are letters, no text is no answer."""
+    assert read_answer("A", ["red", "red"], is_letter=True) == read_answer("A", ["red", "red"]) == "A"
+    assert read_answer("red", ["red", "blue", "red"]) == "C" and read_answer("B", ["", ""]) == "B"
+    assert read_answer("", ["red", "", "blue"]) == "B"
+    named_as("no right option", read_answer, None, ["red", "", "blue"])
+    named_as("no right option", lambda: read_answer("", ["red", "", "blue"], is_letter=True))
 
 
 SPLIT = [
@@ -378,9 +408,10 @@ def test_time_references():
 
     all_hold(holds, [
         ("00:15-00:19", [[15, 19]]), ("1:00:00 - 1:01:30", [[3600, 3690]]), ("61:05–62:00", [[3665, 3720]]),
+        ("01:01-01:01", [[61, 61]]),
         ("00:01-00:02, 00:05-00:09", [[1, 2], [5, 9]]), ([["00:00:01", "00:00:03"], [4, 5.5]], [[1, 3], [4, 5.5]])])
     all_hold(lambda text, reason: named_as(reason, read_segments, text), [
-        ("33:52-33:46", "reversed"), ("00:10-00:10", "empty"), ("soon", "cannot be read"), ("1-2-3", "cannot")])
+        ("33:52-33:46", "reversed"), ("soon", "cannot be read"), ("1-2-3", "cannot")])
 
 
 def test_several_right_texts_are_kept_and_a_broken_list_is_named():
@@ -408,16 +439,132 @@ def test_awkward_rows_come_out_or_are_named(videos, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in raw) + "{half\n")
     rows, named = run_convert("videomme", path, videos("aB-3_c.mp4"), tmp_path / "o.jsonl")
-    assert [row["id"] for row in rows] == ["007-2", "9", "5"] and rows[2]["video"] == "videos/gone.mp4"
+    assert [row["id"] for row in rows] == ["007-2", "3", "9", "5"] and rows[3]["video"] == "videos/gone.mp4"
     left_out = {where: reason for where, reason, kept in named if not kept}
     number = lambda n: left_out[f"a.jsonl row {n}"]
     assert number(2) == "duplicate id" and number(3) == 'no "answer"' and number(4) == "no right option"
-    assert number(5) == "two options are the same, and right" and "2 to 26 options" in number(7)
+    assert "2 to 26 options" in number(7)
     assert number(8) == "not a row" and number(10) == "no question" and number(11) == "options are not a list"
     assert "cannot be written" in number(12) and number(13) == "not JSON"
-    assert [(where, reason) for where, reason, kept in named if kept] == [("5", "video missing")]
+    assert [(where, reason) for where, reason, kept in named if kept] == [
+        ("3", "two options are the same, and right"), ("5", "video missing")]
     said = capsys.readouterr().out
-    assert "3 of 13 questions" in said and "video missing 1" in said and "duplicate id 1" in said
+    assert "4 of 13 questions" in said and "video missing 1" in said and "duplicate id 1" in said
+
+
+def test_rows_with_equal_or_empty_options_come_out_and_are_graded_by_their_letter(videos, tmp_path, capsys):
+    """The shapes of rows of VideoMME, LVBench, MLVU and LSDBench that have them."""
+    mlvu = {"video": "ego_7.mp4", "duration": 4.5, "question_type": "ego", "question": "Which?"}
+    lvbench = lambda question, answer: {"key": "kK0", "video_info": {"duration_minutes": 0.1}, "qa": [
+        {"uid": "1", "question": question, "answer": answer, "time_reference": "00:02-00:02"}]}
+    chosen = lambda options, answer: RAW["videomme"][0] | {"options": options, "answer": answer}
+    cases = [
+        ("videomme", [chosen(["A. x.", "B. x.", "C. y."], "B")], ["x.", "x.", "y."], "B", ["the same"]),
+        ("videomme", [chosen(["A. x.", "B. x.", "C. y."], "C")], ["x.", "x.", "y."], "C", []),
+        ("videomme", [chosen(["A. x.", "B.", "C. y."], "A")], ["x.", "", "y."], "A", ["empty"]),
+        ("videomme", [chosen(["A. x.", "B.", "C. y."], "B")], ["x.", "", "y."], "B", ["empty"]),
+        ("lvbench", [lvbench("Who?\n(A) x\n(B) y\n(C) x", "C")], ["x", "y", "x"], "C", ["the same"]),
+        ("lvbench", [lvbench("Who?\n(A) x\n(B) \n(C) z", "A")], ["x", "", "z"], "A", ["empty"]),
+        *(("mlvu_dev", [mlvu | {"candidates": options, "answer": answer}], options, letter, reasons)
+          for options, answer, letter, reasons in (
+              (["x", "y", "x"], "x", "C", ["the same"]), (["x", "y", "x"], "A", "A", ["the same"]),
+              (["x", "", "z"], "", "B", ["empty"]), (["", "y", "z", ""], "y", "B", ["empty"]))),
+        ("lsdbench", [RAW["lsdbench"][0] | {"options": {"A": "x", "B": "x"}}], ["x", "x"], "A", ["the same"])]
+    folder = videos(*sum(FILES.values(), []))
+
+    def holds(name, raw, options, answer, reasons):
+        rows, named = run_convert(name, write(tmp_path / "a.json", raw), folder, tmp_path / "o.jsonl")
+        assert rows[0]["options"] == options and rows[0]["answer"] == answer
+        assert len(named) == len(reasons) and all(
+            word in reason and kept for word, (_, reason, kept) in zip(reasons, named))
+        assert not reasons or f"kept, but: {named[0][1]} 1" in capsys.readouterr().out
+        env = ZoomEnv(rows[0], EnvConfig(max_zooms=1, overview_max_frames=2), tmp_path)
+        shown = "".join(item for item in env.reset()[1].content if isinstance(item, str))
+        assert all(f"\n{letter}. {option}\n" in shown for letter, option in zip("ABCD", options))
+        for letter in "ABCD"[:len(options)]:
+            assert grade(letter, rows[0]) == grade(f"({letter})", rows[0]) == (letter == answer)
+
+    all_hold(holds, cases)
+
+
+def test_filling_of_option_columns_is_dropped_behind_the_last_option_only(videos, tmp_path):
+    """What LongVideoBench's columns or lists hold, the number of the right one; the options that come out."""
+    other, folder = RAW["longvideobench"][0], videos("qq1.mp4")
+    base = {key: value for key, value in other.items() if key != "candidates"} | {"id": "base"}
+    columns = lambda *texts: {f"option{i}": text for i, text in enumerate(texts)}
+    cases = [
+        (columns("red", "N/A", "blue", "green", "N/A"), 1, ["red", "N/A", "blue", "green"]),
+        (columns("red", "N/A", "blue", "green", "N/A"), 2, ["red", "N/A", "blue", "green"]),
+        (columns("red", "blue", "N/A"), 2, ["red", "blue", "N/A"]),
+        (columns("red", "blue", "N/A", "N/A", "N/A"), 2, ["red", "blue", "N/A"]),
+        (columns("red", "", "blue", "", ""), 2, ["red", "", "blue"]),
+        (columns("red", None, "blue", None, None), 0, ["red", "", "blue"]),
+        (columns("red", "-", "blue", "n/a", "NA", float("nan"), "nan", "-"), 2, ["red", "-", "blue"]),
+        ({"option0": "red", "option2": "blue", "option4": "green"}, 4, ["red", "", "blue", "", "green"]),
+        ({"candidates": ["red", "N/A", "blue", "N/A"]}, 1, ["red", "N/A", "blue"]),
+        ({"candidates": "['red', 'N/A', 'blue']"}, 2, ["red", "N/A", "blue"]),
+        ({"candidates": ["red", "blue", None, None]}, 1, ["red", "blue"]),
+        (columns("red", "blue", "N/A"), 3, None), ({"candidates": ["red", "N/A"]}, 5, None)]
+
+    def holds(given, right, options):
+        path = write(tmp_path / "a.json", [base | given | {"correct_choice": right}, other])
+        rows, named = run_convert("longvideobench", path, folder, tmp_path / "o.jsonl")
+        if options is None:
+            assert len(rows) == 1 and named == [("a.json row 1", "no right option", False)]
+        else:
+            assert rows[0]["options"] == options and rows[0]["answer"] == "ABCDE"[right]
+
+    all_hold(holds, cases)
+
+
+# how a question ends and its answer; the options and the letter, or None of an open question
+MARKS = [
+    *((text, answer, ["rain", "sun"], "B") for text in (
+        "(a) rain\n(b) sun", "a) rain\nb) sun", "a. rain\nb. sun", "a: rain\nb: sun", "[a] rain\n[b] sun",
+        "（a）rain\n（b）sun", "（Ａ）rain\n（Ｂ）sun", "ⓐ rain\nⓑ sun", "(A) rain\n(b) sun",
+        "Options:\n(a) rain\n(b) sun", "(a) rain (b) sun", "[A] rain\n[B] sun") for answer in (
+        "b", "(b)", "b)", "B", "[B]", "（ｂ）", "<answer>(b)</answer>", "b. sun", "(b) sun", "sun")),
+    ("(a) Pour.\n(b) Stir.\n(A) (a)(b)\n(B) (b)(a)", "b", ["(a)(b)", "(b)(a)"], "B"),
+    ("(a) Pour.\n(b) Stir.", "12.5", None, None),
+    ("(a) Pour.\n(b) Stir.", "First pour, then stir.", None, None),
+    ("Is it 9 a. m. or 10 p. m.", "a. m.", None, None), ("1. Pour.\n2. Stir.", "2", None, None),
+    ("(1) Pour; (2) Stir", "2", None, None), ("A. Pour.\nc. Stir.", "Stir.", None, None)]
+
+
+def test_marks_of_options_in_any_style_make_a_question_one_of_letters(videos, tmp_path):
+    folder = videos("v2.webm")
+
+    def holds(text, answer, options, letter):
+        row = RAW["longvideoreason_eval"][0] | {"problem": f"Why?\n{text}", "answer": answer}
+        path = write(tmp_path / "a.json", [row])
+        rows, named = run_convert("longvideoreason_eval", path, folder, tmp_path / "o.jsonl")
+        assert rows[0]["options"] == options and named == []
+        if options:
+            assert rows[0]["answer"] == letter and "judge" not in rows[0]["meta"]
+            assert rows[0]["question"].startswith("Why?") and options[1] not in rows[0]["question"]
+        else:
+            assert (rows[0]["answer_type"], rows[0]["question"]) == ("open_ended", f"Why?\n{text}")
+
+    all_hold(holds, MARKS)
+
+
+def test_numbers_mark_options_where_every_question_has_some(videos, tmp_path):
+    folder = videos("kK0.mp4")
+
+    def holds(text, answer, options=("rain", "sun")):
+        raw = [{"key": "kK0", "qa": [{"uid": "1", "question": f"Why?\n{text}", "answer": answer}]}]
+        if isinstance(text, list):
+            raw[0]["qa"][0] |= {"question": "Why?", "options": text}
+        rows, _ = run_convert("lvbench", write(tmp_path / "a.json", raw), folder, tmp_path / "o.jsonl")
+        assert (rows[0]["question"], rows[0]["options"], rows[0]["answer"]) == ("Why?", list(options), "B")
+
+    all_hold(holds, [
+        ("1) rain\n2) sun", "2"), ("1. rain\n2. sun", "2. sun"), ("(1) rain (2) sun", "(2)"),
+        ("① rain\n② sun", "②"), ("⑴ rain\n⑵ sun", "2"), ("i) rain\nii) sun", "ii"),
+        ("I. rain\nII. sun", "II"), ("1. rain\n2. sun", "sun"),
+        (["1. rain", "2. sun"], "2"), (["① rain", "② sun"], "②"), (["(1) rain", "(2) sun"], "sun"),
+        (["1. rain", "2. sun"], "B", ["1. rain", "2. sun"]), (["1.5", "2.5"], "2.5", ["1.5", "2.5"]),
+        (["1. place", "2. place"], "2. place", ["1. place", "2. place"]), (["2", "1"], "1", ["2", "1"])])
 
 
 ODD = [None, "", 0, -1, 3.5, True, [], {}, ["a"], {"a": 1}, "A", "\0", "x" * 3000, "\ud800", "['a' 'b']",

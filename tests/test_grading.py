@@ -506,7 +506,10 @@ GOOD_ROWS = [
     ROW | {"options": ["A. x", "B. y"]}, ROW | {"options": ["A", "B"]}, ROW | {"options": ["C", "C++", "C#"]},
     ROW | {"options": [str(n) for n in range(26)], "answer": "Z"},
     ROW | {"meta": {"n": [1, {"a": None}], "kind": None}}, ROW | {"more": [1, "x"]},
-    ROW | {"options": ["red", "Red"]},
+    *(ROW | {"options": value} for value in (
+        ["red", "Red"], ["red", "red"], ["red", ""], ["", ""], ["red", " "], ["A. red", "B. red "],
+        ["a", "b", "b"])),
+    ROW | {"evidence": [[1, 1]]}, ROW | {"evidence": [[0, 0], [1, 2]]},
     ROW | {"meta": {"uniform_accuracy": {"8": 0.5}, "kind": "detail", "duration_s": 120.0}},
 ]
 BAD_ROWS = [
@@ -520,11 +523,11 @@ BAD_ROWS = [
         "B\ud83d", "ß", "Ｂ", "\n", "B B")),
     # options
     *(ROW | {"options": value} for value in (
-        None, [], ["red"], ["red", ""], ["red", " "], ["red", 3], ["red", None], ["red", True],
-        ["red", ["x"]], "AB", {}, 0, "", {"A": "x", "B": "y"}, ["red", "red"], ["red", " red "],
-        ["A. red", "B. red "], ["red", CUT], ["red", NAN], True, ["x"] * 3, [str(n) for n in range(27)],
-        ["a", "b", "b"])),
-    WORDS | {"options": ["x", ""]}, WORDS | {"options": "x"}, WORDS | {"options": {}},
+        None, [], ["red"], ["red", 3], ["red", None], ["red", True],
+        ["red", ["x"]], "AB", {}, 0, "", {"A": "x", "B": "y"},
+        ["red", CUT], ["red", NAN], True, [str(n) for n in range(27)], [""] * 27)),
+    WORDS | {"options": ["x", ""]}, NUMBER | {"options": ["7", " "]},
+    WORDS | {"options": "x"}, WORDS | {"options": {}},
     WORDS | {"options": [str(n) for n in range(27)]},
     # numbers, segments and words
     *(NUMBER | {"answer": value} for value in (
@@ -538,7 +541,7 @@ BAD_ROWS = [
         " ", ".", "?!", "a\ud83d", True, ["x"], {"x": 1}, NAN, INF, HUGE, "**")),
     # evidence, frames, the rest
     *(ROW | {"evidence": value} for value in (
-        "", "x", 0, 3, True, False, {}, {"a": 1}, [1, 2], [[1]], [[1, 2, 3]], [[2, 1]], [[1, 1]], [[-1, 2]],
+        "", "x", 0, 3, True, False, {}, {"a": 1}, [1, 2], [[1]], [[1, 2, 3]], [[2, 1]], [[-1, 2]], [[-1, -1]],
         [[1, NAN]], [[1, INF]], [[NAN, NAN]], [[1, HUGE]], [["1", "2"]], ["12"], [None], [[None, 2]],
         [[0, True]], [[1, 2], [4, 3]], [[1, 2], []], [{}], [[[1], [2]]], [[1, 2], "34"])),
     *(ROW | {"overview_frames": value} for value in (

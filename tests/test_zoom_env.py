@@ -195,6 +195,12 @@ def test_zoom_knows_whether_it_saw_the_evidence(folder):
     assert [call.hit for turn in env.turns for call in turn.calls] == [True, False]
 
 
+def test_a_zoom_that_holds_a_moment_of_evidence_hits(folder):
+    zooms = [zoom(4, 8, 1), zoom(5, 9, 1), zoom(8, 10, 1), zoom(0, 6, 1), zoom(6, 7, 1)]
+    env, _ = play(folder, zooms, EnvConfig(max_zooms=5), evidence=[[8, 8], [2, 4]])
+    assert [call.hit for turn in env.turns for call in turn.calls] == [True, True, True, True, False]
+
+
 # ------------------------------------------------------------------------------------------ what a turn means
 def call(text):
     return f"<think>I look.</think>\n<video_zoom>{text}</video_zoom>"
