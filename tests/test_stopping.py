@@ -12,15 +12,16 @@ import pytest
 from launcher import launch
 from test_training import finish, flags, lines, metrics, shared_place, wait_for, whole_run
 
-from training import stopping
+import common
 from training.run_checkpoints import run_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = f"""
 import ctypes, os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
-from training import stopping
-stopping.GRACE_S = 2.5
+import common
+from common import ENDING, end_at_signals
+common.GRACE_S = 2.5
 say = lambda *words: print(*words, flush=True)
 sleep, lock, mutex = lambda: time.sleep(60), ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 """
@@ -49,14 +50,27 @@ class Child:
 
 # where the main thread is: what it does, what saving does, the line that is printed, and the least and most seconds
 SAVED, LOST = "lambda: 'saved'", "-c: lost\n"
+RAISES = """
+def main():
+    time.sleep(0.3)
+    {}
+common.run_main(main)"""
 PLACES = {
     "computing": ("while True: sum(range(1000))", SAVED, "-c: saved\n", 0, 1.5),
     "asleep": ("sleep()", SAVED, "-c: saved\n", 0, 1.5),
     "in C code that runs no handlers": ("lock(mutex), lock(mutex)", SAVED, "-c: saved\n", 0, 1.5),
     "in a cleanup that does not end": ("try: sleep()\nfinally: sleep()", SAVED, "-c: saved\n", 0, 1.5),
+    "raising while it saves": (RAISES.format("1 / 0"), "lambda: time.sleep(0.6) or 'saved'", "-c: saved\n", 0.5, 1.5),
+    "refused while it saves": (RAISES.format("raise common.UserError('x')"), "lambda: time.sleep(0.6) or 'saved'", "-c: saved\n",
+                               0.5, 1.5),
     "while saving takes too long": ("while True: sum(range(1000))", "sleep", LOST, 1.2, 2.5),
     "while saving fails": ("sleep()", "lambda: 1 / 0", LOST, 1.2, 2.5),
     "writing what nobody reads": ("while True: print('x', file=sys.stderr)", SAVED, None, 0, 2.5)}
+
+
+def ends(save):
+    """The code with which a process ends by a signal."""
+    return f"ENDING.save, ENDING.lost = {save}, lambda: 'lost'\nend_at_signals()"
 
 
 def test_a_process_ends_in_time_whatever_its_main_thread_does():
@@ -64,7 +78,7 @@ def test_a_process_ends_in_time_whatever_its_main_thread_does():
     failures = []
     for where, (does, save, line, least_s, most_s) in PLACES.items():
         for numbers in ((signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
-            with Child(f"stopping.stop_at_signals({save}, lambda: 'lost')\nsay('inside')\n{does}") as child:
+            with Child(f"{ends(save)}\nsay('inside')\n{does}") as child:
                 child.says("inside")
                 time.sleep(0.1)
                 began = time.monotonic()
@@ -82,7 +96,7 @@ def test_a_process_ends_in_time_whatever_its_main_thread_does():
 
 def test_a_forked_child_ends_by_its_own_signal_and_does_not_end_its_parent():
     with Child("""
-stopping.stop_at_signals(lambda: "saved", lambda: "lost")
+end_at_signals()
 child = os.fork()
 if not child: time.sleep(20) or os._exit(1)
 time.sleep(0.2)
@@ -109,7 +123,7 @@ def rl_held_up(where, ranks, after, hurry, *flags):
     run, rank = training.run.TrainingRun, os.environ["RANK"]
     finished, after = [0], int(after)
     if hurry == "True":
-        stopping.GRACE_S = 5
+        common.GRACE_S = 5
 
     def hold_up():
         if rank in ranks and finished[0] >= after:
@@ -205,7 +219,7 @@ def test_a_run_that_cannot_save_says_so_in_time(tmp_path):
     (tmp_path / "full" / "checkpoints").symlink_to("/dev/full")
     said, _, took_s = stopped(tmp_path / "full", "rollout", after=1)
     assert "finished steps lost: 1 (UserError: cannot save " in said and took_s < 10
-    assert stopping.GRACE_S == 20  # torchrun kills after 30
+    assert common.GRACE_S == 20  # torchrun kills after 30
 
 
 @pytest.mark.slow
