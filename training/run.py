@@ -10,7 +10,7 @@
 A checkpoint is of the end of a step: the weights, the optimizer, `progress` and the random states as they
 were then. It is saved after every `save_every` steps.
 
-At SIGTERM or Ctrl-C a thread (common.py) saves the end of the last step, in a rollout of minutes,
+At SIGTERM or Ctrl-C a thread (stopping.py) saves the end of the last step, in a rollout of minutes,
 too; the loop knows nothing of it. It can do so while the weights are at rest: from the end of a step to the
 first optimizer step of the next one. From there on the main thread holds the lock `at_rest`, until the
 held-out questions are played and the step is saved, and the thread waits for it as long as there is time.
@@ -27,8 +27,9 @@ from pathlib import Path
 
 import torch
 
-from common import (ENDING, WAITED, RunConfig, UserError, choose_dtype, first_line, gather, on_own_stream,
+from common import (WAITED, RunConfig, UserError, choose_dtype, first_line, gather, on_own_stream,
                     parse_flags, sum_over_processes, write_jsonl)
+from stopping import ENDING
 from training import run_folder
 from training.environment import load_env_config
 from training.held_out import held_out

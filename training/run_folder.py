@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from common import ENDING, UserError, gather, open_folder, warn, write_json, write_jsonl
+from common import UserError, gather, open_folder, warn, write_json, write_jsonl
+from stopping import ENDING
 
 # Settings of all scripts that may differ when a run goes on. Of files the content counts, see `fingerprint`.
 MAY_DIFFER = ("out", "resume", "device", "max_rows", "cache_gb", "compile",
