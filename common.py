@@ -183,9 +183,10 @@ def start_processes(device=None):
     device, backend = choose_device(device)
     if "RANK" in given and not dist.is_initialized():
         try:
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's: it has been there before
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun listens there before it starts processes; if it is gone, joining would wait
                 address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                socket.create_connection(address, timeout=60).close()  # is it gone? joining would wait
+                socket.create_connection(address, timeout=60).close()
             own = {"device_id": device} if backend == "nccl" else {}  # else it guesses by the rank
             dist.init_process_group(backend, timeout=TIMEOUT, **own)
         except (RuntimeError, ValueError, OSError) as error:  # no such address, a port in use

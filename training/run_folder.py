@@ -36,7 +36,7 @@ OWNED = {}  # {folder: the open lock file} of this process
 os.register_at_fork(after_in_child=OWNED.clear)  # a child that outlives it does not keep them
 
 
-# ------------------------------------------------------------------------------------------ one run, one folder
+# ---------------------------------------------------------------------------------------- one run, one folder
 def own_folder(out):
     """Makes the folder `out` where there is none, and makes this process its owner until the run is finished
     or the process ends, however it does. The first process of a run calls this before it reads or changes
@@ -51,13 +51,12 @@ def own_folder(out):
         return file.close()
     while not locked(file):
         file.seek(0)
-        owner = file.read(200).strip() or "another process"
+        alive = f"{out} belongs to a run that is alive ({file.read(200) or 'another process'})"
         if until is None:
-            print(f"{out} belongs to a run that is alive ({owner}): waiting {WAIT_S:.0f} s for its end", flush=True)
+            print(f"{alive}: waiting {WAIT_S:.0f} s for its end", flush=True)
             until = time.monotonic() + WAIT_S
         elif time.monotonic() > until:
-            raise UserError(f"{out} belongs to a run that is alive ({owner}); wait for its end, stop it, or "
-                            "give another --out")
+            raise UserError(f"{alive}; wait for its end, stop it, or give another --out")
         time.sleep(0.2)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
