@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import socket
 import sys
 import time
 import types
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from stopping import end_at_signals, wait_for_the_end
 
 TIMEOUT = timedelta(hours=2)  # that a process waits for another one, whose rollout may take longer
 
@@ -99,8 +102,17 @@ def run_main(main, explain=None):
     """Runs a script's main. Wrong input ends it with one line and exit status 2, and so does an exception of
     which `explain` makes a line (else it returns None). Of several processes those that miss one that has
     ended say nothing: torchrun ends them while they wait. The first's bug is shown. Where nobody reads what
-    is printed, the script goes on all the same, and its status is what it was."""
+    is printed, the script goes on all the same, and its status is what it was. A signal ends it as stopping.py
+    says, whatever main meets from then on."""
     open_streams()
+    end_at_signals()
+    try:
+        run_to_the_end(main, explain)
+    finally:
+        wait_for_the_end()
+
+
+def run_to_the_end(main, explain):
     try:
         main()
         sys.stdout.flush()
@@ -218,6 +230,10 @@ def start_processes(device=None):
     device, backend = choose_device(device)
     if "RANK" in given and not dist.is_initialized():
         try:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun listens there before it starts processes; if it is gone, joining would wait
+                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                socket.create_connection(address, timeout=60).close()
             own = {"device_id": device} if backend == "nccl" else {}  # else it guesses by the rank
             dist.init_process_group(backend, timeout=TIMEOUT, **own)
         except (RuntimeError, ValueError, OSError) as error:  # no such address, a port in use

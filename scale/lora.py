@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from common import write_json
 from model import Policy
 from training.checkpoints import save_policy
+from training.safe_files import set_mode
 from training.weights import MasterWeights
 
 ALPHA = 2.0  # alpha / rank: how often an adapter counts
@@ -112,6 +113,7 @@ def save_adapter(master_weights, name, config, path):
                for key, master in master_weights.items()}
     temporary = path / "adapter_model.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    set_mode(temporary)
     temporary.rename(path / "adapter_model.safetensors")
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(name),

@@ -32,8 +32,8 @@ def policy():
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """A run in this process takes SIGTERM and SIGINT over; after the test they are pytest's again."""
-    numbers = signal.SIGTERM, signal.SIGINT
+    """A run in this process takes these signals over; after the test they are pytest's again."""
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     handlers, wake = [signal.getsignal(number) for number in numbers], signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wake)
     yield

@@ -2,10 +2,14 @@
 there, whole, or what is saved now. bench_faults.py kills more of them."""
 
 import functools
+import json
 import os
 import random
 import resource
+import runpy
 import shutil
+import stat
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -294,3 +298,66 @@ def test_a_killed_save_leaves_a_whole_one(tmp_path, kind):
         assert number_in(kind, folder) in (reported, reported + 1)
         save(kind, folder, reported + 2)
         assert number_in(kind, folder) == reported + 2 and not left_over(kind, folder)
+
+
+# ------------------------------------------------------------------------------------------------------ modes
+ROOT = Path(__file__).resolve().parent.parent
+UMASKS = ["022", "002", "077"]
+
+
+def under_umask(umask, script, *flags):
+    """A script of the project, as someone with this umask starts it."""
+    os.umask(int(umask, 8))
+    sys.argv = [script, *flags]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def wrong_modes(folder, umask):
+    """{path: mode} of the files and folders below one whose mode is not what the umask gives."""
+    wrong = {}
+    for path in folder.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode != (0o777 if path.is_dir() else 0o666) & ~int(umask, 8):
+            wrong[str(path.relative_to(folder))] = oct(mode)
+    return wrong
+
+
+@both_kinds
+@pytest.mark.parametrize("umask", UMASKS)
+def test_what_is_saved_has_the_mode_that_the_umask_gives(tmp_path, kind, umask):
+    before = os.umask(int(umask, 8))
+    try:
+        save(kind, tmp_path, 1)
+        save(kind, tmp_path, 2)
+    finally:
+        os.umask(before)
+    assert not wrong_modes(tmp_path, umask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", UMASKS)
+def test_all_that_the_scripts_write_has_the_mode_that_the_umask_gives(tmp_path, umask):
+    """Data, policies, adapters, checkpoints of runs, metrics, tables, what is converted."""
+    def run(script, *flags):
+        launch(1, "test_safe_files:under_umask", [umask, script, *flags]).wait()
+
+    run("data_prep.py", "synthetic", "--out", tmp_path / "data", "--train", 3, "--test", 3)
+    common = ["--device", "cpu", "--save_every", 1, "--lora_rank", 2, "--val", tmp_path / "data" / "test.jsonl"]
+    base = ROOT / "demo" / "tiny_base"
+    run("sft.py", *common, "--model", base, "--data", tmp_path / "data" / "sft.jsonl", "--out", tmp_path / "sft")
+    run("rl.py", *common, "--model", tmp_path / "sft", "--data", tmp_path / "data" / "train.jsonl", "--steps", 1,
+        "--batch_size", 1, "--mini_batch_size", 1, "--max_draws", 1, "--group_size", 2, "--out", tmp_path / "rl")
+    run("eval.py", "--device", "cpu", "--model", tmp_path / "rl", "--data", tmp_path / "data" / "test.jsonl",
+        "--out", tmp_path / "eval")
+    run("eval.py", "--device", "cpu", "--model", tmp_path / "rl", "--video", tmp_path / "data" / "videos" / "test_0000.mp4",
+        "--question", "What?", "--save_frames", tmp_path / "seen")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.json").write_text(json.dumps([{
+        "videoID": "test_0000", "question_id": "1", "question": "What?", "options": ["A. x", "B. y", "C. z", "D. w"],
+        "answer": "A", "duration": "short", "task_type": "count"}]))
+    run("data_prep.py", "convert", "--dataset", "videomme", "--annotations", tmp_path / "rows", "--videos",
+        tmp_path / "data" / "videos", "--out", tmp_path / "converted" / "q.jsonl")
+    shutil.rmtree(tmp_path / "rows")
+    written = {path.name for path in tmp_path.rglob("*")}
+    assert {"adapter_model.safetensors", "metrics.jsonl", "results.json", "q.jsonl", "checkpoint.json", "run.json"} <= written
+    assert not wrong_modes(tmp_path, umask)

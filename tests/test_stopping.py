@@ -2,6 +2,7 @@
 
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,17 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import all_hold
 from launcher import launch
 from test_training import finish, flags, lines, metrics, shared_place, wait_for, whole_run
 
-from training import stopping
+import stopping
 from training.run_checkpoints import run_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = f"""
 import ctypes, os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
-from training import stopping
+import stopping
+from stopping import ENDING, end_at_signals
 stopping.GRACE_S = 2.5
 say = lambda *words: print(*words, flush=True)
 sleep, lock, mutex = lambda: time.sleep(60), ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
@@ -49,14 +52,28 @@ class Child:
 
 # where the main thread is: what it does, what saving does, the line that is printed, and the least and most seconds
 SAVED, LOST = "lambda: 'saved'", "-c: lost\n"
+RAISES = """
+try:
+    time.sleep(0.3)
+    {}
+finally:
+    stopping.wait_for_the_end()"""
 PLACES = {
     "computing": ("while True: sum(range(1000))", SAVED, "-c: saved\n", 0, 1.5),
     "asleep": ("sleep()", SAVED, "-c: saved\n", 0, 1.5),
     "in C code that runs no handlers": ("lock(mutex), lock(mutex)", SAVED, "-c: saved\n", 0, 1.5),
     "in a cleanup that does not end": ("try: sleep()\nfinally: sleep()", SAVED, "-c: saved\n", 0, 1.5),
+    "raising while it saves": (RAISES.format("1 / 0"), "lambda: time.sleep(0.6) or 'saved'", "-c: saved\n", 0.5, 1.5),
+    "refused while it saves": (RAISES.format("sys.exit(2)"), "lambda: time.sleep(0.6) or 'saved'", "-c: saved\n",
+                               0.5, 1.5),
     "while saving takes too long": ("while True: sum(range(1000))", "sleep", LOST, 1.2, 2.5),
     "while saving fails": ("sleep()", "lambda: 1 / 0", LOST, 1.2, 2.5),
     "writing what nobody reads": ("while True: print('x', file=sys.stderr)", SAVED, None, 0, 2.5)}
+
+
+def ends(save):
+    """The code with which a process ends by a signal."""
+    return f"ENDING.save, ENDING.lost = {save}, lambda: 'lost'\nend_at_signals()"
 
 
 def test_a_process_ends_in_time_whatever_its_main_thread_does():
@@ -64,7 +81,7 @@ def test_a_process_ends_in_time_whatever_its_main_thread_does():
     failures = []
     for where, (does, save, line, least_s, most_s) in PLACES.items():
         for numbers in ((signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
-            with Child(f"stopping.stop_at_signals({save}, lambda: 'lost')\nsay('inside')\n{does}") as child:
+            with Child(f"{ends(save)}\nsay('inside')\n{does}") as child:
                 child.says("inside")
                 time.sleep(0.1)
                 began = time.monotonic()
@@ -80,9 +97,40 @@ def test_a_process_ends_in_time_whatever_its_main_thread_does():
     assert not failures
 
 
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once_if_one_of_them_is_by_hand():
+    """Else a scheduler's second SIGTERM would. One that comes twice, as to a process and to its group, is one."""
+    def check(pause_s, hurries, *numbers):
+        with Child(f"{ends('sleep')}\nsay('inside')\nsleep()") as child:
+            child.says("inside")
+            for number in numbers:
+                child.process.send_signal(number)
+                time.sleep(pause_s)
+            began = time.monotonic()
+            assert child.process.wait(20) == 128 + numbers[0]
+            assert (time.monotonic() - began < 0.3) == hurries
+            assert child.process.stderr.read() == LOST
+
+    term, by_hand = signal.SIGTERM, signal.SIGINT
+    all_hold(check, [(0.6, True, by_hand, by_hand), (0.6, True, by_hand, term), (0.6, True, term, by_hand),
+                     (0.6, False, term, term), (0.1, False, by_hand, by_hand)])
+
+
+def test_a_terminal_that_is_closed_ends_a_process_but_for_nohup():
+    with Child(f"{ends(SAVED)}\nsay('inside')\nsleep()") as child:
+        child.says("inside")
+        child.process.send_signal(signal.SIGHUP)
+        assert child.process.wait(20) == 129 and child.process.stderr.read() == "-c: saved\n"
+    with Child(f"import signal; signal.signal(1, signal.SIG_IGN)\n{ends(SAVED)}\nsay('inside')\nsleep()") as child:
+        child.says("inside")
+        child.process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert child.process.poll() is None
+
+
 def test_a_forked_child_ends_by_its_own_signal_and_does_not_end_its_parent():
     with Child("""
-stopping.stop_at_signals(lambda: "saved", lambda: "lost")
+end_at_signals()
 child = os.fork()
 if not child: time.sleep(20) or os._exit(1)
 time.sleep(0.2)
@@ -233,3 +281,68 @@ def test_torchrun_passes_the_signal_on(tmp_path):
     saved = int(run_folders(tmp_path)[-1].name.removeprefix("step_"))
     assert process.returncode == 1 and f"the same command goes on after step {saved}\n" in said, said[-2000:]
     assert saved == len(lines(tmp_path)) >= 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_as_much_when_it_ends_what_reads_the_output_too(tmp_path):
+    """As `python rl.py 2>&1 | cat` in a terminal, which sends it to all of them."""
+    command = [sys.executable, ROOT / "bench/planted_rl.py",
+               *flags(shared_place(), tmp_path, "rl.py", "none", "--steps", 1000, "--save_every", 1000)]
+    shell = f"{shlex.join(map(str, command))} 2>&1 | cat"
+    with subprocess.Popen(["sh", "-c", shell], stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        end = time.time() + 120
+        while len(lines(tmp_path)) < 3 and time.time() < end:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+    while len(run_folders(tmp_path)) < 1 and time.time() < end:
+        time.sleep(0.05)
+    assert run_folders(tmp_path)[-1].name == f"step_{len(lines(tmp_path))}" and len(lines(tmp_path)) >= 3
+
+
+def eval_held_up():
+    """An evaluation that plays no more after 3 rows."""
+    import eval as evaluation
+    from training.run_folder import Rows
+
+    write, rows = Rows.write, []
+
+    def write_some(self, row):
+        write(self, row)
+        rows.append(row)
+        if len(rows) == 3:
+            print("inside0", flush=True)
+            time.sleep(1000)
+
+    Rows.write = write_some
+    evaluation.run_main(evaluation.main)
+
+
+def script_held_up(where, *flags):
+    """A script that is stopped somewhere."""
+    sys.argv = [where, *flags]
+    if where == "eval.py":
+        return eval_held_up()
+    import data_prep
+    import demo.tiny_base
+
+    def hold_up(*_):
+        print("inside0", flush=True)
+        time.sleep(1000)
+
+    demo.tiny_base.pretrain = hold_up
+    data_prep.run_main(data_prep.main)
+
+
+@pytest.mark.slow
+def test_scripts_that_do_not_train_say_what_is_saved_too(tmp_path):
+    place = shared_place()
+    evaluate = ["eval.py", "--model", place / "model", "--data", place / "train.jsonl", "--mode", "zoom", "--max_rows", 1,
+                "--max_turn_tokens", 4, "--device", "cpu"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for command, line in (([*evaluate], "eval.py: stopped; 3 episodes are there, the same command goes on\n"),
+                              (["data_prep.py", "tiny_base"], "data_prep.py: stopped; nothing was saved\n")):
+            runs = launch(1, "test_stopping:script_held_up", [*command, "--out", tmp_path / f"{number}{command[0]}"])
+            wait_for(runs, lambda: "inside0" in runs.said())
+            runs.signal(number)
+            said = runs.wait([128 + number], timeout_s=10)
+            assert said.endswith(line) and "Traceback" not in said, said[-2000:]

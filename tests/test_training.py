@@ -2,8 +2,11 @@
 undisturbed run would have done."""
 
 import atexit
+import errno
+import fcntl
 import functools
 import json
+import os
 import pickle
 import random
 import shutil
@@ -17,7 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import all_hold
 from launcher import launch
+from safetensors.torch import save_file
 from tiny import random_policy
 
 import rl
@@ -240,6 +245,190 @@ def test_what_a_run_was_started_with(tmp_path, monkeypatch, capsys):
         (out / "run.json").write_text(text)
         (out / "metrics.jsonl").write_text(text or "x")
         assert begin() == "new", text
+
+
+def make_checkpoint(folder, seed=0):
+    """A folder as others publish it: a file of 9 MB of weights, its index, settings."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    save_file({name: torch.randn(1100, 1000, generator=generator) for name in "ab"}, folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    return folder
+
+
+def test_a_checkpoint_counts_by_its_content_wherever_it_lies(tmp_path):
+    """Copied, with other times and another name; linked, as the hub's cache has it; with what else a download brings.
+    Trained again under the same names it is another one, and so it is cut off, or with other settings."""
+    base = make_checkpoint(tmp_path / "base")
+    weights, index = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+    before = run_folder.fingerprint(base)
+
+    def change(folder, name, how):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(how(content))
+
+    def link(folder):
+        for file in list(folder.iterdir()):
+            file.rename(tmp_path / f"blob-{file.name}")
+            file.symlink_to(tmp_path / f"blob-{file.name}")
+
+    def add(folder):
+        (folder / ".cache").mkdir()
+        for name in ("README.md", "metrics.jsonl", ".lock"):
+            (folder / name).write_text("x")
+
+    def train_again(folder):
+        shutil.rmtree(folder)
+        make_checkpoint(folder, seed=1)
+
+    def compare(number, same, change_it):
+        folder = tmp_path / f"copy{number}"
+        shutil.copytree(base, folder, copy_function=shutil.copyfile)
+        for file in folder.iterdir():
+            os.utime(file, (number, number))
+        change_it(folder)
+        assert (run_folder.fingerprint(folder) == before) == same
+
+    flip = lambda at: lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+    all_hold(compare, [(number, *case) for number, case in enumerate([
+        (True, lambda folder: None), (True, link), (True, add),
+        (True, lambda folder: change(folder, index, lambda content: content.replace(b" ", b"\n  "))),
+        (False, train_again),
+        (False, lambda folder: change(folder, weights, lambda content: content[:-1])),
+        (False, lambda folder: change(folder, weights, lambda content: content[:-1] + b"\0")),
+        (False, lambda folder: change(folder, weights, flip(100))),
+        (False, lambda folder: change(folder, "config.json", lambda content: content + b" ")),
+        (False, lambda folder: (folder / weights).rename(folder / "pytorch_model.bin")),
+        (False, lambda folder: (folder / weights).unlink())])])
+
+
+def test_a_run_of_an_earlier_version_whose_checkpoint_counted_by_times_goes_on(tmp_path):
+    base, out, rows = make_checkpoint(tmp_path / "base"), tmp_path / "out", tmp_path / "rows.jsonl"
+    rows.write_text("1")
+    begin = lambda **inputs: run_folder.begin_run(out, Settings(""), (), {"model": base, "rows": rows} | inputs, "metrics.jsonl")
+    assert begin() == "new"
+    (out / "metrics.jsonl").write_text("first")
+    run = json.loads((out / "run.json").read_text())
+    run["inputs"]["model"] = "0" * 64
+    (out / "run.json").write_text(json.dumps(run))
+    assert begin() == "unfinished"
+    for name in ("", "Qwen/Qwen2.5-VL-7B-Instruct"):  # what is not of both is compared
+        run["inputs"] = {"model": "0" * 64, "rows": "0" * 64}
+        if name:
+            run["inputs"] = run["inputs"] | {"model": name, "rows": run_folder.fingerprint(rows)}
+        (out / "run.json").write_text(json.dumps(run))
+        with pytest.raises(UserError, match="its content differs"):
+            begin()
+
+
+# ------------------------------------------------------------------------------------------ one run, one folder
+def own(out, seconds, forks):
+    """Owns a folder for some time; if `forks`, beside a child that lives longer."""
+    run_folder.own_folder(out)
+    print("mine", flush=True)
+    if forks == "True" and os.fork() == 0:
+        time.sleep(8)
+        os._exit(0)
+    time.sleep(float(seconds))
+
+
+def owner(out, seconds=100, forks=False):
+    runs = launch(1, "test_training:own", [out, seconds, forks])
+    wait_for(runs, lambda: "mine" in runs.said())
+    return runs
+
+
+def test_a_folder_belongs_to_one_run_until_it_ends(tmp_path, monkeypatch, capsys):
+    """Killed or not, beside a child that it has forked or not; who comes meanwhile waits, then is refused."""
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.mkdir(), link.symlink_to(out)
+    (out / "metrics.jsonl").write_text("first")
+    begin = lambda out=out, **more: run_folder.begin_run(out, replace(Settings(""), **more), (), {}, "metrics.jsonl")
+    runs = owner(out)
+    monkeypatch.setattr(run_folder, "WAIT_S", 0.3)
+    for more in ({}, {"resume": "never"}, {"out": link}):
+        with pytest.raises(UserError, match=rf"belongs to a run that is alive \(process {runs.pids[0]} on .*--out") as error:
+            begin(**more)
+        assert "\n" not in str(error.value)
+        assert capsys.readouterr().out.count("waiting") == 1
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl"]  # nothing was changed
+    runs.kill()
+    assert begin() == begin(resume="never") == "new" and (out / "metrics.1.jsonl").exists() and not capsys.readouterr().out
+    # another one can have it once the run is finished, or its process has ended
+    monkeypatch.setattr(run_folder, "WAIT_S", 6)
+    run_folder.finish_run(out)
+    for forks in (False, True):
+        runs = owner(out, 1, forks)
+        assert begin(resume="never") == "new" and capsys.readouterr().out.count("waiting") == 1
+        runs.wait()
+        run_folder.disown_folder(out)
+
+
+def test_where_the_file_system_has_no_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    for number in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        run_folder.own_folder(tmp_path)
+        run_folder.disown_folder(tmp_path)
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1 and os.strerror(number) in warning and str(tmp_path) in warning
+
+
+def impatient_sft(*flags):
+    run_folder.WAIT_S = 1
+    sys.argv = ["sft.py", *flags]
+    sft.run_main(sft.main)
+
+
+@pytest.mark.slow
+def test_a_second_start_of_a_run_is_refused_in_one_line(place, tmp_path):
+    long = flags(place, tmp_path, "sft.py", "none", "--epochs", 1000)
+    first = launch(1, "sft.py", long)
+    wait_for(first, lambda: len(lines(tmp_path)) >= 2)
+    for more in ((), ("--resume", "never"), ("--warmup", 0.5)):
+        said = launch(1, "test_training:impatient_sft", [*long, *more]).wait([2])
+        assert "waiting 1 s" in said and "sft.py: error: " in said and "belongs to a run that is alive" in said
+        assert "Traceback" not in said and said.count("error:") == 1
+    assert not list(tmp_path.glob("*.1*")) and first.poll() == [None]
+    first.kill()
+    steps = [m["step"] for m in metrics(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+def test_a_run_whose_torchrun_is_killed_and_that_is_started_again_at_once(place, tmp_path):
+    """Its processes end within seconds, in loading, too, and what follows is an undisturbed run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               Path(__file__).parent.parent / "bench" / "planted_rl.py", *flags(place, tmp_path, "rl.py", "none")]
+    command = [*map(str, command)]
+
+    def others():
+        """The processes with this folder among their flags."""
+        found = [path for path in Path("/proc").glob("[0-9]*/cmdline")]
+        return [path for path in found if str(tmp_path).encode() in readable(path)]
+
+    def readable(path):
+        try:
+            return path.read_bytes()
+        except OSError:
+            return b""
+
+    for early in (True, False):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as torchrun:
+            end = time.time() + 120
+            while (len(others()) < 3 if early else len(lines(tmp_path)) < 3) and time.time() < end:
+                time.sleep(0.02)
+            torchrun.kill()
+        killed = others()
+        assert len(killed) >= 2
+        if early:
+            while any(map(readable, killed)) and time.time() < end:
+                time.sleep(0.1)
+            assert not any(map(readable, killed))
+    finish(place, tmp_path, "rl.py", "none", 2)
+    assert not any(map(readable, killed)) and metrics(tmp_path) == metrics(whole_run("rl.py", "none", 2))
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ from common import UserError, first_line, read_text, write_json
 from model import Policy, PolicyError
 from training.environment import find_env_config, load_env_config
 from training.memory import out_of_memory
-from training.safe_files import commit_files, make_temporary, reason_of, remove_leftovers, sync, temporary_of
+from training.safe_files import (commit_files, make_temporary, reason_of, remove_leftovers, set_mode, sync,
+                                 temporary_of)
 
 INDEX = "model.safetensors.index.json"
 # the files that hold a JSON object
@@ -271,6 +272,7 @@ def write_checkpoint(policy, folder):
     mark, weight_map, size = secrets.token_hex(4), {}, 0
     for file in sorted(folder.glob("model*.safetensors")):
         named = file.rename(folder / file.name.replace("model", f"model-{mark}"))
+        set_mode(named)
         with safe_open(named, "pt") as weights:
             weight_map |= dict.fromkeys(weights.keys(), named.name)
         size += named.stat().st_size

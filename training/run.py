@@ -10,7 +10,7 @@
 A checkpoint is of the end of a step: the weights, the optimizer, `progress` and the random states as they
 were then. It is saved after every `save_every` steps.
 
-At SIGTERM or Ctrl-C a thread (training/stopping.py) saves the end of the last step, in a rollout of minutes,
+At SIGTERM or Ctrl-C a thread (stopping.py) saves the end of the last step, in a rollout of minutes,
 too; the loop knows nothing of it. It can do so while the weights are at rest: from the end of a step to the
 first optimizer step of the next one. From there on the main thread holds the lock `at_rest`, until the
 held-out questions are played and the step is saved, and the thread waits for it as long as there is time.
@@ -28,14 +28,14 @@ from pathlib import Path
 import torch
 
 from common import (WAITED, RunConfig, UserError, choose_dtype, first_line, gather, on_own_stream,
-                    open_folder, parse_flags, sum_over_processes, write_jsonl)
+                    parse_flags, sum_over_processes, write_jsonl)
+from stopping import ENDING
 from training import run_folder
 from training.environment import load_env_config
 from training.held_out import held_out
 from training.metrics import FILES, Metrics, check_installed
 from training.run_checkpoints import SavedRun, Shard, run_folders, save_run
 from training.safe_files import sync
-from training.stopping import stop_at_signals
 
 # Settings that may differ when a run goes on, beside those of run_folder.py: how often is saved and shown,
 # what bounds memory alone. Of the model the content counts (see `inputs`).
@@ -114,12 +114,12 @@ class TrainingRun:
         # groups in which processes save, and agree on it at a signal: main threads may be in the default one
         self.saving = run_folder.own_group(timedelta(minutes=30))
         self.agreeing = run_folder.own_group(timedelta(minutes=30))
-        stop_at_signals(self._save_at_a_signal, self._stopped)
+        ENDING.save, ENDING.lost = self._save_at_a_signal, self._stopped
         # a new run, an unfinished one, or a finished one; and the checkpoint to go on from
         state, folder = None, None
         if rank == 0:
             dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-            state = run_folder.begin_run(open_folder(self.out), replace(config, dtype=dtype),
+            state = run_folder.begin_run(self.out, replace(config, dtype=dtype),
                                          TRAINING_MAY_DIFFER, inputs | run_folder.files_of(config), NAMES)
             folders = run_folders(self.out) if state == "unfinished" else []
             folder = str(folders[-1]) if folders else None

@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import UserError, first_line, gather, read_text, write_json
-from training.safe_files import commit_folder, make_temporary, reason_of, remove_folder, sync, temporary_of
+from training.safe_files import (commit_folder, make_temporary, reason_of, remove_folder, set_mode, sync,
+                                 temporary_of)
 
 FILE_BYTES = 256e6  # of tensors in a file; those that lie elsewhere, as on a GPU, are copied a file at a time
 
@@ -109,6 +110,7 @@ def write_shards(shards, folder, rank):
     for number, of_file in enumerate(split_by_files(shards), 1):
         file = folder / f"rank{rank}-{number:05d}.safetensors"
         save_file({f"{key}": shard.rows for key, shard in enumerate(of_file)}, file)
+        set_mode(file)
         sync(file)
         written += [(shard.name, list(shard.shape), Part(file.name, f"{key}", shard.start, len(shard.rows)))
                     for key, shard in enumerate(of_file)]

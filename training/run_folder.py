@@ -1,16 +1,20 @@
 """Runs that can be stopped and go on: their folder, what they were started with, the rows that they wrote.
 
-    open_folder(out)                             before anything is loaded: can it be written to?
+    own_folder(out)                              before anything is loaded: can it be written to, by this run?
     begin_run(out, config, ...), finish_run(out) run.json: is it the same run, and is it finished?
     Rows(out, "episodes", key, rank)             rows that several processes write, each at once
 
 Several processes must see the same folder. Nothing here loads a model.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import re
+import socket
 import subprocess
+import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,16 +22,72 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common import UserError, gather, open_folder, warn, write_json, write_jsonl
+from stopping import ENDING
 
 # Settings of all scripts that may differ when a run goes on. Of files the content counts, see `fingerprint`.
 MAY_DIFFER = ("out", "resume", "device", "max_rows", "cache_gb", "compile",
               "data", "system_prompt")
+LOCK = ".lock"  # the file in a folder that its owner has locked; it stays
+WAIT_S = 30.0  # for an owner to end
+PIECES, PIECE_BYTES = 64, 65_536  # of a weight file, which count
+BY_PIECES = "pieces "  # how such a fingerprint begins
+
+OWNED = {}  # {folder: the open lock file} of this process
+os.register_at_fork(after_in_child=OWNED.clear)  # a child that outlives it does not keep them
+
+
+# ---------------------------------------------------------------------------------------- one run, one folder
+def own_folder(out):
+    """Makes the folder `out` where there is none, and makes this process its owner until the run is finished
+    or the process ends, however it does. The first process of a run calls this before it reads or changes
+    anything there. Raises UserError where the folder cannot be written to, or another process owns it and
+    does not end within WAIT_S. Where the file system has no locks there is a warning."""
+    folder, until = open_folder(out).resolve(), None
+    try:
+        file = open(folder / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / LOCK}: {error.strerror}") from None
+    if folder in OWNED and os.path.sameopenfile(OWNED[folder].fileno(), file.fileno()):
+        return file.close()
+    while not locked(file):
+        file.seek(0)
+        alive = f"{out} belongs to a run that is alive ({file.read(200) or 'another process'})"
+        if until is None:
+            print(f"{alive}: waiting {WAIT_S:.0f} s for its end", flush=True)
+            until = time.monotonic() + WAIT_S
+        elif time.monotonic() > until:
+            raise UserError(f"{alive}; wait for its end, stop it, or give another --out")
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    OWNED[folder] = file
+
+
+def disown_folder(out):
+    """Another process may own the folder from here on."""
+    if file := OWNED.pop(Path(out).resolve(), None):
+        file.close()
+
+
+def locked(file):
+    """Locks an open file; False where another process has. The kernel's lock ends with who holds it, and
+    reaches other machines over NFS."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warn(f"cannot lock {file.name} ({error.strerror}): start no second run in its folder")
+    return True
 
 
 # --------------------------------------------------------------------------------------- what a run was given
 def fingerprint(path):
-    """What tells an input from another: a file's hash; of a checkpoint folder that of its settings, and of
-    names, sizes and times of its weights; a name that is no path stands for itself. Raises UserError."""
+    """What tells an input from another by its content, wherever it lies: a file's hash; of a checkpoint
+    folder that of its settings, and of names, sizes and PIECES evenly spaced pieces of its weight files, the
+    first and the last bytes among them; a name that is no path stands for itself. Training changes all of a
+    trained tensor: not seen are weights that were changed between the pieces alone. Raises UserError."""
     path = Path(path)
     try:
         if path.is_file():
@@ -36,13 +96,23 @@ def fingerprint(path):
             return str(path)
         found = []
         for file in sorted(path.iterdir()):
-            if re.fullmatch(r".*config\.json|.*\.index\.json|tokenizer\.json", file.name):
+            if re.fullmatch(r".*config\.json|tokenizer\.json", file.name):
                 found.append(f"{file.name} {hash_file(file)}\n")
             elif file.suffix in (".safetensors", ".bin"):
-                found.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n")
-        return hashlib.sha256("".join(found).encode()).hexdigest()
+                found.append(f"{file.name} {hash_pieces(file)}\n")
+        return BY_PIECES + hashlib.sha256("".join(found).encode()).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def hash_pieces(path):
+    """The size of a file and the hash of some pieces of it; of a small file, of all of it."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        for number in range(PIECES):
+            file.seek(number * max(0, size - PIECE_BYTES) // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
+    return f"{size} {digest.hexdigest()}"
 
 
 def hash_file(path):
@@ -51,7 +121,7 @@ def hash_file(path):
 
 
 def begin_run(out, config, may_differ, inputs, names, check_new=lambda: None):
-    """Finds out whether the run in the folder `out` goes on, and writes run.json for a new one.
+    """Owns the folder `out`, finds out whether the run in it goes on, and writes run.json for a new one.
 
     Args:
         config: a dataclass of settings. Its `resume` is auto, or never: then files of an earlier run are
@@ -63,6 +133,7 @@ def begin_run(out, config, may_differ, inputs, names, check_new=lambda: None):
     Returns: new, unfinished or finished. A finished run whose input has changed since, as a checkpoint that
     was trained again, is moved aside, too. Raises UserError for a run with other settings, and names the
     first. Warns where the run began with other code."""
+    own_folder(out)
     out, may_differ = Path(out), {*MAY_DIFFER, *may_differ}
     settings = {name: value for name, value in asdict(config).items() if name not in may_differ}
     now = {"settings": settings, "inputs": {what: fingerprint(path) for what, path in inputs.items() if path},
@@ -133,6 +204,7 @@ def note(out, **facts):
 
 def finish_run(out):
     note(out, finished=True)
+    disown_folder(out)
 
 
 def first_difference(old, now):
@@ -140,9 +212,15 @@ def first_difference(old, now):
     for part, words in (("settings", "--{} {}, not {}"), ("inputs", "another {}: its content differs")):
         for key in now[part] | old[part]:
             before, value = old[part].get(key), now[part].get(key)
-            if before != value:
+            if before != value and not (part == "inputs" and by_times(before, value)):
                 return words.format(key, json.dumps(before), json.dumps(value))
     return None
+
+
+def by_times(before, value):
+    """Whether a checkpoint's fingerprint in a run.json is one of earlier versions, which counted its files'
+    times: it says nothing of the content."""
+    return value is not None and value.startswith(BY_PIECES) and re.fullmatch("[0-9a-f]{64}", before or "")
 
 
 def move_aside(paths):
@@ -182,7 +260,7 @@ class Rows:
         found = None
         if self.rank == 0:
             done = set()
-            state = begin_run(open_folder(self.out), config, may_differ, inputs, names, check_new)
+            state = begin_run(self.out, config, may_differ, inputs, names, check_new)
             if state == "finished" and not is_whole({self.key(row) for row in self.read()}):
                 state = "unfinished"
                 warn_of_other_code(self.out, note(self.out, finished=False), code_version())
@@ -192,6 +270,7 @@ class Rows:
                    "unfinished": f"the run goes on, {len(done)} {self.name} are there"}
             print(f"{self.out}: {say[state]}", flush=True)
             found = state, done
+            ENDING.save = ENDING.lost = self._stopped
         return gather([found], self.group)[0]
 
     def write(self, row):
@@ -202,6 +281,11 @@ class Rows:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; what is there stays") from None
+
+    def _stopped(self):
+        """What is said when a signal ends the run: each row is saved as soon as it is there."""
+        there = {self.key(row) for row in self.read()} - {None}
+        return f"stopped; {len(there)} {self.name} are there, the same command goes on"
 
     def wait(self):
         """Until all processes are here."""

@@ -13,6 +13,7 @@ there, whatever happens after it leaves what was saved.
 
 import os
 import shutil
+import stat
 
 from common import first_line
 
@@ -42,6 +43,17 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def set_mode(path):
+    """Gives a file the mode that any new file has here, by the umask: safetensors makes one that only its
+    owner may read. Raises OSError."""
+    trial = path.with_name(f"{path.name}.mode")
+    trial.touch()
+    mode = trial.stat().st_mode
+    trial.unlink()
+    if path.stat().st_mode != mode:
+        path.chmod(stat.S_IMODE(mode))
 
 
 def commit_folder(temporary, target):
