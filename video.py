@@ -295,8 +295,9 @@ class Video:
             self.file.dts_only = "avi" in self.formats or avi_in_matroska
             self._choose_stream()
             self.chosen = self.stream.index
+            pixels = self.stream.codec_context.format  # None where no packet told it
             # a palette comes with the first packet and, after a seek, not again
-            self.rewinds = self.animated or self.stream.codec_context.pix_fmt == "pal8"
+            self.rewinds = self.animated or bool(pixels and pixels.has_palette)
         if self.file.dts_only:
             self.options["strict"] = "1"  # H.264 then reorders as much as it may
         self.codec = self.stream.codec_context
