@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision.io import write_png
+from PIL import Image
 from tqdm import tqdm
 
 from common import (RunConfig, UserError, check_shown, choose_dtype, open_folder, parse_flags, run_main,
@@ -207,7 +207,8 @@ def ask(config, world, device):
         if frames:
             times = f"{frames[0].time_s:.2f}s-{frames[-1].time_s:.2f}s"
             name = Path(config.save_frames, f"{number}_{'zoom' if number else 'overview'}_{times}.png")
-            write_png(strip([frame.image for frame in frames]), str(name))
+            picture = strip([frame.image for frame in frames])
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(name)
             print(f"wrote {name}")
 
 

@@ -32,7 +32,7 @@ import av
 import numpy as np
 import torch
 from av.sidedata.sidedata import SideDataContainer
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -43,6 +43,7 @@ ALLOWED_FORMATS = ANIMATIONS | {"mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matro
                                 "mpeg", "flv", "asf", "ogg"}  # files that hold their own frames, no playlists
 REFUSED_FORMATS = {"png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "h264", "hevc", "m4v",
                    "mpegvideo", "ivf", "rm"}  # opened only to be refused by name
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave out what is transparent
 MAX_SIDE = 8192  # pixels
 MAX_FUTILE_PACKETS = 1000  # packets in a row that give no frame, after which a stream counts as broken
 MAX_FUTILE_BYTES = 64e6  # bytes in a row that give no packet, after which it counts as ended
@@ -128,12 +129,58 @@ def read_frames(path, times_s, min_pixels, max_pixels, unit, keyframes_within_s=
 
 def read_image(path, min_pixels, max_pixels, unit):
     """An image file as a Frame of the sizes that frames have. Raises VideoError."""
+    return Frame(0.0, scale(np.array(open_image(path)), (1.0, 1.0), min_pixels, max_pixels, unit))
+
+
+def open_image(path):
+    """An image file as `to_rgb` gives it. Raises VideoError."""
     try:
         with Image.open(path) as image:
-            image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path}: not an image that is read ({error})") from None
-    return Frame(0.0, scale(image, (1.0, 1.0), min_pixels, max_pixels, unit))
+
+
+def to_rgb(image):
+    """A PIL image of any mode as viewers show it: in RGB, upright, white where it is transparent; the first of
+    several pages or frames. Grey values of 16 bits count up to 65,535. Floats and whole numbers beyond that
+    have no white of their own: the least in the picture is black, the greatest white. Colour profiles are not
+    applied. Raises OSError, ValueError, SyntaxError."""
+    clear = image.info.get("transparency")  # of a grey or RGB PNG: the colour that is, in samples of the file
+    tiles = getattr(image, "tile", None)  # of a file that is not read yet
+    stored = tiles[0][3] if tiles else None
+    if clear is not None and stored in GREY_STEPS:
+        image.info["transparency"] = clear * GREY_STEPS[stored]
+    elif clear is not None and stored == "RGB;16B":  # of which PIL reads the upper eight bits
+        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
+    tags = image.getexif()  # of TIFF, too
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # I;16, I;16B, I and F, which PIL cuts off at 255
+        values = np.array(image)
+        if image.mode == "I" and tags.get(ExifTags.Base.SampleFormat) != SIGNED:
+            values = values.view(np.uint32)
+        from_white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+        image = Image.fromarray(eight_bits(values, from_white))
+        if clear is not None:
+            image.putalpha(Image.fromarray(values != clear).convert("L"))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # between the levels of a PNG's pixels of 2 and 4 bits
+SIGNED = 2  # TIFF's number for numbers below 0, too
+
+
+def eight_bits(values, from_white):
+    """Grey values of `to_rgb`'s wide kinds as uint8. from_white: the greatest is black. Raises ValueError."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("its pixels are no numbers")
+    ends = (0, 65_535)
+    if values.dtype.kind == "f" or finite.min() < 0 or finite.max() > 65_535:
+        ends = (finite.min(), finite.max())
+    levels = np.interp(values, ends, [255, 0] if from_white else [0, 255])
+    return np.nan_to_num(levels).round().astype(np.uint8)
 
 
 def scale(image, pixel_shape, min_pixels, max_pixels, unit):
@@ -164,9 +211,11 @@ class Video:
         self.path = str(path)
         self.file = None
         self.container = None
+        self.codec = None
         self.lock = threading.Lock()
         self.pixel_shape = (1.0, 1.0)  # height and width of a pixel on the screen, of the frames last shown
         self.times_s = None  # of all frames, once they are asked for
+        self.rewinds = False  # whether it is opened again for each seek, and read from its start
         self.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}  # of the decoder
         try:
             self.file = open_file(self.path)
@@ -238,15 +287,24 @@ class Video:
         if not self.formats & ALLOWED_FORMATS:
             raise ValueError(f"its format is {self.container.format.name}")
         self.animated = bool(self.formats & ANIMATIONS)
-        beginning = os.pread(self.file.fileno(), 1 << 16, 0)
-        avi_in_matroska = b"V_MS/VFW/FOURCC" in beginning  # the name of such a track
-        self.file.dts_only = "avi" in self.formats or avi_in_matroska
-        self._choose_stream()
+        if self.rewinds:
+            self.stream = self.container.streams[self.chosen]
+        else:
+            beginning = os.pread(self.file.fileno(), 1 << 16, 0)
+            avi_in_matroska = b"V_MS/VFW/FOURCC" in beginning  # the name of such a track
+            self.file.dts_only = "avi" in self.formats or avi_in_matroska
+            self._choose_stream()
+            self.chosen = self.stream.index
+            pixels = self.stream.codec_context.format  # None where no packet told it
+            # a palette comes with the first packet and, after a seek, not again
+            self.rewinds = self.animated or bool(pixels and pixels.has_palette)
         if self.file.dts_only:
             self.options["strict"] = "1"  # H.264 then reorders as much as it may
         self.codec = self.stream.codec_context
+        if self.stream.metadata.get("alpha_mode") == "1":  # of WebM
+            self.codec = av.CodecContext.create(ALPHA_DECODERS[self.codec.name], "r")
         self.codec.options = self.options
-        self.stream.thread_type = "AUTO"
+        self.codec.thread_type = "AUTO"
         self.time_base = self.stream.time_base  # seconds of one unit of a time stamp
         if not 1e-12 < self.time_base < 1e4:
             raise ValueError(f"its time base is {self.time_base} s")
@@ -275,16 +333,17 @@ class Video:
         self.index = None
         self.index_delay = 0
         index = self.stream.index_entries
-        if self.animated or "mpeg" in self.formats or not index:
+        if self.rewinds or "mpeg" in self.formats or not index:
             return
         self._seek(None)
         first = [packet for packet in islice(self._packets(), 3) if packet.pts is not None]
         if self.formats & {"mov", "flv"} and self.codec.reorder_depth:
-            self.file.dts_only = all(p.pts == p.dts for p in first)  # times of presentation were left out
+            # times of presentation were left out; that takes three pictures at three times to tell
+            self.file.dts_only = len({p.dts for p in first}) == 3 and all(p.pts == p.dts for p in first)
         listed = index[-1].timestamp - index[0].timestamp
         guessed = any(entry.timestamp == packet.dts and entry.is_keyframe and not packet.is_keyframe
                       for entry, packet in zip(index, first))
-        whole = listed >= self.said_duration / 2  # MPEG-TS lists what was read so far
+        whole = len(first) == 1 or listed >= self.said_duration / 2  # MPEG-TS lists what was read so far
         if first and whole and not guessed:
             self.index = index
             self.index_delay = first[0].pts - index[0].timestamp
@@ -305,6 +364,10 @@ class Video:
         """Sets `start_pts`, the first frame's time stamp, `fps`, `frame_pts` and `duration_s`."""
         self.needed_pts = -math.inf
         first = self._decode_from(None)
+        if first is None and not self.rewinds:
+            self.rewinds = True  # as in an FLV of one frame, whose index lists the end in that one's place
+            self.index = None
+            first = self._decode_from(None)
         if first is None:
             raise VideoError(f"{self.path}: no frame can be decoded")
         self.start_pts = first.pts
@@ -373,7 +436,7 @@ class Video:
         if self.index:
             at = self.index.search_timestamp(want - self.index_delay)
             return at >= 0 and self.index[at].timestamp + self.index_delay > self.ahead.pts
-        return not self.animated and (want - self.ahead.pts) * self.time_base > 5
+        return not self.rewinds and (want - self.ahead.pts) * self.time_base > 5
 
     def _nearest_keyframe(self, time_s, within_s):
         """(time_s shown, image) of the nearest key frame, None if none is closer than `within_s`."""
@@ -462,7 +525,7 @@ class Video:
         if packet.pts is not None and packet.pts < self.needed_pts and not self.late:
             self.codec.skip_frame = "NONREF"
             self.skipped_pts = max(self.skipped_pts, packet.pts)
-        frames = packet.decode()
+        frames = self.codec.decode(packet)
         if packet.dts is not None:
             sent_dts.append(packet.dts)
         if self.late:  # a picture comes when `late` more have gone in, or with all that are left at the end
@@ -486,7 +549,7 @@ class Video:
         self._forget_place()
         self.file.futile_bytes = 0
         self.file.untimed = pts is not None and "mpeg" in self.formats
-        if self.animated:
+        if self.rewinds:
             self.container.close()
             self.file.seek(0)
             self._open_stream()
@@ -495,6 +558,8 @@ class Video:
             self.container.seek(0 if pts is None else pts, stream=self.stream, backward=True)
         except av.FFmpegError:
             self.container.seek(0)
+        if self.codec is not None:
+            self.codec.flush_buffers()
 
     def _forget_place(self):
         """The decoder stands nowhere now: what comes next begins with a seek."""
@@ -508,10 +573,8 @@ class Video:
         """A decoded frame as an upright (H, W, 3) uint8 RGB array."""
         if max(frame.width, frame.height) > MAX_SIDE:
             raise VideoError(f"{self.path}: {frame.width}x{frame.height} is above {MAX_SIDE} pixels a side")
-        if self.animated:  # what is transparent shows white
-            picture = Image.fromarray(frame.to_ndarray(format="rgba"))
-            white = Image.new("RGBA", picture.size, "white")
-            image = np.array(Image.alpha_composite(white, picture).convert("RGB"))
+        if self._has_alpha(frame.format):
+            image = np.array(to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"))))
         else:
             image = frame.to_ndarray(format="rgb24")
         self.pixel_shape = (1.0, float(self.stream.sample_aspect_ratio or 1))
@@ -528,6 +591,12 @@ class Video:
         if matrix[1, 1] < 0:
             image = image[::-1]
         return np.ascontiguousarray(image)
+
+    def _has_alpha(self, pixels):
+        """Whether a pixel format says what is transparent."""
+        if self.codec.name == "rawvideo" and "avi" in self.formats:
+            return False  # the fourth byte of these pixels is not used
+        return pixels.has_palette or any(component.is_alpha for component in pixels.components)
 
 
 def display_matrix(frame):

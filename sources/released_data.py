@@ -29,7 +29,7 @@ from protocols.released import resized
 from sources.files import read_file
 from sources.rows import question_error
 from sources.shapes import RowFault, read_answer, split_options
-from video import Frame, VideoError
+from video import Frame, open_image
 from zoom_env import Message, ZoomEnv
 
 SUFFIXES = (".json", ".yaml", ".yml")  # of files in these formats
@@ -217,8 +217,4 @@ def encode_stored(policy, row, root):
 
 def stored_frame(path, max_pixels, unit):
     """An image file as a Frame, as LLaMA-Factory and the processor size it. Raises VideoError."""
-    try:
-        with Image.open(path) as image:
-            return Frame(0.0, resized(image.convert("RGB"), 0, max_pixels, unit, Image.Resampling.BICUBIC))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: not an image that is read ({error})") from None
+    return Frame(0.0, resized(open_image(path), 0, max_pixels, unit, Image.Resampling.BICUBIC))

@@ -462,6 +462,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
         rows.write({"number": 1})
 
 
+@pytest.mark.filterwarnings("error::DeprecationWarning", "error::FutureWarning")
 def test_ask_about_a_video(folder, tmp_path, monkeypatch, capsys):
     video = folder / "videos" / "test_0000.mp4"
     status, said, error = main(

@@ -19,7 +19,7 @@ from protocols.released import TEXTS
 from sources.benchmarks import Given, finish
 from sources.overlap import overlap
 from sources.read import read_questions, read_trajectories
-from sources.released_data import encode_stored
+from sources.released_data import encode_stored, stored_frame
 from sources.rows import question_error
 from sources.stats import stats
 from zoom_env import EnvConfig, ZoomEnv
@@ -183,6 +183,14 @@ def test_ids_are_those_of_the_chat_template(place, number):
     assert torch.equal(mine["image_grid_thw"], pixels["image_grid_thw"]) and torch.equal(mine["pixel_values"], pixels["pixel_values"])
     said = tokenizer.decode([i for i, trained in zip(dialogue.ids, dialogue.trained) if trained])
     assert said == ZOOM + "<|im_end|>" + MESSAGES[-1]["content"] + "<|im_end|>"  # each turn with its end
+
+
+def test_stored_images_are_shown_as_viewers_show_them(tmp_path):
+    """On white where they are clear, and of 16 bits the whole range."""
+    Image.new("RGBA", (84, 84), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((84, 84), 100 * 257, np.uint16)).save(tmp_path / "wide.png")
+    shown = [stored_frame(tmp_path / name, 100_352, 28).image for name in ("clear.png", "wide.png")]
+    assert [image.unique().tolist() for image in shown] == [[255], [100]]
 
 
 def test_a_bad_row_of_messages_is_named(tmp_path):
