@@ -20,6 +20,7 @@ from scale.pick import check_flags, load_weights
 from training.checkpoints import load_policy, save_policy
 from training.environment import run_environment
 from training.run import TrainingRun
+from training.run_folder import disown_folder
 from training.weights import MAX_BAD_STEPS, MasterWeights
 
 CPU = torch.device("cpu")
@@ -301,6 +302,7 @@ def test_a_run_goes_on_with_and_without(place, tmp_path):
         places = [x.untyped_storage().data_ptr() for x in (master, optimizer.state[master]["exp_avg"],
                                                            optimizer.state[master]["exp_avg_sq"])]
         assert places == [slab.data_ptr() for slab in weights.slabs]
+    disown_folder(tmp_path / "run")  # this process stopped in the middle of it
     launch(1, "test_offload:steps_of_a_run", [place, tmp_path / "run", 2, 3, "optimizer"]).wait()
     resumed = load_policy(tmp_path / "run").state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
