@@ -271,3 +271,10 @@ def test_what_a_fork_adds_up_is_reported_too():
     means = metrics.means()
     assert means["loss"] == 7 / 6 and means["anchor"] == 0.5 and means["kl"] == 0
     assert (means["updates"], means["bad_steps"], means["trained_tokens"], means["grad_norm"]) == (2, 1, 6, 1.5)
+
+
+def test_a_folder_that_was_taken_away_is_one_line(tmp_path):
+    metrics = Metrics(tmp_path / "run", 2, "run")
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No such file"):
+        metrics.write({"step": 1})
+    metrics.close()

@@ -247,6 +247,20 @@ def test_what_a_run_was_started_with(tmp_path, monkeypatch, capsys):
         assert begin() == "new", text
 
 
+def test_a_run_is_not_taken_for_another_scripts(tmp_path):
+    """eval.py into the folder of a run that trains would take the place of its run.json, and it could not go on."""
+    begin = lambda names, **more: run_folder.begin_run(tmp_path, replace(Settings(""), **more), (), {}, names)
+    begin("metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text("first")
+    for finished in (False, True):
+        run_folder.note(tmp_path, finished=finished)
+        with pytest.raises(UserError, match="--warmup"):
+            begin("episodes.jsonl", warmup=0.5)
+        assert begin("metrics.jsonl") == ("finished" if finished else "unfinished")
+    assert begin("episodes.jsonl", warmup=0.5, resume="never") == "new"
+    assert (tmp_path / "metrics.1.jsonl").read_text() == "first" and (tmp_path / "run.1.json").exists()
+
+
 def make_checkpoint(folder, seed=0):
     """A folder as others publish it: a file of 9 MB of weights, its index, settings."""
     folder.mkdir()

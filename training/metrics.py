@@ -58,8 +58,12 @@ class Metrics:
         if it is nan."""
         if self.rank > 0:
             return
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({key: finite(value) for key, value in metrics.items()}) + "\n")
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({key: finite(value) for key, value in metrics.items()}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         step = metrics["step"]
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
         if self.board:

@@ -128,7 +128,8 @@ def begin_run(out, config, may_differ, inputs, names, check_new=lambda: None):
             moved aside (episodes.1.jsonl, run.1.json, ...). All but MAY_DIFFER and `may_differ` must be the
             same.
         inputs: {what: path or None}, what is read; the content must be the same.
-        names: a regular expression of the names of files that a run writes there, besides run.json.
+        names: a regular expression of the names of files that a run writes there, besides run.json. It is
+            noted there: another script must not take the place of a run whose files are others.
         check_new: called before a new run begins; what it raises leaves everything as it is.
     Returns: new, unfinished or finished. A finished run whose input has changed since, as a checkpoint that
     was trained again, is moved aside, too. Raises UserError for a run with other settings, and names the
@@ -137,9 +138,11 @@ def begin_run(out, config, may_differ, inputs, names, check_new=lambda: None):
     out, may_differ = Path(out), {*MAY_DIFFER, *may_differ}
     settings = {name: value for name, value in asdict(config).items() if name not in may_differ}
     now = {"settings": settings, "inputs": {what: fingerprint(path) for what, path in inputs.items() if path},
-           "code": code_version(), "finished": False}
+           "code": code_version(), "finished": False, "files": names}
     now, old = json.loads(json.dumps(now)), read_run(out)
-    files = [path for path in sorted(out.iterdir()) if re.fullmatch(names, path.name)]
+    # those of the run that is there: eval.py and the scripts that train write others
+    its_names = old.get("files", names) if old else names
+    files = [path for path in sorted(out.iterdir()) if re.fullmatch(f"{names}|{its_names}", path.name)]
     something = any(path.stat().st_size for path in files)  # else nothing is lost
     if old and something and config.resume == "auto":
         difference = first_difference(old, now)
