@@ -34,8 +34,8 @@ def read_either(path):
 
 
 def warned(path, rows, bad):
-    """(rows, bad), with a warning where texts of the rows hold control characters. These stay, but in question
-    and options of a released row, which come from its problem."""
+    """(rows, bad), with a warning where texts of the rows hold control characters. These stay, but
+    in question and options of a released row, which come from its problem."""
     found = []
     for question in map(question_of, rows):
         problem = (question.get("meta") or {}).get("problem")

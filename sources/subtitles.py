@@ -172,8 +172,8 @@ def without_carried_lines(cues):
 
 # ------------------------------------------------------------------------------------------------------- JSON
 def read_json(text, begin_s, duration_s):
-    """([(start_s, end_s, text), ...], faults) of LongVideoBench's lists, or Whisper's. An end that is missing is the
-    video's, a text that is null is none. Raises RowFault."""
+    """([(start_s, end_s, text), ...], faults) of LongVideoBench's lists, or Whisper's. An end that is
+    missing is the video's, a text that is null is none. Raises RowFault."""
     try:
         rows = without_nan(json.loads(text))
     except (ValueError, RecursionError) as error:
