@@ -171,6 +171,8 @@ def message_row(row, number, path):
         raise RowFault("messages are not a list of role and content, both of them texts")
     for message in messages:
         refuse(message, (*MEDIA, "images", "image", "tool_calls"))
+        if message.get("loss") is False:  # of ms-swift
+            raise RowFault('a message has "loss": false, and every turn would be trained')
         if mark := MARK.search(message["content"]):
             raise RowFault(f"{mark[0]} in a message would not be shown")
     roles = [m["role"] for m in messages]

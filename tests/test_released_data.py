@@ -240,6 +240,7 @@ def test_messages_that_refer_to_what_is_not_shown_are_named(tmp_path):
                        "<IMAGE>", "<image 1>", "<image_1>", "<|image_pad|>", "<img>")),
         ({"messages": [asked, said | {"content": "<video>"}]}, "<video> in a message"),
         ({"messages": [asked | {"video": "v1.mp4"}, said]}, '"video" would not be shown'),
+        ({"messages": [asked, said | {"loss": False}]}, "every turn would be trained"),
         ({"messages": [asked | {"content": [{"type": "video", "video": "v1.mp4"}]}, said]}, "both of them texts"),
         ({"conversations": [{"from": "human", "value": "<video>What?"}], "videos": ["v1.mp4"]}, "no messages: \"conversations\""),
         ({"instruction": "<video>What?", "output": "A", "videos": ["v1.mp4"]}, "no messages"), (ROW, "no messages"), ("text", "no")])
