@@ -46,7 +46,7 @@ def add_commands(commands, show):
     flag("--videos", required=True, help="folder with its videos, also in subfolders")
     flag("--out", required=True, help=".jsonl file to write; what is left out or lacks something is named "
          "beside it")
-    flag("--subtitles", help="folder with subtitles: .srt, .vtt, or LongVideoBench's .json")
+    flag("--subtitles", help="folder with subtitles: .srt, .vtt, or .json of LongVideoBench or Whisper")
     flag("--check_videos", action="store_true", help="open each video, and name those that cannot be read")
     flag = add("overlap", run_overlap, "videos and questions that two files share; status 1 if any")
     flag("first", help="file of questions or trajectories")

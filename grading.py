@@ -62,6 +62,7 @@ def last_answer(text):
 # ------------------------------------------------------------------------------------------------ plain text
 SMALL = "²³¹¼-¾⁰-₉⅐-⅟①-⒛⓪-⓿"  # no digits of a number: 10² is not 102
 FANCY = str.maketrans("‘’【】“”„", "''[]\"\"\"")
+BOXED = re.compile(r"\\?(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # \boxed{\frac{\pi}{2}}
 LAYOUT = r"\\(?:left|right|q?quad|displaystyle|large|centering|begin|end|bf|rm|it|tt|sf)(?![a-zA-Z])"
 
 
@@ -76,7 +77,7 @@ def plain(text):
     text = re.sub(r"\\+", r"\\", re.sub(r"[‐-―−]", "-", text)).replace("{,}", ",")
     for _ in range(3):  # nested
         text = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\?(?:boxed|fbox)\s*\{+([^{}]*)\}+", r"\nFinal answer: \1\n", text)
+    text = BOXED.sub(r"\nFinal answer: \1\n", text)
     text = re.sub(r"\\(?:[lL]ong)?[rR]ightarrow|\\to(?![a-z])", " → ", text)
     text = re.sub(r"\$\$|(?<!\\)\$(?=\S)([^$\n]*)(?<=[^\s\\])\$(?!\d)", r" \1 ", text)  # $x$, but $5 and $6
     text = re.sub(rf"{LAYOUT}|\\[()\[\],;:!]|[{{}}]|(?<!\d)\$(?!\d)", " ", text).replace("\\", " ")
@@ -201,7 +202,8 @@ BEFORE = rf"""(?:^ | [,:;(\[&|>=→、。\n]\s* | (?<=[A-Z)\]\s])/\s* | (?<![MDv
 # ... and before a sign, or that it is right, or, if a capital ("a because" is none), before these words.
 SIGN = r"(?=\s*(?:$ | [,:;!?)\]/&|>=→+。、…] | \.(?!\w\b) | -+[\s>])) | (?=\n)"
 SEEMS = any_of("looks looked seems seemed appears appeared would_be") + r"(?:\sto\sbe)?"
-CORRECT = rf"(?:\s{any_of('the my most final *ly')})*\s{any_of('correct right true best answer accurate')}"
+CORRECT = rf"(?:\s{any_of('the my most final *ly')})*\s" + any_of("""correct right true best answer accurate
+    most_likely most_plausible most_probable most_appropriate most_suitable""")
 RIGHT = rf"""(?P<right>\s(?!would){IS}{CORRECT}) | [)\]]?(?:\s{SEEMS}{CORRECT} | \s?(?:选项)?[是为]?[正对]
     | \s(?:best\s)?{any_of("matches fits describes the_correct")})"""
 WORD = any_of("not but rather instead because since as it_is I_think for_sure")

@@ -21,7 +21,7 @@ from grading import LETTERS
 from sources.files import SUBTITLES, VIDEOS, FileIndex, in_threads, read_annotations, relative_to_file
 from sources.images import place_images, save_image
 from sources.rows import question_error
-from sources.shapes import (CONTROL, KINDS, RowFault, first_of, letter_at, read_answer, read_list,
+from sources.shapes import (KINDS, RowFault, control_in, first_of, letter_at, read_answer, read_list,
                             read_options, read_segments, split_named, unwrap, without_control,
                             without_filling, without_numbers, without_options)
 from sources.subtitles import read_subtitles
@@ -252,9 +252,9 @@ NUMBER = re.compile(r"[-+]?((\d{1,3}(,\d{3})+|\d+)(\.\d+)?|\.\d+)")
 def finish(given, source):
     """(our row, without its files; [(reason, details)] of what it lacks) of what a format found. Raises
     RowFault."""
-    answer, texts = given.answer, [str(given.question), *read_options(given.options)]
-    control = CONTROL.search("\n".join([*texts, str(answer)]))
-    question, *options = [without_control(text).strip() for text in texts]
+    answer, options = given.answer, read_options(given.options)
+    control = control_in([given.question, read_list(given.options), answer])
+    question = without_control(str(given.question)).strip()
     question = question.removeprefix("<video>").strip()  # the frames come behind the question
     # options: given, or in the question's text
     if options:
@@ -289,7 +289,7 @@ def finish(given, source):
     # evidence
     evidence = None
     if control:
-        notes.append(("a control character was in its text", repr(control[0])))
+        notes.append(("a control character was in its text", repr(control)))
     try:
         if given.evidence:
             evidence = read_evidence(given.evidence, meta.get("duration_s"))

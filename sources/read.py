@@ -5,7 +5,7 @@ from pathlib import Path
 from common import read_rows, warn
 from sources.released_data import SUFFIXES, either_row, message_row, read_released, released_question
 from sources.rows import is_trajectory, question_error, question_of, trajectory_error
-from sources.shapes import CONTROL
+from sources.shapes import control_in
 
 
 def read_questions(path, max_bad):
@@ -34,12 +34,14 @@ def read_either(path):
 
 
 def warned(path, rows, bad):
-    """(rows, bad), with a warning where texts of the rows hold control characters, which stay."""
+    """(rows, bad), with a warning where texts of the rows hold control characters. These stay, but
+    in question and options of a released row, which come from its problem."""
     found = []
     for question in map(question_of, rows):
-        control = CONTROL.search("\n".join([question["question"], *(question.get("options") or [])]))
+        problem = (question.get("meta") or {}).get("problem")
+        control = control_in([question["question"], question.get("options"), problem])
         if control:
-            found.append(f"{question['id']}: {control[0]!r}")
+            found.append(f"{question['id']}: {control!r}")
     if found:
         warn(f"{path}: {len(found)} questions hold control characters ({found[0]}); "
              "was a backslash not escaped?")

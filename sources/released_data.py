@@ -28,13 +28,14 @@ from model import encode
 from protocols.released import resized
 from sources.files import read_file
 from sources.rows import question_error
-from sources.shapes import RowFault, read_answer, split_options
+from sources.shapes import KINDS, RowFault, read_answer, split_named, split_options, without_control
 from video import Frame, open_image
 from zoom_env import Message, ZoomEnv
 
 SUFFIXES = (".json", ".yaml", ".yml")  # of files in these formats
 MEDIA = "videos", "video", "audios", "audio"  # fields that name some
-MARK = re.compile(r"<\|?(?:video|audio)(?:_pad)?\|?>", re.IGNORECASE)  # of a place for them in a text
+# of a place for media in a text, but for <image>: <video>, <|image_pad|>, <image 1>, <img>
+MARK = re.compile(r"<(?!(?-i:image>))\|?(?:video|audio|image|img)[ _]?\d*(?:_pad)?\|?/?>", re.IGNORECASE)
 
 
 # ----------------------------------------------------------------------------------------------- both formats
@@ -128,13 +129,14 @@ def released_question(row, number, path):
         raise RowFault(f"{mark[0]} in its problem would not be shown")
     if not os.path.exists(path.parent / video) and os.path.exists(video):
         video = os.path.abspath(video)  # as given
-    text = problem.replace("<image>", "").strip()
-    question, options, after = split_options(text)
-    answer, answer_type = row["solution"], extra.get("answer_type")
+    text = without_control(problem.replace("<image>", "")).strip()
+    answer = row["solution"]
+    question, options, after, named = split_named(text, answer, KINDS[:1])
+    answer_type = extra.get("answer_type")
     if not answer_type:
         answer_type = "multiple_choice" if options else "open_ended"
     if answer_type == "multiple_choice":
-        answer, question = read_answer(str(answer), options), f"{question}\n{after}".strip()
+        answer, question = read_answer(str(named), options), f"{question}\n{after}".strip()
     else:
         question, options = text, []
     meta = {key: value for key, value in extra.items() if key != "answer_type"} | {"problem": problem}
@@ -169,6 +171,8 @@ def message_row(row, number, path):
         raise RowFault("messages are not a list of role and content, both of them texts")
     for message in messages:
         refuse(message, (*MEDIA, "images", "image", "tool_calls"))
+        if message.get("loss") is False:  # of ms-swift
+            raise RowFault('a message has "loss": false, and every turn would be trained')
         if mark := MARK.search(message["content"]):
             raise RowFault(f"{mark[0]} in a message would not be shown")
     roles = [m["role"] for m in messages]

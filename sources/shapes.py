@@ -34,12 +34,15 @@ FILLING = ("", "n/a", "na", "nan", "null", "-")  # of a table's columns of optio
 TAB = ("(?:heta|imes|ext(?:bf|it|rm|tt|sf|sc|color|style|normal)?|au|ilde|frac|binom|riangle[a-z]*|herefore"
        "|anh)")
 RETURN = "(?:ho|ight[a-z]*|angle|ceil|floor)"
-LATEX = f"(?:t(?:{TAB}|an|o|op)|n(?:u|eq?|eg|ot|otin|abla|leq|geq|mid|exists|earrow|warrow))(?![A-Za-z])"
+LINE = ("(?:u|eq?|eg|ot|otin|abla|leq|geq|mid|exists|earrow|warrow|sim|cong|parallel|onumber|less|gtr"
+        "|su[bp]set(?:eq)?|[rRlL](?:ight|eft)arrow)")
+LATEX = f"(?:t(?:{TAB}|an|o|op)|n{LINE})(?![A-Za-z])"
 # a path of Windows; what JSON and Python write after a backslash; a backslash with something else behind it
 ESCAPE = re.compile(rf"""(?<!\w)[C-Zc-z]:(?:\\\w[\w.-]*){{2,}}|\\(?:[\\'"/]|(?!{LATEX})[nt]|r(?=\\n|['"])"""
                     r"|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00[01][0-9a-fA-F]{5}|)")
 # what JSON makes of a backslash that was not escaped; also characters that no text has
-EATEN = re.compile(rf"[\b\f](?=[A-Za-z])|\t(?={TAB}(?![A-Za-z]))|\r(?={RETURN}(?![A-Za-z]))")
+EATEN = re.compile(rf"[\b\f](?=[A-Za-z])|\t(?={TAB}(?![A-Za-z]))|\r(?={RETURN}(?![A-Za-z]))"
+                   r"|\n(?=(?:abla|eq|otin)(?![A-Za-z]))")
 CONTROL = re.compile(rf"{EATEN.pattern}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -103,6 +106,16 @@ def escaped(text):
     return ESCAPE.sub(mend, text)
 
 
+def control_in(value):
+    """The first control character in a text, or in the texts of a list or dict at any depth; or None."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return next(filter(None, map(control_in, value)), None)
+    found = CONTROL.search(str(value))
+    return found[0] if found else None
+
+
 def without_control(text):
     """A text without control characters: what was a backslash and a letter is that again, others become
     spaces."""
@@ -118,7 +131,7 @@ def read_options(value):
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
-        field = "?\n" + value
+        field = "?\n" + without_control(value)
         found = split_options(field)
         before, value, after = found if found[1] else split_others(field, KINDS[0])
         if not value or before != "?" or after:
@@ -132,7 +145,9 @@ def read_options(value):
         raise RowFault("options are not a list", str(value)[:60])
     while value and value[-1] is None:  # a table's columns behind the last option
         value = value[:-1]
-    options = ["" if option is None else str(option).strip() for option in value]
+    if any(isinstance(option, dict | list) for option in value):
+        raise RowFault("an option is no text", str(value)[:60])
+    options = ["" if option is None else without_control(str(option)).strip() for option in value]
     # nothing, or a letter alone, is an option without text where the others have letters and texts
     filled = [f"{letter}. \0" if option == "" or re.fullmatch(MARK, option, re.IGNORECASE) else option
               for letter, option in zip(LETTERS, options)] + options[len(LETTERS):]
@@ -183,7 +198,8 @@ def split_at(text, lines, in_line):
     if lines:
         parts = [option.partition("\n") for option in options]
         options, behind = [first for first, _, _ in parts], [more.strip() for _, _, more in parts]
-    if not options or any(behind[:-1]) or not lines and not all(map(str.strip, options)):
+    broken = not lines and any(not option.strip() or "\n" in option.strip() for option in options)
+    if not options or any(behind[:-1]) or broken:
         return text.strip(), [], ""
     question = HEADER.sub("", text[:marks[0].start()]).strip()
     return question, [option.strip() for option in options], "".join(behind)
@@ -309,8 +325,8 @@ def read_segments(value):
         value = [re.split(r"\s*[-–—~]\s*", part) for part in parts]
     segments = []
     for ends in value:
-        if len(ends) != 2:
-            raise RowFault("a time reference cannot be read", repr(ends)[:60])
+        if not isinstance(ends, list) or len(ends) != 2:
+            raise RowFault("a time reference cannot be read", repr(value)[:60])
         start_s, end_s = map(seconds, ends)
         if start_s > end_s:
             raise RowFault("a time reference is reversed", f"{start_s:g} s to {end_s:g} s")

@@ -2,7 +2,7 @@
 
 LongVideoBench's JSON files are lists of {"start": "00:00:01.5", "end": "00:00:03", "line": text} or of
 {"timestamp": [1.5, 3.0], "text": text}, in the time of the film that the video was cut from; its
-`starting_timestamp_for_subtitles` is where the cut begins.
+`starting_timestamp_for_subtitles` is where the cut begins. Whisper's have {"segments": [...]} of such lines.
 Formats: https://github.com/longvideobench/LongVideoBench longvideobench/longvideobench_dataset.py,
 https://www.w3.org/TR/webvtt1; SubRip has no specification. FFmpeg's demuxers are not used: they lose much
 without a word, as all of a .vtt file behind a time that cannot be read, a number as caption of a .srt file,
@@ -172,12 +172,14 @@ def without_carried_lines(cues):
 
 # ------------------------------------------------------------------------------------------------------- JSON
 def read_json(text, begin_s, duration_s):
-    """([(start_s, end_s, text), ...], faults) of LongVideoBench's lists. An end that is missing is the
-    video's, a text that is null is none. Raises RowFault."""
+    """([(start_s, end_s, text), ...], faults) of LongVideoBench's lists, or Whisper's. An end that is
+    missing is the video's, a text that is null is none. Raises RowFault."""
     try:
         rows = without_nan(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise RowFault("subtitles cannot be read", f"{type(error).__name__}: {error}") from None
+    if isinstance(rows, dict) and "segments" in rows:  # Whisper's
+        rows = rows["segments"]
     if not isinstance(rows, list):
         raise RowFault("subtitles cannot be read", "not a list of lines")
     found, faults = [], []

@@ -305,6 +305,8 @@ def test_unclear_options_are_named():
         ({"A": "red", "C": "blue"}, "options have other keys"),
         ("(a) red or (c) blue", "options are not a list"),
         ("red or blue", "options are not a list"), (7, "options are not a list"),
+        ([{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}], "an option is no text"),
+        ([["red"], ["blue"]], "an option is no text"),
         ("['red' 'blue']", "as NumPy prints it"), ("['A. red'\n 'B. blue']", "as NumPy prints it")])
 
 
@@ -384,6 +386,10 @@ SPLIT = [
     ("Who?\nA. Ann\nor\nB. Bob", "Who?\nA. Ann\nor\nB. Bob", []),
     ("Who?\nA. Ann\nB. Bob\nor\nC. Cy", "Who?\nA. Ann\nB. Bob\nor\nC. Cy", []),
     ("Who?\nA.\nAnn\nB. Bob", "Who?\nA.\nAnn\nB. Bob", []),
+    ("Who? A. Ann  B. Bob\nC. Cy  D. Di", "Who?", ["Ann", "Bob", "Cy", "Di"]),
+    *((text, text, []) for text in (
+        "Who?\n- A. Ann\n- B. Bob\n- C. Cy", "Who?\nOption A: Ann\nOption B: Bob\nOption C: Cy",
+        "Who? A. Ann B. Bob C. Cy\nAnswer with the letter.")),
 ]
 
 
@@ -411,7 +417,7 @@ def test_time_references():
         ("01:01-01:01", [[61, 61]]),
         ("00:01-00:02, 00:05-00:09", [[1, 2], [5, 9]]), ([["00:00:01", "00:00:03"], [4, 5.5]], [[1, 3], [4, 5.5]])])
     all_hold(lambda text, reason: named_as(reason, read_segments, text), [
-        ("33:52-33:46", "reversed"), ("soon", "cannot be read"), ("1-2-3", "cannot")])
+        ("33:52-33:46", "reversed"), ("soon", "cannot be read"), ("1-2-3", "cannot"), ([15, 19], "cannot be read")])
 
 
 def test_several_right_texts_are_kept_and_a_broken_list_is_named():

@@ -138,8 +138,8 @@ def test_backslashes_in_a_list_written_as_text():
         assert read_list(text) == list(expected)
 
     latex = [r"$\frac{1}{2}$", r"\beta_1", r"3 \times 10^8", r"\nu", r"\rho", r"\alpha", r"\text{m}",
-             r"x \to 0", r"\neq", r"\b", r"\{x\}", r"\tan x", r"\right)", r"\xi", r"\underline{u}",
-             r"C:\temp\new"]
+             r"x \to 0", r"\neq", r"\nsim", r"\nonumber", r"\nRightarrow", r"\b", r"\{x\}", r"\tan x",
+             r"\right)", r"\xi", r"\underline{u}", r"C:\temp\new"]
     all_hold(holds, [
         ("['" + "', '".join(latex) + "']", *latex), ('["' + '", "'.join(latex) + '"]', *latex),
         (repr(latex), *latex), (json.dumps(latex), *latex),
@@ -169,6 +169,15 @@ def test_what_json_made_of_a_backslash_is_mended_or_named(tmp_path, capsys):
         (f"Is it {text}", [text, "x"]) for text in texts.values()]
     assert [(line["row"], line["kept"]) for line in named] == [(str(n), True) for n in range(4)]
     assert read_questions(tmp_path / "o.jsonl", 0)[0] == rows
+    # at the beginning of an option, where white space is cut off
+    latex = [r"\frac{1}{2}", r"\theta", r"\nabla f", r"\neq 0"]
+    marked = [f"{letter}. {text}" for letter, text in zip("ABCD", latex)]
+    for options in (latex, marked, dict(zip("ABCD", latex)), "\n".join(marked).replace("\n", "\\n")):
+        raw = {"question_id": "1", "video": "v", "question": "Is it?", "options": options, "answer": "A"}
+        (tmp_path / "b.jsonl").write_text(json.dumps(raw).replace(r"\\", "\\"))
+        (question,), named = convert("videomme", [tmp_path / "b.jsonl"], tmp_path, tmp_path / "p.jsonl")
+        assert question["options"] == latex
+        assert [line["reason"] for line in named] == ["a control character was in its text"]
 
     good = json.dumps(rows[-1])
     (tmp_path / "q.jsonl").write_text("".join(good.replace("plain", text) + "\n" for text in texts))

@@ -51,6 +51,15 @@ def test_questions_of_a_list(tmp_path):
     assert question["meta"]["problem"] == told
 
 
+def test_options_with_small_letters_and_what_json_made_of_latex(tmp_path, capsys):
+    rows = [ROW | {"problem": "<image>Who?\n(a) Ann\n(b) Bob", "solution": "b"},
+            ROW | {"problem": "<image>Which?\nA. \frac{1}{2}\nB. \theta", "solution": "B"}]
+    questions, bad = read_questions(write(tmp_path / "rl.json", rows), 0)
+    assert not bad and [(q["options"], q["answer"], q["answer_type"]) for q in questions] == [
+        (["Ann", "Bob"], "B", "multiple_choice"), ([r"\frac{1}{2}", r"\theta"], "B", "multiple_choice")]
+    assert r"1 questions hold control characters (rl_1: '\x0c')" in capsys.readouterr().err
+
+
 def test_a_bad_question_is_named(tmp_path):
     def holds(row, reason):
         questions, bad = read_questions(write(tmp_path / "rl.json", [ROW, ROW | row]), 0.5)
@@ -227,9 +236,11 @@ def test_messages_that_refer_to_what_is_not_shown_are_named(tmp_path):
         *((good | {key: ["v1.mp4"]}, f'"{key}" would not be shown') for key in ("videos", "video", "audios", "audio", "image",
                                                                                   "objects", "tools", "system")),
         *(({"messages": [asked | {"content": mark + "What?"}, said]}, f"{mark} in a message")
-          for mark in ("<video>", "<audio>", "<VIDEO>", "<|video_pad|>", "<|AUDIO|>")),
+          for mark in ("<video>", "<audio>", "<VIDEO>", "<|video_pad|>", "<|AUDIO|>", "<video_1>", "<video/>",
+                       "<IMAGE>", "<image 1>", "<image_1>", "<|image_pad|>", "<img>")),
         ({"messages": [asked, said | {"content": "<video>"}]}, "<video> in a message"),
         ({"messages": [asked | {"video": "v1.mp4"}, said]}, '"video" would not be shown'),
+        ({"messages": [asked, said | {"loss": False}]}, "every turn would be trained"),
         ({"messages": [asked | {"content": [{"type": "video", "video": "v1.mp4"}]}, said]}, "both of them texts"),
         ({"conversations": [{"from": "human", "value": "<video>What?"}], "videos": ["v1.mp4"]}, "no messages: \"conversations\""),
         ({"instruction": "<video>What?", "output": "A", "videos": ["v1.mp4"]}, "no messages"), (ROW, "no messages"), ("text", "no")])

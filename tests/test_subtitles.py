@@ -170,6 +170,12 @@ def test_an_odd_line_of_json_costs_itself(holds):
                      for start in (1e-05, -1, 0, "0:00")])
 
 
+def test_lines_of_whisper(holds):
+    lines = [{"id": n, "seek": 0, "start": 2.5 * n, "end": 2.5 * n + 2, "text": f" Line {n}.", "tokens": [n]} for n in range(2)]
+    whole = json.dumps({"text": " Line 0. Line 1.", "segments": lines, "language": "en"})
+    holds("a.json", whole, [[0, 2, "Line 0."], [2.5, 4.5, "Line 1."]])
+
+
 def test_convert_counts_what_is_left_out(tmp_path, capsys):
     raw = {"question_id": "1", "videoID": "a", "question": "What?", "options": ["x", "y"], "answer": "A"}
     for name in ("videos", "subs"):
