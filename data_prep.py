@@ -64,7 +64,7 @@ def at_least_one(text):
 
 
 def run_synthetic(args):
-    synthetic(open_folder(args.out), args.train, args.test, args.seed)
+    synthetic(args.out, args.train, args.test, args.seed)
 
 
 def run_tiny_base(args):

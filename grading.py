@@ -120,9 +120,10 @@ DOUBT = re.compile(any_of("""or maybe perhaps might may could can_be possibl[ey]
 # It is denied where these come before it, with nothing between but such words and other letters.
 DENIES = any_of("""not never cannot neither nor except than instead_of unlike wrong incorrect false excludes?
     exclud(?:ed|ing) eliminat(?:e|es|ed|ing) rul(?:e|es|ed|ing)_out anything_but everything_but all_but
-    none_of doubt (?:wrong|incorrect|false),?_(?:and_)?so_(?:is|are)""")
+    none_of doubt (?:wrong|incorrect|false),?_(?:and_)?so_(?:is|are)
+    (?:at_first|first|initially),?_I_(?:had_)?(?:thought|believed|guessed)""")
 BETWEEN = any_of("""the an? options? choices? letter answer correct right choose pick select go going with be
-    is to it that think believe say both sure certain if whether *ly""")
+    is was to it that think believe say both sure certain if whether *ly""")
 ITEM = r"[(\[]?[A-Z](?![A-Za-z0-9])[)\]]?"
 AND = r",?\s?(?:\b(?:and|or|nor)\b | [&和或与及] | 就是)\s?(?:options?\s)?"
 DENIED = re.compile(rf"""(?:{DENIES} | ^(?i:no)\b | n't\b | [不非别除])
@@ -205,7 +206,7 @@ SEEMS = any_of("looks looked seems seemed appears appeared would_be") + r"(?:\st
 CORRECT = rf"(?:\s{any_of('the my most final *ly')})*\s" + any_of("""correct right true best answer accurate
     most_likely most_plausible most_probable most_appropriate most_suitable""")
 RIGHT = rf"""(?P<right>\s(?!would){IS}{CORRECT}) | [)\]]?(?:\s{SEEMS}{CORRECT} | \s?(?:选项)?[是为]?[正对]
-    | \s(?:best\s)?{any_of("matches fits describes the_correct")})"""
+    | \s(?:best\s)?{any_of("matches fits describes is_consistent_with the_correct")})"""
 WORD = any_of("not but rather instead because since as it_is I_think for_sure")
 # A weak mention names none, but hinders another letter: A or ..., A is blue.
 WEAK = rf"""\W{{0,3}}\b(?i:or)\b | \s(?i:and|nor)\b | \s?[和或与还及都] | (?<=[B-HJ-Z])\s[a-z] | (?<=[^I])

@@ -40,7 +40,6 @@ from training.held_out import check_held_out
 from training.memory import out_of_memory
 from training.prefetch import in_threads, prefetch
 from training.run import TrainConfig, TrainingRun, make_optimizer, parse_training_flags
-from training.run_folder import own_folder
 from video import VideoError
 
 
@@ -168,7 +167,6 @@ def main():
     # all that can be wrong, before a model loads
     check_flags(config, world)
     if config.preset == "demo" and config.data == Config.data and rank == 0:
-        own_folder(config.out)  # of two starts one makes the data
         ensure_demo(Path(config.data).parent, config.seed)
     gather([])  # the others wait until the data is there
     rows, bad = read_trajectories(config.data, config.max_bad)

@@ -44,6 +44,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError, read_text, write_jsonl
+from training.run_folder import disown_folder, own_folder
 from zoom_env import EnvConfig, ZoomEnv
 
 NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
@@ -495,7 +496,9 @@ def teach_all(questions, scenes, rng, root, seed):
 
 def synthetic(out, num_train, num_test, seed):
     """Writes the files that the module's docstring names into the folder `out`, and prints what it wrote. The
-    numbers are of questions; the last video of a split may have fewer than others."""
+    numbers are of questions; the last video of a split may have fewer than others. Raises UserError where the
+    folder cannot be written to, or another process makes data there and does not end in time."""
+    own_folder(out)
     out, began = Path(out), time.time()
     (out / "videos").mkdir(parents=True, exist_ok=True)
     for name in ("sft.jsonl", MADE):  # of other data
@@ -519,6 +522,7 @@ def synthetic(out, num_train, num_test, seed):
     (out / MADE).write_text(json.dumps({"seed": seed, "train": num_train, "test": num_test}))
     write_jsonl(out / "sft.jsonl", trajectories)
     kinds = Counter(row["kind"] for row in trajectories)
+    disown_folder(out)
     print(f"{out}: {num_train} train and {num_test} test questions, {kinds['exemplar']} exemplar and "
           f"{kinds['reflection']} reflection trajectories, {time.time() - began:.0f} s")
 
@@ -526,10 +530,14 @@ def synthetic(out, num_train, num_test, seed):
 def ensure_demo(data, seed):
     """Makes the synthetic data of the demo in the folder `data` if it is not there. Raises UserError where
     there is data of another seed: a run would train and test on that."""
-    if not (Path(data) / "sft.jsonl").exists():
+    there = Path(data) / "sft.jsonl"
+    if not there.exists():
+        own_folder(data)  # another start may be about to make it
+    if not there.exists():
         print(f"no {data}/sft.jsonl: making it, as python data_prep.py synthetic --out {data} --seed {seed} "
               "would")
         return synthetic(data, NUM_TRAIN, NUM_TEST, seed)
+    disown_folder(data)
     try:
         made = json.loads(read_text(Path(data) / MADE))["seed"]
     except (UserError, ValueError, KeyError, TypeError):

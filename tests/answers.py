@@ -58,6 +58,8 @@ CLEAR_LETTERS = [  # options, the letter that is named, wordings
         "The correct answer is C", "The correct answer is (C) green.", "The correct answer is: C) green",
         "The correct option is C.", "The right option is C", "The best option is (C)",
         "The best answer is C.",
+        "Only option C is consistent with the video.",
+        "At first I thought it was A, but after zooming in, it is C.", "Initially, I thought A, but it is C.",
         "The best choice is C.", "The most likely answer is C.", "C seems the most plausible.",
         "C is most likely.", "The answer would be C.",
         "The answer should be C",

@@ -3,9 +3,11 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from launcher import launch
 
 from common import UserError
 from demo import synthetic
@@ -13,6 +15,7 @@ from demo.tiny_base import TINY_BASE
 from model import replay
 from sources.rows import question_error
 from training.checkpoints import load_policy
+from training.run_folder import LOCK
 from video import Video
 from zoom_env import ZoomEnv
 
@@ -30,7 +33,7 @@ def test_same_seed_same_data(tmp_path):
     for name, seed in (("first", 7), ("again", 7), ("other", 8)):
         folder = tmp_path / name
         synthetic.synthetic(folder, 4, 2, seed)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
         contents.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
     first, again, other = contents
     assert sorted(first) == ["data.json", "sft.jsonl", "test.jsonl", "train.jsonl", "videos/test_0000.mp4",
@@ -192,3 +195,17 @@ def test_data_of_another_seed_is_refused(tmp_path):
     with pytest.raises(UserError, match="seed unknown, not 1"):
         synthetic.ensure_demo(tmp_path, 1)
     assert (tmp_path / "train.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_data_that_is_made_twice_at_once_in_one_folder_is_whole(tmp_path):
+    """The second start waits for the first."""
+    flags = ["synthetic", "--out", tmp_path, "--train", 20, "--test", 5]
+    runs = [launch(1, "data_prep.py", [*flags, "--seed", seed]) for seed in (1, 2)]
+    said = [run.wait() for run in runs]
+    assert sum("belongs to a run that is alive" in text for text in said) == 1
+    last = 1 if "is alive" in said[0] else 2
+    assert json.loads(Path(tmp_path, synthetic.MADE).read_text())["seed"] == last
+    synthetic.synthetic(tmp_path / "alone", 20, 5, last)
+    for name in ("train.jsonl", "test.jsonl", "sft.jsonl", "videos/train_0001.mp4"):
+        assert Path(tmp_path, name).read_bytes() == Path(tmp_path, "alone", name).read_bytes()
