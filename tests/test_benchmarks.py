@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import all_hold
+from test_subtitles import SRT
 
 import data_prep
 import eval as evaluation
@@ -741,17 +742,6 @@ def test_images_and_subtitles_of_a_row_are_checked():
         ({"subtitles": [[0, 1.5, "hello"], [1.5, 1.5, "x"]]}, None), ({"subtitles": []}, None),
         ({"subtitles": [[2, 1, "x"]]}, "subtitles"), ({"subtitles": [[0, 1]]}, "subtitles"),
         ({"subtitles": [[0, 1, ""]]}, "subtitles"), ({"subtitles": "hello"}, "subtitles")])
-
-
-SRT = """\ufeff1\r
-00:00:00,500 --> 00:00:01,250\r
-<font color="white" size=".72c">Hello &amp; welcome</font>\r
-to 2024\r
-\r
-2\r
-00:01:02,000 --> 00:01:03,000\r
-<i>12</i>\r
-"""
 
 
 def test_subtitles_reach_their_rows(videos, tmp_path):

@@ -47,6 +47,18 @@ def main(monkeypatch, capsys, *flags):
     return status, said.out, lines[-1] if status == 2 else ""
 
 
+def interrupt_after(number, monkeypatch):
+    """Ends an evaluation when it has so many episodes."""
+    record, left = evaluation.record, iter(range(number))
+
+    def count(episode):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return record(episode)
+
+    monkeypatch.setattr(evaluation, "record", count)
+
+
 def test_wilson_interval():
     """Against published values: 81 of 263 (Newcombe 1998, table I)."""
     low, high = tables.interval(81, 263)
@@ -179,15 +191,9 @@ def test_an_interrupted_run_goes_on_to_the_same_results(folder, tmp_path, monkey
     """With other rows at one time, and a line that was cut off."""
     flags = ("--model", folder / "policy", "--data", folder / "test.jsonl", "--max_turn_tokens", 12)
     assert main(monkeypatch, capsys, *flags, "--out", tmp_path / "undisturbed")[0] == 0
-    out, record, left = tmp_path / "out", evaluation.record, iter(range(4))
-
-    def count(episode):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return record(episode)
-
+    out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "record", count)
+        interrupt_after(4, patched)
         assert main(patched, capsys, *flags, "--out", out, "--max_rows", 2)[0] == 130
     assert not (out / "results.json").exists()
     assert len((out / "episodes.jsonl").read_text().splitlines()) == 4
@@ -328,15 +334,8 @@ def test_what_was_skipped_is_played_once_it_can_be(place, tmp_path, monkeypatch,
             assert results(tmp_path / "out") == first
     # killed in the second start, with one more episode, then to the end
     video.write_bytes(content)
-    record, left = evaluation.record, iter(range(1))
-
-    def count(episode):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return record(episode)
-
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "record", count)
+        interrupt_after(1, patched)
         assert main(patched, capsys, *flags, "--out", tmp_path / "out")[0] == 130
     status, said, _ = call("--strict")
     assert status == 0 and "goes on, 11 episodes" in said
