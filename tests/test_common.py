@@ -253,8 +253,7 @@ def test_what_cannot_be_encoded_is_escaped_and_streams_may_be_closed_or_full(tmp
 
     utf8 = {"PYTHONUTF8": "1", "PYTHONIOENCODING": ""}
     ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
-    cases = [("ascii", ascii), ("utf-8", utf8), ("ascii", {"PYTHONIOENCODING": "ascii:strict"}),
-             ("latin-1", {"PYTHONIOENCODING": "latin-1"}), ("gbk", {"PYTHONIOENCODING": "gbk"})]
+    cases = [("ascii", ascii), ("utf-8", utf8), ("gbk", {"PYTHONIOENCODING": "gbk"})]
     all_hold(lambda encoding, environment: holds(encoding, **environment), cases)
 
     def ends(status, shell, lost=False, lines=5000):
@@ -286,8 +285,6 @@ def test_scripts_go_on_where_nobody_reads_what_they_say(tmp_path):
     done = bash(f"{python} {root}/eval.py --model model --video videos/$'\\xff.mp4' --question Why? "
                 f"--device cpu --max_turn_tokens 4")
     assert done.returncode == 0 and "videos/\\udcff.mp4: Why?" in done.stdout, done.stderr
-    done = bash(f"{python} {root}/data_prep.py stats sft.jsonl | head -n 1; exit ${{PIPESTATUS[0]}}")
-    assert done.returncode == 0 and "Traceback" not in done.stderr
     done = bash(f"{python} {root}/data_prep.py stats sft.jsonl > /dev/full")
     assert done.returncode == 2 and "cannot write to standard output: No space left" in done.stderr
 

@@ -450,8 +450,7 @@ def test_ten_thousand_characters_of_anything_take_no_time(step):
     rng = random.Random(0)
     texts = []
     for piece in PIECES[::step]:
-        texts += [piece * 10_000, "B" + piece * 10_000, piece * 10_000 + "B",
-                  "the answer is " + piece * 10_000 + "B",
+        texts += ["B" + piece * 10_000, "the answer is " + piece * 10_000 + "B",
                   "".join(rng.choice([piece, rng.choice(PIECES)]) for _ in range(10_000))]
     check_all([(text,) for text in texts], grades_in_time)
 
