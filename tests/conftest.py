@@ -12,6 +12,18 @@ import pytest  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"],
+                     help="only the tests of what a device computes, there, slow ones, too")
+
+
+def pytest_configure(config):
+    """With --device all tests that are marked so, and what they and their processes compute is there."""
+    if config.getoption("device"):
+        os.environ["TEST_DEVICE"] = config.getoption("device")
+        config.option.markexpr = "device"
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A few synthetic videos: (folder, questions, trajectories)."""

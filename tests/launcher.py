@@ -24,6 +24,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,8 @@ launcher = None
 def launch(processes, script, flags=(), nodes=1):
     """Starts the processes of a run, see above. Returns Runs."""
     global launcher
+    if processes > 1 and os.environ.get("TEST_DEVICE") == "cuda":
+        pytest.skip("needs a GPU for each process")
     if launcher is None:
         launcher = Launcher()
     with socket.socket() as free:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import plain_log_probs, random_policy
+from tiny import DEVICE, plain_log_probs, random_policy, seeded
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import model
@@ -15,6 +15,8 @@ from training.environment import run_environment
 from training.weights import MasterWeights
 from video import Frame
 from zoom_env import Message, ZoomEnv
+
+pytestmark = pytest.mark.device
 
 
 def test_encoder_writes_the_chat_template(policy):
@@ -86,7 +88,7 @@ def test_positions_are_those_of_transformers(policy):
     messages = [Message("user", ["see", Frame(0.0, torch.zeros(3, 56, 84, dtype=torch.uint8)), "and",
                                  Frame(1.0, torch.zeros(3, 28, 28, dtype=torch.uint8))])]
     dialogue = encode(policy, messages)
-    ids = torch.tensor([dialogue.ids])
+    ids = torch.tensor([dialogue.ids])  # on the host, as ours are
     grid = torch.tensor([[1, 4, 6], [1, 2, 2]])
     expected, _ = policy.hf.model.get_rope_index(ids, (ids == policy.image_pad).int(), image_grid_thw=grid)
     assert torch.equal(torch.tensor(dialogue.positions).T, expected[:, 0])
@@ -101,7 +103,7 @@ def test_log_probs_equal_a_plain_forward_pass(policy, data):
         plain = torch.cat([plain_log_probs(policy, d, temperature=0.7) for d in dialogues])
         d, config = dialogues[0], policy.hf.config  # and once from the very top of transformers' model
         pixels = policy.image_processor([f.image for f in d.frames], do_resize=False, return_tensors="pt")
-        ids = torch.tensor([d.ids])
+        pixels, ids = pixels.to(DEVICE), torch.tensor([d.ids], device=DEVICE)
         is_image = (ids == config.image_token_id).int()
         logits = policy.hf(input_ids=ids, mm_token_type_ids=is_image, **pixels).logits[0]
         log_p = torch.log_softmax(logits / 0.7, dim=-1)
@@ -132,7 +134,7 @@ def test_gradients_equal_those_of_a_plain_pass(data, monkeypatch, head_is_traine
     policy.hf.lm_head.weight = torch.nn.Parameter(policy.head.weight.detach().clone(), head_is_trained)
     dialogue = replay(policy, rows[0], folder)[0]
     fill_features(policy, [dialogue])
-    weights = torch.randn(2, sum(dialogue.trained), generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(2, sum(dialogue.trained), generator=seeded(0), device=DEVICE)
     results = []
     for scores in (token_log_probs(policy, [[dialogue]], 0.7, entropy=True),
                    plain_scores(policy, dialogue, 0.7)):
@@ -164,7 +166,7 @@ def test_packed_groups_equal_separate_rows(policy, data):
     """The same log-probabilities and gradients with the prompt computed once a group and once a row."""
     folder, questions, _ = data
     groups, _ = rollout(policy, questions[:2], 4, RolloutConfig(max_turn_tokens=12), root=folder,
-                        generator=torch.Generator().manual_seed(1))
+                        generator=seeded(1))
     groups = [[e.dialogue for e in group] for group in groups]
     results = []
     for packed in (groups, [[d] for group in groups for d in group]):
@@ -221,16 +223,15 @@ def test_what_looks_the_same_is_kept_once_and_no_longer_than_it_is_used(policy):
     assert not policy.features
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_features_may_wait_on_the_host(data):
     folder, questions, _ = data
-    policy, log_probs = random_policy().to("cuda"), []
+    policy, log_probs = random_policy(), []
     for device in (None, "cpu"):
         policy.features_device = device
         d = encode(policy, ZoomEnv(questions[0], policy.env_config, folder).reset())
         encode(policy, [Message("assistant", ["<answer>A</answer>"])], d)
         fill_features(policy, [d])
-        assert {x.device.type for x in d.features} == {device or "cuda"}
+        assert {x.device.type for x in d.features} == {device or DEVICE.type}
         with torch.no_grad():
             log_probs.append(token_log_probs(policy, [[d]])[0])
     assert torch.equal(*log_probs)
@@ -253,8 +254,8 @@ def test_saved_checkpoint_loads_in_transformers(policy, tmp_path):
     save_policy(policy, tmp_path / "saved")
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved")
     for (name, a), b in zip(policy.hf.state_dict().items(), loaded.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    ids = torch.tensor([encode(policy, [Message("user", ["hello"])]).ids])
+        assert torch.equal(a.cpu(), b), name
+    ids = torch.tensor([encode(policy, [Message("user", ["hello"])]).ids])  # loaded on the host
     assert loaded.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
     again = load_policy(tmp_path / "saved")
     assert again.env_config == policy.env_config
@@ -283,6 +284,7 @@ def test_features_equal_the_vision_tower(policy):
     image = lambda size: torch.randint(0, 256, (3, *size), generator=rng, dtype=torch.uint8)
     frames = [Frame(0.0, image(size)) for size in sizes]
     pixels = policy.image_processor([f.image for f in frames], do_resize=False, return_tensors="pt")
+    pixels = pixels.to(DEVICE)
     expected = policy.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
     torch.testing.assert_close(torch.cat(frame_features(policy, frames)), expected, atol=1e-5, rtol=1e-5)
 

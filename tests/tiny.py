@@ -2,6 +2,7 @@
 turn, groups of episodes to train on, and the plain way to log-probabilities."""
 
 import json
+import os
 
 import torch
 
@@ -13,16 +14,24 @@ from rollout import Episode
 from training.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
 
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))  # pytest --device
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32; of products it is the default
+
+
+def seeded(seed=1):
+    """A generator for what is sampled on DEVICE."""
+    return torch.Generator(DEVICE).manual_seed(seed)
+
 
 def random_policy(seed=0, layers=None):
-    """Nothing that is tested with it depends on what was learned."""
+    """A policy on DEVICE. Nothing that is tested with it depends on what was learned."""
     torch.manual_seed(seed)
     texts = [TINY_PROMPT, "The blue scene is at <frame1_time12.04s>, up to <frame2_time20.00s>. A. red"] * 50
     policy = make_tiny_model(make_tokenizer(texts, vocab_size=400)).freeze_vision()
     policy.language_model.layers = policy.language_model.layers[:layers]
     text = policy.hf.config.text_config  # so that it can be saved and loaded
     text.num_hidden_layers, text.layer_types = len(policy.language_model.layers), text.layer_types[:layers]
-    return policy.eval()
+    return policy.eval().to(DEVICE)
 
 
 def make_place(folder, layers=None):
@@ -56,7 +65,7 @@ def make_groups(policy, folder, num_groups):
         with torch.no_grad():
             for e in group:
                 log_probs, _ = token_log_probs(policy, [[e.dialogue]])
-                noisy = log_probs + 0.3 * torch.randn(len(log_probs), generator=noise)
+                noisy = log_probs.cpu() + 0.3 * torch.randn(len(log_probs), generator=noise)
                 e.dialogue.sampled_log_probs = noisy.tolist()
         assert rl.set_advantages(group)
         groups.append(group)
@@ -85,10 +94,11 @@ def plain_log_probs(policy, dialogue, temperature=1.0):
     knows which are frames.)"""
     model = policy.hf.model
     pixels = policy.image_processor([f.image for f in dialogue.frames], do_resize=False, return_tensors="pt")
-    embeds = model.language_model.embed_tokens(torch.tensor([dialogue.ids]))
+    embeds = model.language_model.embed_tokens(torch.tensor([dialogue.ids], device=policy.device))
+    pixels = pixels.to(policy.device)
     features = model.visual(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
     embeds[0, torch.tensor(dialogue.is_image)] = features
-    positions = torch.tensor(dialogue.positions).T[:, None]
+    positions = torch.tensor(dialogue.positions, device=policy.device).T[:, None]
     hidden = model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0]
     log_p = torch.log_softmax(policy.hf.lm_head(hidden).float() / temperature, dim=-1)
     trained = [t for t, is_trained in enumerate(dialogue.trained) if is_trained]
