@@ -4,6 +4,7 @@ import gc
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from cases import all_hold
 from launcher import launch
-from tiny import ScriptedEnv, chatty, random_policy, restless
+from tiny import DEVICE, ScriptedEnv, chatty, random_policy, restless, seeded
 
 import rl
 import rollout as rollouts
@@ -24,28 +25,38 @@ from training.checkpoints import save_policy
 from training.held_out import held_out
 from zoom_env import ZoomEnv
 
-CPU, CONFIG = torch.device("cpu"), RolloutConfig(temperature=1.0, max_turn_tokens=24)
+CONFIG = RolloutConfig(temperature=1.0, max_turn_tokens=24, compile=False)
 
 
 def figures(policy, rows, root, rank=0, world=1, config=CONFIG):
-    result = held_out(policy, rows, root, config, rank, world, CPU)
+    result = held_out(policy, rows, root, config, rank, world, DEVICE)
     assert result.pop("seconds_val") > 0
     return result
 
 
-def test_figures_are_those_of_plain_episodes_at_temperature_0(policy, data, monkeypatch):
+@pytest.mark.device
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_figures_are_those_of_plain_episodes_at_temperature_0(policy, data, monkeypatch, capsys, compiled):
+    """And nothing is drawn, not where a step is captured either, for which the generator is set back."""
     folder, rows, _ = data
+    torch._dynamo.reset()
     monkeypatch.setitem(PROTOCOLS, ZoomEnv.protocol, ScriptedEnv)
-    policy, rows = restless(policy), rows[:6]
+    policy, rows = restless(random_policy(layers=2) if compiled else policy), rows[:6]
     envs = [play(policy, row, RolloutConfig(temperature=0.0, max_turn_tokens=24), folder).env for row in rows]
     mean = lambda values: sum(values) / len(rows)
     expected = {"val_accuracy": mean([env.rewards["accuracy"] for env in envs]),
                 "val_zooms": mean([env.num_calls() for env in envs]),
                 "val_frames": mean([env.frames_shown for env in envs]), "val_skipped": 0}
-    assert figures(policy, rows, folder) == expected
+    torch.manual_seed(1)
+    next_ones = torch.rand(3, device=DEVICE).tolist()
+    torch.manual_seed(1)
+    assert figures(policy, rows, folder, config=replace(CONFIG, compile=compiled)) == expected
+    assert torch.rand(3, device=DEVICE).tolist() == next_ones
+    assert "warning" not in capsys.readouterr().err  # that it runs uncompiled
     assert 0 < expected["val_accuracy"] < 1 and expected["val_zooms"] > 0 and expected["val_frames"] > 9
 
 
+@pytest.mark.device
 def test_what_is_right_by_degree_counts_from_a_half(policy, data, monkeypatch):
     folder, rows, _ = data
     step = ZoomEnv.step
@@ -55,6 +66,7 @@ def test_what_is_right_by_degree_counts_from_a_half(policy, data, monkeypatch):
     assert figures(policy, rows, folder)["val_accuracy"] == 2 / 3
 
 
+@pytest.mark.device
 def test_questions_whose_video_cannot_be_read_are_counted(policy, data, tmp_path):
     folder, rows, _ = data
     (tmp_path / "damaged.mp4").write_bytes(b"no video" * 1000)
@@ -159,6 +171,7 @@ def of_questions(folder, numbers, rank, world):
     return figures(restless(random_policy()), [rows[i] for i in numbers], folder, rank, world)
 
 
+@pytest.mark.device
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3, -1], [0]])
 def test_the_figures_are_of_all_processes(data, tmp_path, monkeypatch, numbers):
@@ -170,6 +183,7 @@ def test_the_figures_are_of_all_processes(data, tmp_path, monkeypatch, numbers):
     assert results[0] == results[1] == pytest.approx(of_questions(folder, numbers, 0, 1))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_is_trained_after_it_is_the_same(policy, data, training):
     """The next rollouts, everything that could be drawn, gradients so far, the policy's mode."""
@@ -178,18 +192,20 @@ def test_what_is_trained_after_it_is_the_same(policy, data, training):
     def run(between):
         policy = chatty(random_policy()).train(training).requires_grad_(True)
         policy.head.weight.grad = torch.ones_like(policy.head.weight)
-        generator, said = torch.Generator().manual_seed(3), []
+        generator, said = seeded(3), []
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
         for _ in range(2):
             groups, _ = rollout(policy, rows[:2], 3, CONFIG, root=folder, generator=generator)
             said += [e.dialogue.ids for group in groups for e in group]
             between(policy)
         assert policy.training == training and (policy.head.weight.grad == 1).all()
-        return said, torch.rand(3).tolist(), random.random(), np.random.rand()
+        drawn = torch.rand(3).tolist(), torch.rand(3, device=DEVICE).tolist()
+        return said, drawn, random.random(), np.random.rand()
 
     assert run(lambda policy: figures(policy, rows, folder)) == run(lambda policy: None)
 
 
+@pytest.mark.device
 def test_its_cache_is_freed_and_the_mode_comes_back_after_an_error(policy, data, monkeypatch):
     folder, rows, _ = data
     caches = lambda: [x for x in gc.get_objects() if type(x) is KVCache]

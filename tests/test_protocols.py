@@ -21,7 +21,7 @@ import released_rules as plain
 import torch
 from PIL import Image
 from test_video import decode_all
-from tiny import random_policy, restless
+from tiny import DEVICE, random_policy, restless
 
 import data_prep
 import eval as evaluation
@@ -330,6 +330,7 @@ class Scripted(Released):
         return super().step(says[number % 6])
 
 
+@pytest.mark.device
 def test_the_engine_plays_by_it_as_the_plain_loop_does(folder, policy, monkeypatch):
     """With ids that are dropped in the middle of a turn, and appended end tokens, which have no
     log-probability of sampling; all rows at once, and two at a time."""
@@ -341,7 +342,7 @@ def test_the_engine_plays_by_it_as_the_plain_loop_does(folder, policy, monkeypat
     policy.env_config = replace(policy.env_config, overview_max_frames=2)
     questions = [QUESTION | {"id": str(n), "video": "tiny.mp4", "meta": {"problem": f"{n} <image>?"}}
                  for n in range(6)]
-    config = RolloutConfig(temperature=0.0, max_turn_tokens=12)
+    config = RolloutConfig(temperature=0.0, max_turn_tokens=12, compile=False)
     episodes = [play(policy, question, config, folder) for question in questions]
     for max_rows in (config.max_rows, 2):
         groups, _ = Engine(policy, 1, replace(config, max_rows=max_rows)).play(questions, folder)
@@ -594,6 +595,7 @@ def write_questions(path, *names):
     return path
 
 
+@pytest.mark.device
 def test_a_run_of_eval_takes_another_protocol(folder, policy, tmp_path, monkeypatch):
     """`--protocol direct` on a checkpoint with 9 frames shows 9 frames."""
     os.symlink(folder, tmp_path / "clips")
@@ -602,13 +604,15 @@ def test_a_run_of_eval_takes_another_protocol(folder, policy, tmp_path, monkeypa
     save_policy(policy, tmp_path / "model")
     data = write_questions(tmp_path / "q.jsonl", "tiny", "varying")
     run_script(monkeypatch, evaluation.main, "--model", tmp_path / "model", "--data", data, "--out",
-               tmp_path / "out", "--protocol", "direct", "--max_turn_tokens", 4, "--device", "cpu")
+               tmp_path / "out", "--protocol", "direct", "--max_turn_tokens", 4, "--no-compile", "--device",
+               DEVICE.type)
     settings = json.loads((tmp_path / "out/results.json").read_text())[0]["settings"]
     assert settings["protocol"] == "direct" and settings["overview_max_frames"] == 9
     episodes = [json.loads(line) for line in open(tmp_path / "out/episodes.jsonl")]
     assert [e["frames"] for e in episodes] == [9, 9] and [e["zooms"] for e in episodes] == [0, 0]
 
 
+@pytest.mark.device
 @pytest.mark.slow
 def test_the_scripts_play_by_it(folder, official, tmp_path, monkeypatch, capsys):
     """SFT on messages keeps the protocol; RL goes on with it, and asks for recomputed log-probabilities;
@@ -623,7 +627,7 @@ def test_the_scripts_play_by_it(folder, official, tmp_path, monkeypatch, capsys)
     problem = {"videos": ["clips/tiny.mp4"], "problem": PROBLEM, "solution": "B.", "data_source": "x",
                "extra_info": {"answer_type": "multiple_choice"}}
     (tmp_path / "rl.json").write_text(json.dumps([problem] * 2))
-    common = ["--dtype", "float32", "--device", "cpu"]
+    common = ["--dtype", "float32", "--device", DEVICE.type]
     run_script(monkeypatch, sft.main, "--model", tmp_path / "base", "--data", tmp_path / "sft.json",
                "--out", tmp_path / "sft", "--batch_size", 2, "--protocol", write_protocol(official), *common)
     kept = load_env_config(tmp_path / "sft")
@@ -631,7 +635,7 @@ def test_the_scripts_play_by_it(folder, official, tmp_path, monkeypatch, capsys)
     assert json.loads((tmp_path / "sft/metrics.jsonl").read_text().splitlines()[-1])["tokens"] > 20
     flags = ["--model", tmp_path / "sft", "--data", tmp_path / "rl.json", "--out", tmp_path / "rl", *common,
              "--steps", 1, "--batch_size", 1, "--mini_batch_size", 1, "--group_size", 2,
-             "--max_turn_tokens", 4, "--max_draws", 1, "--cache_gb", 0.1]
+             "--max_turn_tokens", 4, "--max_draws", 1, "--cache_gb", 0.1, "--no-compile"]
     with pytest.raises(UserError, match="--old_log_probs recomputed"):
         run_script(monkeypatch, rl.main, *flags)
     run_script(monkeypatch, rl.main, *flags, "--old_log_probs", "recomputed", "--loss_mean", "episode",
@@ -642,7 +646,7 @@ def test_the_scripts_play_by_it(folder, official, tmp_path, monkeypatch, capsys)
     uniform = ["--mode", "uniform", "--num_frames", 2]
     for model, name, mode in (("rl", "released", []), ("base", "direct", uniform)):
         run_script(monkeypatch, evaluation.main, "--model", tmp_path / model, "--data", data, *common, *mode,
-                   "--out", tmp_path / name, "--max_turn_tokens", 4)
+                   "--out", tmp_path / name, "--max_turn_tokens", 4, "--no-compile")
         settings = json.loads((tmp_path / name / "results.json").read_text())[0]["settings"]
         assert settings["protocol"] == name
         assert ("has no zoom_config.json" in capsys.readouterr().err) == (name == "direct")

@@ -7,26 +7,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ScriptedEnv, chatty, plain_log_probs, random_policy, restless
+from tiny import DEVICE, ScriptedEnv, chatty, plain_log_probs, random_policy, restless, seeded
 
 import generation
-from generation import KVCache, decode_hidden, sample
-from model import Policy, token_log_probs
+from common import capture_graph, has_graphs
+from generation import ROW_UNIT, Decoder, KVCache, Row, decode_hidden, prefill, sample
+from model import Dialogue, Policy, token_log_probs
 from protocols import PROTOCOLS
 from rollout import Engine, RolloutConfig, play, rollout
 from training.decoder_check import check_decoder
 from video import Video
 
-SHORT = RolloutConfig(max_turn_tokens=24)
+pytestmark = pytest.mark.device
+
+SHORT = RolloutConfig(max_turn_tokens=24, compile=False)  # where there are graphs the default is to compile
+# what a compiled decode step goes through; the last one is what an Engine takes
+PATHS = ["compiled", "compiled, in a CUDA graph"] if has_graphs(DEVICE) else ["compiled"]
 
 
 @pytest.fixture(scope="module")
 def policy():
     return random_policy(layers=2)
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
 
 
 def said(groups):
@@ -42,7 +43,8 @@ def check_sampled_log_probs(policy, episodes, temperature=1.0, scored=token_log_
                 expected, _ = token_log_probs(policy, [[e.dialogue]], temperature)
             else:
                 expected = plain_log_probs(policy, e.dialogue, temperature)
-        torch.testing.assert_close(torch.tensor(e.dialogue.sampled_log_probs), expected, atol=1e-4, rtol=0)
+        sampled = torch.tensor(e.dialogue.sampled_log_probs)
+        torch.testing.assert_close(sampled, expected.cpu(), atol=1e-4, rtol=0)
         assert sum(e.dialogue.trained) == len(e.dialogue.sampled_log_probs) > 0
 
 
@@ -53,7 +55,7 @@ def test_the_engine_says_what_the_plain_loop_says(policy, data, monkeypatch, lim
     folder, questions, _ = data
     policy = restless(policy)
     monkeypatch.setitem(PROTOCOLS, "videozoomer", ScriptedEnv)
-    config = RolloutConfig(temperature=0.0, max_turn_tokens=16, **limits)
+    config = RolloutConfig(temperature=0.0, max_turn_tokens=16, compile=False, **limits)
     plain = [play(policy, question, config, folder) for question in questions[:4]]
     assert len({len(e.env.turns) for e in plain}) > 1 and any(e.env.num_calls() for e in plain)
     longest = max(len(e.dialogue.ids) - e.dialogue.prompt_length for e in plain)
@@ -79,7 +81,7 @@ def test_rollout_scores_what_it_samples(policy, data, temperature, steps):
     replies are appended to, equal those of a plain pass over the finished dialogue."""
     folder, questions, _ = data
     policy = chatty(policy)
-    config = RolloutConfig(temperature=temperature, max_turn_tokens=24)
+    config = replace(SHORT, temperature=temperature)
     groups, skipped = rollout(policy, questions[:3], 6, config, root=folder, generator=seeded(), steps=steps)
     episodes = [e for group in groups for e in group]
     assert not skipped and len(episodes) == 18
@@ -109,7 +111,7 @@ def recorded(monkeypatch, policy, data, **how):
     with monkeypatch.context() as patched:
         patched.setattr(KVCache, "reserve", recording_reserve)
         patched.setattr(Engine, "make_room", recording_make_room)
-        config = RolloutConfig(max_turn_tokens=24, **how)
+        config = replace(SHORT, **how)
         groups, _ = rollout(policy, questions[:5], 4, config, root=folder, generator=seeded())
     return [e for group in groups for e in group], taken, left, rows
 
@@ -142,7 +144,7 @@ def test_released_memory_comes_back(policy, data):
     folder, questions, _ = data
     policy, texts = chatty(policy), []
     for release in (True, False):
-        engine = Engine(policy, 4, RolloutConfig(max_turn_tokens=24), seeded())
+        engine = Engine(policy, 4, SHORT, seeded())
         for draw in (questions[:2], questions[2:4]):
             texts.append(said(engine.play(draw, folder)[0]))
             assert sum(t.nbytes for t in engine.cache.tensors()) > 1e5
@@ -162,7 +164,7 @@ def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
         return plain(policy, ids, *args)
 
     monkeypatch.setattr(Policy, "hidden_states", counted)
-    config = RolloutConfig(max_turn_tokens=24, max_rows=12)
+    config = replace(SHORT, max_rows=12)
     groups, _ = rollout(chatty(policy), questions[:3], 6, config, root=folder, generator=seeded())
     expected = 0
     for group in groups:
@@ -176,10 +178,10 @@ def test_a_prompt_runs_through_the_model_once(policy, data, monkeypatch):
 @pytest.mark.parametrize("vocabulary, temperature", [(100, 1.0), (512, 0.5), (1300, 0.5)])
 def test_samples_come_from_the_softmax(vocabulary, temperature):
     """Fewer tokens than a block, one block, several and a shorter one."""
-    head = torch.nn.Linear(8, vocabulary, bias=False)
+    head = torch.nn.Linear(8, vocabulary, bias=False, device=DEVICE)
     torch.nn.init.normal_(head.weight, std=0.5, generator=seeded(0))
     one = SimpleNamespace(logits=lambda hidden, temperature=1.0: head(hidden).float() / temperature)
-    hidden = torch.randn(1, 8, generator=seeded())
+    hidden = torch.randn(1, 8, generator=seeded(), device=DEVICE)
     with torch.no_grad():
         expected = (head(hidden)[0].double() / temperature).softmax(0)
         tokens, log_probs = sample(one, hidden.expand(20_000, 8), temperature, seeded(2))
@@ -205,7 +207,7 @@ def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monke
     monkeypatch.setattr(Video, "frames_at", counted)
     copies = [q | {"video": shutil.copy(folder / q["video"], folder / f"once{i}.mp4")}
               for i, q in enumerate(questions[:3])]
-    config = RolloutConfig(max_turn_tokens=8)
+    config = RolloutConfig(max_turn_tokens=8, compile=False)
     groups, _ = rollout(policy, copies, 4, config, root=folder, generator=seeded(0))
     assert [len(g) for g in groups] == [4, 4, 4] and all(e.env.frames_shown for g in groups for e in g)
     assert len(decoded) == len(set(decoded)) == 3
@@ -213,7 +215,8 @@ def test_the_rollouts_of_a_question_decode_its_overview_once(policy, data, monke
 
 def test_a_prompts_place_is_free_when_its_episodes_are_over(policy, data):
     folder, questions, _ = data
-    engine = Engine(chatty(policy), 2, RolloutConfig(max_turn_tokens=8, max_rows=2), seeded())
+    config = RolloutConfig(max_turn_tokens=8, max_rows=2, compile=False)
+    engine = Engine(chatty(policy), 2, config, seeded())
     groups, _ = engine.play(questions[:4], folder)
     assert [len(group) for group in groups] == [2] * 4
     assert not any(engine.cache.users) and len(engine.cache.users) < 4
@@ -222,7 +225,8 @@ def test_a_prompts_place_is_free_when_its_episodes_are_over(policy, data):
 def test_unreadable_video_is_named_and_the_rest_goes_on(policy, data):
     folder, questions, _ = data
     bad = dict(questions[0], id="bad", video="missing.mp4")
-    groups, skipped = rollout(policy, [questions[0], bad], 1, RolloutConfig(max_turn_tokens=4), root=folder)
+    config = RolloutConfig(max_turn_tokens=4, compile=False)
+    groups, skipped = rollout(policy, [questions[0], bad], 1, config, root=folder)
     assert [len(g) for g in groups] == [1, 0] and skipped[0][0] == "bad" and "missing.mp4" in skipped[0][1]
     groups, skipped = rollout(policy, [bad, bad], 3, root=folder)
     assert groups == [[], []] and len(skipped) == 2
@@ -240,7 +244,24 @@ def move(policy):
     """Another set of weights in the same place, as an update makes them."""
     with torch.no_grad():
         for p in policy.language_model.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=seeded(3)) * p.abs().mean())
+            p.add_(0.02 * torch.randn(p.shape, generator=seeded(3), device=DEVICE) * p.abs().mean())
+
+
+def compiled_engine(policy, group_size, config, path=PATHS[-1], generator=None):
+    """An Engine with a decode step that goes this way and has passed its check."""
+    engine = Engine(policy, group_size, replace(config, compile=True), generator)
+    take_path(engine.decoder, path)
+    check_decoder(engine.decoder)
+    assert engine.decoder.path == path
+    assert max(engine.decoder.errors) < (1e-4 if policy.dtype == torch.float32 else 0.1)
+    return engine
+
+
+def take_path(decoder, path):
+    """A compiled decoder goes this way: that of its device, or not captured."""
+    assert decoder.path == PATHS[-1]
+    if path == "compiled":
+        decoder.capture, decoder.path = False, path
 
 
 @pytest.mark.slow
@@ -257,17 +278,134 @@ def test_compiled_rollouts_say_the_same(small, data, monkeypatch, capsys):
         for rows, number, group_size in ((64, 5, 3), (1, 2, 1), (4, 4, 1), (6, 5, 2)):
             config = replace(plainly, max_rows=rows)
             plain, _ = rollout(small, questions[:number], group_size, config, root=folder)
-            engine = Engine(small, group_size, replace(config, compile=True))
-            check_decoder(engine.decoder)
-            assert engine.decoder.path == "compiled"
-            before = counted()
-            groups, _ = engine.play(questions[:number], folder)
-            assert said(groups) == said(plain) == said(engine.play(questions[:number], folder)[0])
-            if moved:
-                assert counted() == before
+            for path in PATHS:
+                engine = compiled_engine(small, group_size, config, path)
+                before = counted()
+                groups, _ = engine.play(questions[:number], folder)
+                assert said(groups) == said(plain) == said(engine.play(questions[:number], folder)[0]), path
+                if moved:
+                    assert counted() == before
         move(small)
     assert before - start <= 4
     assert "warning: " not in capsys.readouterr().err
+
+
+def make_decoder(policy, path, temperature=0, generator=None):
+    """(a decoder, eight rows of two prompts with the first token of their turn): what `go_on` takes."""
+    cache = KVCache(policy, 4, 1e18, ROW_UNIT)
+    decoder = Decoder(policy, cache, temperature, generator, path != "plain")
+    if path != "plain":
+        take_path(decoder, path)
+    rows = []
+    for length in (40, 24):
+        prompt = Dialogue(prompt_length=length)
+        prompt.add([(7 * i + length) % 300 for i in range(length)])
+        place = cache.add_prompt(length, 4)
+        rows += [Row(prompt, [20 + 10 * number], [0.0], place, number, length) for number in range(4)]
+    cache.reserve(8, 64)
+    prefill(policy, cache, [(row.place, row.dialogue) for row in rows[::4]], [], 0)
+    return decoder, rows
+
+
+@torch.no_grad()
+def go_on(decoder, rows, steps):
+    """The rows say so many more tokens, and note their log-probabilities."""
+    for row, ids, log_probs in zip(rows, *decoder.decode(rows, steps), strict=True):
+        row.turn_ids += ids
+        row.turn_log_probs += log_probs
+
+
+def all_go_on(decoders, number):
+    """The first rows of each decoder say three more tokens. Returns what all rows have said; those of the
+    first decoder must have said the same as those of the others."""
+    for decoder, rows in decoders:
+        go_on(decoder, rows[:number], 3)
+    texts = [[row.turn_ids for row in rows] for _, rows in decoders]
+    scores = [torch.tensor([p for row in rows for p in row.turn_log_probs]) for _, rows in decoders]
+    for (decoder, _), text, score in zip(decoders, texts, scores):
+        assert text == texts[0], decoder.path
+        torch.testing.assert_close(score, scores[0], atol=1e-4, rtol=0)
+    return texts[0]
+
+
+@pytest.mark.slow
+def test_steps_of_two_sizes_work_by_turns(small):
+    """Each on what the other has left in the cache, with and without surplus rows. As graphs both are in one
+    memory pool, and are captured once."""
+    decoders = [make_decoder(small, path) for path in ("plain", *PATHS)]
+    for number in (8, 4, 8, 3, 5, 1, 8):
+        all_go_on(decoders, number)
+    for decoder, _ in decoders:
+        graphs = decoder.graphs if decoder.capture else {}
+        assert set(graphs) == ({4, 8} if decoder.path == "compiled, in a CUDA graph" else set())
+        assert {replay.__self__.pool() for replay, _, _ in graphs.values()} == {decoder.pool} - {None}
+
+
+@pytest.mark.slow
+def test_steps_follow_the_weights(small, monkeypatch):
+    """Those that change where they lie, as by an optimizer, are the next step's, and nothing is captured
+    again; those that come to lie elsewhere, as gathered ones do, are captured anew."""
+    captured = []
+
+    def counted(*args):
+        captured.append(args)
+        return capture_graph(*args)
+
+    monkeypatch.setattr(generation, "capture_graph", counted)
+    decoders = [make_decoder(small, path) for path in ("plain", *PATHS)]
+    unmoved, rows = make_decoder(small.frozen_copy(), "plain")
+    all_go_on(decoders, 8)
+    assert len(captured) == has_graphs(DEVICE)
+    move(small)
+    now = all_go_on(decoders, 8)
+    go_on(unmoved, rows, 6)
+    assert now != [row.turn_ids for row in rows]
+    assert len(captured) == has_graphs(DEVICE)
+    for p in small.parameters():
+        p.data = p.detach().clone()
+    move(small)
+    small.weights_version += 1
+    all_go_on(decoders, 8)
+    assert len(captured) == 2 * has_graphs(DEVICE)
+
+
+@pytest.mark.slow
+def test_each_step_draws_anew(small):
+    """From nearly uniform probabilities, so that what would be drawn twice were the same token twice."""
+    for path in ("plain", *PATHS):
+        texts = []
+        for _ in range(2):
+            decoder, rows = make_decoder(small, path, temperature=1e6, generator=seeded())
+            for _ in range(2):
+                go_on(decoder, rows, 8)
+            texts.append([row.turn_ids for row in rows])
+        assert texts[0] == texts[1], path  # a seed gives one result
+        assert min(len(set(text)) for text in texts[0]) > 8, path
+
+
+@pytest.mark.slow
+def test_compiled_steps_score_what_they_sample(small, data, monkeypatch):
+    """A seed gives one result, released memory comes back, and what is played next is something else."""
+    folder, questions, _ = data
+    monkeypatch.setitem(PROTOCOLS, "videozoomer", ScriptedEnv)
+    texts = []
+    for release in (True, False):
+        engine = compiled_engine(small, 3, SHORT, generator=seeded())
+        for _ in range(2):
+            groups, _ = engine.play(questions[:3], folder)
+            episodes = [e for group in groups for e in group]
+            assert len({len(e.env.turns) for e in episodes}) > 1
+            check_sampled_log_probs(small, episodes)
+            texts.append(said(groups))
+            if release:
+                engine.release()
+                assert not engine.decoder.graphs
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
+
+
+def test_steps_are_compiled_by_default_where_there_are_graphs(policy):
+    engine = Engine(policy, 2, RolloutConfig())
+    assert engine.decoder.path == (PATHS[-1] if has_graphs(DEVICE) else "plain")
 
 
 def test_replayed_steps_survive_new_weights(policy, data, monkeypatch):
@@ -290,7 +428,7 @@ def test_replayed_steps_survive_new_weights(policy, data, monkeypatch):
 
         return replay, result, pool
 
-    engine = Engine(policy, 5, RolloutConfig(max_turn_tokens=24, compile=False), seeded(), steps=3)
+    engine = Engine(policy, 5, SHORT, seeded(), steps=3)
     engine.cache.row_unit = generation.ROW_UNIT
     engine.decoder.capture, engine.decoder.layers = True, lambda *args: decode_hidden(*args)
     monkeypatch.setattr(generation, "capture_graph", capture)
@@ -325,13 +463,18 @@ def test_what_does_not_compile_runs_plain_with_one_warning(policy, data, monkeyp
     assert said(engine.play(questions[:2], folder)[0]) == said(expected)
 
 
-def test_one_meaning_of_bfloat16(data):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_meaning_of_bfloat16(data, compiled):
     """In bfloat16, sampling, packed scoring and single scoring round differently, but by no more than its
     precision: stated bounds for the mean and the largest mismatch of a log-probability."""
     folder, questions, _ = data
-    policy = chatty(random_policy()).to(torch.bfloat16)
+    policy = chatty(random_policy(layers=2 if compiled else None)).to(torch.bfloat16)
     assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
-    groups, _ = rollout(policy, questions[:3], 6, SHORT, root=folder, generator=seeded())
+    engine = Engine(policy, 6, SHORT, seeded())
+    if compiled:
+        torch._dynamo.reset()
+        engine = compiled_engine(policy, 6, SHORT, generator=seeded())
+    groups, _ = engine.play(questions[:3], folder)
     dialogues = [[e.dialogue for e in group] for group in groups]
     sampled = torch.tensor([p for group in dialogues for d in group for p in d.sampled_log_probs])
     with torch.no_grad():
@@ -339,22 +482,5 @@ def test_one_meaning_of_bfloat16(data):
         single, _ = token_log_probs(policy, [[d] for group in dialogues for d in group])
     assert sampled.dtype == packed.dtype == torch.float32
     for other in (packed, single):
-        mismatch = (other - sampled).abs()
+        mismatch = (other.cpu() - sampled).abs()
         assert mismatch.mean() < 0.03 and mismatch.max() < 0.3, (mismatch.mean(), mismatch.max())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compiled", [True, False])
-def test_rollout_on_cuda(policy, data, compiled):
-    """bfloat16, so not the same to 1e-4."""
-    folder, questions, _ = data
-    policy = chatty(policy).to("cuda", torch.bfloat16)
-    config = RolloutConfig(max_turn_tokens=24, compile=compiled)
-    generator = torch.Generator("cuda").manual_seed(1)
-    groups, _ = rollout(policy, questions[:3], 6, config, root=folder, generator=generator)
-    dialogues = [[e.dialogue for e in group] for group in groups]
-    assert sum(map(len, dialogues)) == 18 and max(len(e.env.turns) for group in groups for e in group) > 2
-    sampled = torch.tensor([p for group in dialogues for d in group for p in d.sampled_log_probs])
-    with torch.no_grad():
-        scored, _ = token_log_probs(policy, dialogues)
-    assert (scored.cpu() - sampled).abs().mean() < 0.03

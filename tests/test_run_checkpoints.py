@@ -15,6 +15,7 @@ import torch.distributed as dist
 from launcher import launch
 from safetensors import safe_open
 from test_safe_files import newest_step, save_numbered
+from tiny import DEVICE
 
 from common import UserError, start_processes
 from training import run_checkpoints
@@ -26,8 +27,8 @@ from training.weights import rows_of
 def tensors():
     """Rows that 2 and 3 processes cannot share evenly, some of which have none; special values; views."""
     generator = torch.Generator().manual_seed(7)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    special = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38])
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+    special = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38], device=DEVICE)
     return {"head.weight": draw(7, 300), "head.weight exp_avg": draw(7, 300).bfloat16(),
             "one row": draw(1, 5), "bias": draw(11), "bias.half": draw(2).bfloat16(), "one": draw(1),
             "special": special,
@@ -49,7 +50,7 @@ def assert_reads(folder, part, parts):
     """These rows of all tensors, bit for bit."""
     saved = SavedRun(folder)
     for name, rows, start, shape in shards_of(part, parts):
-        read = torch.full(rows.shape, 7.0, dtype=rows.dtype)
+        read = torch.full(rows.shape, 7.0, dtype=rows.dtype, device=DEVICE)
         saved.read_into(name, read, start, shape)
         assert torch.equal(bits(read), bits(rows)), name
 
@@ -70,6 +71,12 @@ def write_and_read(root, file_bytes, *others):
     assert (saved.step, saved.state) == (3, state)
     assert saved.rank_states == [{"rank": r} for r in range(world)]
     assert_reads(saved.folder, 0, 1)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("file_bytes", [2000, 1e9])
+def test_a_process_reads_what_it_wrote(tmp_path, file_bytes):
+    write_and_read(tmp_path, file_bytes)
 
 
 def test_any_number_of_processes_reads_what_another_number_wrote(tmp_path):

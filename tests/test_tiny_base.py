@@ -11,6 +11,7 @@ from demo.tiny_base import (CURRICULUM, QWEN_SPECIAL, TINY_BASE, Lessons, Stage,
                             lesson_log_probs, make_frame_bank, make_tiny_model, make_tokenizer, pretrain,
                             tokenizer_texts)
 from test_synthetic import nearest
+from tiny import DEVICE
 from training.checkpoints import load_policy
 from video import Frame
 
@@ -24,7 +25,7 @@ def bank():
 
 @pytest.fixture(scope="module")
 def shipped():
-    return load_policy(TINY_BASE)
+    return load_policy(TINY_BASE, device=DEVICE)
 
 
 @pytest.fixture
@@ -172,19 +173,21 @@ def test_the_tokenizer_encodes_any_text_and_splits_as_qwen_does(shipped):
             assert tokenizer.tokenize(special) == [special]
 
 
+@pytest.mark.device
 def test_the_first_layer_starts_out_looking_back_one_to_four_tokens():
     torch.manual_seed(0)
-    policy = make_tiny_model(make_tokenizer(["red green blue"] * 9, vocab_size=300))
+    policy = make_tiny_model(make_tokenizer(["red green blue"] * 9, vocab_size=300)).to(DEVICE)
     policy.hf.set_attn_implementation("eager")
-    ids = torch.randint(20, 200, (1, 40))
+    ids = torch.randint(20, 200, (1, 40)).to(DEVICE)
     with torch.no_grad():
         weights = policy.hf.model.language_model(input_ids=ids, output_attentions=True).attentions[0][0]
-    for head, attention in enumerate(weights):  # (query, key)
+    for head, attention in enumerate(weights.cpu()):  # (query, key)
         back = torch.arange(10, 40) - attention[10:].argmax(-1)
         assert (back == head + 1).float().mean() > 0.9
 
 
 # ------------------------------------------------------------------------------------------------ pretraining
+@pytest.mark.device
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_goes_through_the_stages(lessons):
     """Of lessons that were not trained on; the vision encoder learns, too. A stage ends after its most steps, or when its
@@ -192,7 +195,7 @@ def test_training_lowers_the_loss_and_goes_through_the_stages(lessons):
     lessons.rng.seed(0)
     texts = tokenizer_texts(lessons)
     torch.manual_seed(0)
-    policy = make_tiny_model(make_tokenizer(texts, vocab_size=400))
+    policy = make_tiny_model(make_tokenizer(texts, vocab_size=400)).to(DEVICE)
     skills = {("repeat", 0): 1, ("caption", 0): 1}
     held_out = [lessons.dialogue(policy, *skill) for skill in skills for _ in range(6)]
 
@@ -219,6 +222,7 @@ def right_answers(policy, dialogues):
         return sum(p > 0.5 for p in answer_probabilities(lesson_log_probs(policy, dialogues), dialogues))
 
 
+@pytest.mark.device
 def test_the_shipped_base_has_learned(shipped, lessons):
     lessons.in_tags = True  # as its training ended
     right = {}
@@ -227,6 +231,7 @@ def test_the_shipped_base_has_learned(shipped, lessons):
     assert min(right.values()) >= 7, right
 
 
+@pytest.mark.device
 def test_the_shipped_base_looks_at_the_frames(shipped, lessons):
     """With the same pictures in another order, the same answers are no longer likely."""
     lessons.in_tags, rng = True, random.Random(0)
