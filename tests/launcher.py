@@ -7,8 +7,8 @@ computes nothing, and is forked for each.
     runs.wait()                                        returns what they said; raises with it if one fails
     runs.kill()                                        SIGKILL to all
 
-Flags arrive as texts. On a GPU each child begins with CUDA anew, which it cannot where its parent has asked for as much
-as the number of GPUs: what is imported here must not.
+Flags arrive as texts. A child cannot use CUDA if its parent has: what is imported here must not even ask
+how many GPUs there are.
 """
 
 import atexit

@@ -47,7 +47,8 @@ def run(monkeypatch, stage, place, out, *flags):
 @pytest.mark.device
 def test_auto_takes_what_is_free(monkeypatch):
     """A byte more or less of what is free is one of the cache, but for what a decode step needs of it."""
-    policy, config, sizes = random_policy(), RolloutConfig(cache_gb="auto", max_rows=10_000, compile=False), []
+    policy, sizes = random_policy(), []
+    config = RolloutConfig(cache_gb="auto", max_rows=10_000, compile=False)
     policy.env_config = EnvConfig()
     for free_gb in (9, 10, 11):
         monkeypatch.setattr(memory, "free_bytes", lambda device: free_gb * 1e9)

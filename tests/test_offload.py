@@ -324,9 +324,10 @@ def test_a_run_goes_on_with_and_without(place, tmp_path):
 
 def flags(place, out, *more):
     """Three steps of rl.py that change the weights a lot."""
-    return ["--model", place / "model", "--data", place / "train.jsonl", "--out", out, "--device", DEVICE.type,
-            "--dtype", "float32", "--no-compile", "--steps", 3, "--batch_size", 2, "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens",
-            6, "--max_rows", 8, "--max_draws", 2, "--temperature", 4, "--lr", 1e-4, "--cache_gb", 0.2, *more]
+    return ["--model", place / "model", "--data", place / "train.jsonl", "--out", out, "--device",
+            DEVICE.type, "--dtype", "float32", "--no-compile", "--steps", 3, "--batch_size", 2,
+            "--mini_batch_size", 1, "--group_size", 3, "--max_turn_tokens", 6, "--max_rows", 8,
+            "--max_draws", 2, "--temperature", 4, "--lr", 1e-4, "--cache_gb", 0.2, *more]
 
 
 def metrics_of(out):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from cases import all_hold
 from launcher import launch
-from test_training import assert_same_metrics, finish, flags, lines, metrics, shared_place, wait_for, whole_run
+from test_training import (assert_same_metrics, finish, flags, lines, metrics, shared_place, wait_for,
+                           whole_run)
 
 import stopping
 from training.run_checkpoints import run_folders

@@ -72,11 +72,12 @@ def make_place(folder):
 
 def flags(place, out, script, shard, *more):
     """Of some steps of rl.py or sft.py that change the weights a lot, with a save every two of them."""
-    own = {"rl.py": ["--no-compile", "--data", place / "train.jsonl", "--steps", 5, "--batch_size", 4, "--mini_batch_size", 2, "--group_size", 3,
-                     "--max_turn_tokens", 6, "--max_draws", 2, "--temperature", 4, "--lr", 1e-4],
+    own = {"rl.py": ["--data", place / "train.jsonl", "--steps", 5, "--batch_size", 4, "--mini_batch_size", 2,
+                     "--group_size", 3, "--max_turn_tokens", 6, "--max_draws", 2, "--temperature", 4,
+                     "--lr", 1e-4, "--no-compile"],
            "sft.py": ["--data", place / "few.jsonl", "--epochs", 2, "--batch_size", 4, "--lr", 1e-3]}
-    return [*own[script], "--model", place / "model", "--out", out, "--device", DEVICE.type, "--dtype", "float32",
-            "--save_every", 2, "--shard", shard, *more]
+    return [*own[script], "--model", place / "model", "--out", out, "--device", DEVICE.type,
+            "--dtype", "float32", "--save_every", 2, "--shard", shard, *more]
 
 
 def start(place, out, script, shard, processes, *more):
@@ -118,8 +119,8 @@ def kill_and_go_on(place, out, script, shard, processes, after_lines, delay_s):
 
 @pytest.mark.device
 def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path):
-    """One process of sft.py: the metrics are an undisturbed run's to the bit, and so is the checkpoint. (On a GPU nearly:
-    it adds up in no fixed order.)"""
+    """One process of sft.py: the metrics are an undisturbed run's to the bit, and so is the checkpoint. (On a
+    GPU nearly: it adds up in no fixed order.)"""
     same_after_a_kill(place, tmp_path, "sft.py", "none", 1, 3)
 
 
@@ -171,12 +172,17 @@ def state_of_a_run(place, run, shard, out):
     rank, world, device = start_processes(DEVICE.type)
     saved = json.loads((Path(run) / "run.json").read_text())["settings"]
     known = {f: saved[f] for f in saved if f in rl.Config.__dataclass_fields__}
-    config = rl.Config(**known | dict(out=run, data=f"{place}/train.jsonl", model=f"{place}/model", shard=shard, device=DEVICE.type))
+    here = dict(out=run, data=f"{place}/train.jsonl", model=f"{place}/model", shard=shard)
+    config = rl.Config(**known | here | dict(device=DEVICE.type))
     training = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     weights = load_weights(config.model, config, run_environment(config.model, config), device)
     optimizer = make_optimizer(weights, config)
     progress = training.start(weights, optimizer, 5, {"step": 0}, torch.Generator())
-    whole = lambda tensor: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone().cpu()
+
+    def whole(tensor):
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return tensor.detach().clone().cpu()
+
     tensors = {name: [whole(p), *(whole(optimizer.state[p][what]) for what in ("step", "exp_avg", "exp_avg_sq"))]
                for name, p in weights.master_weights.items()}
     rows = [json.loads(line) for line in open(config.data)]
@@ -188,10 +194,11 @@ def state_of_a_run(place, run, shard, out):
 @pytest.mark.device
 @pytest.mark.slow
 @pytest.mark.parametrize("first, others", [
-    ((2, "all"), [(1, "none"), (3, "all"), (2, "none")]), ((1, "all"), [(1, "none")]), ((1, "none"), [(1, "all")])])
+    ((2, "all"), [(1, "none"), (3, "all"), (2, "none")]), ((1, "all"), [(1, "none")]),
+    ((1, "none"), [(1, "all")])])
 def test_rl_goes_on_with_another_number_of_processes(place, tmp_path, first, others):
-    """Or with shards, or without. Weights, moments, step, place in the data and skipped rows are bit-equal, and the next
-    questions the same."""
+    """Or with shards, or without. Weights, moments, step, place in the data and skipped rows are bit-equal,
+    and the next questions the same."""
     run, (processes, shard) = tmp_path / "run", first
     runs = start(place, run, "rl.py", shard, processes)
     wait_for(runs, lambda: run_folders(run))
@@ -513,7 +520,8 @@ def test_nothing_is_unpickled_when_a_run_goes_on(place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
 def test_held_out_questions_and_metrics_of_what_a_step_waits_for(place, tmp_path, processes):
-    finish(place, tmp_path / "out", "rl.py", "all", processes, "--val", place / "test.jsonl", "--val_every", 2)
+    val = ("--val", place / "test.jsonl", "--val_every", 2)
+    finish(place, tmp_path / "out", "rl.py", "all", processes, *val)
     rows = [json.loads(line) for line in lines(tmp_path / "out")]
     assert [("val_accuracy" in row) for row in rows] == [False, True, False, True, True]
     for row in rows:
