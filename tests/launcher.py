@@ -7,7 +7,8 @@ computes nothing, and is forked for each.
     runs.wait()                                        returns what they said; raises with it if one fails
     runs.kill()                                        SIGKILL to all
 
-Flags arrive as texts.
+Flags arrive as texts. A child cannot use CUDA if its parent has: what is imported here must not even ask
+how many GPUs there are.
 """
 
 import atexit
@@ -161,6 +162,7 @@ def main():
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     for module in PRELOAD:
         importlib.import_module(module)
+    assert not torch.cuda.is_initialized()
     running = set()
     for line in sys.stdin:
         question = json.loads(line)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from launcher import launch
-from tiny import make_place, random_policy
+from tiny import DEVICE, make_place, random_policy
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import rl
@@ -36,15 +36,19 @@ def place(tmp_path_factory):
 def run(monkeypatch, stage, place, out, *flags):
     """rl.py or sft.py in this process."""
     data = place / ("train.jsonl" if stage is rl else "sft.jsonl")
-    line = ["--model", place / "model", "--data", data, "--out", out, "--device", "cpu", *flags]
+    compiled = ["--no-compile"] if stage is rl else []
+    line = ["--model", place / "model", "--data", data, "--out", out, "--device", DEVICE.type, "--dtype",
+            "float32", *compiled, *flags]
     monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, line)])
     run_main(stage.main, out_of_memory)
 
 
 # ------------------------------------------------------------------------------------------- --cache_gb auto
+@pytest.mark.device
 def test_auto_takes_what_is_free(monkeypatch):
     """A byte more or less of what is free is one of the cache, but for what a decode step needs of it."""
-    policy, config, sizes = random_policy(), RolloutConfig(cache_gb="auto", max_rows=10_000), []
+    policy, sizes = random_policy(), []
+    config = RolloutConfig(cache_gb="auto", max_rows=10_000, compile=False)
     policy.env_config = EnvConfig()
     for free_gb in (9, 10, 11):
         monkeypatch.setattr(memory, "free_bytes", lambda device: free_gb * 1e9)
@@ -70,6 +74,7 @@ def test_auto_takes_what_is_free(monkeypatch):
     assert cache_gb(policy, replace(config, cache_gb=3.0)) == 3.0
 
 
+@pytest.mark.device
 @pytest.mark.slow
 def test_auto_is_found_once_and_used_again(place, tmp_path, monkeypatch):
     """It decides how many rows play at a time, and so which random numbers a row gets."""
@@ -129,15 +134,31 @@ def test_a_process_without_questions_is_not_waited_for(place, tmp_path):
     launch(2, "eval.py", flags).wait(timeout_s=60)
 
 
-def test_what_is_free_on_a_cpu_is_the_machines():
-    assert 0 < free_bytes(torch.device("cpu")) < 1e15
+@pytest.mark.device
+def test_what_is_free_is_the_machines_or_the_gpus():
+    assert 0 < free_bytes(DEVICE) < 1e15
+
+
+@pytest.mark.device
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a machine's memory is others', too")
+def test_memory_that_pytorch_keeps_for_itself_is_free():
+    torch.cuda.empty_cache()
+    before = free_bytes(DEVICE)
+    tensor = torch.empty(10 ** 9, dtype=torch.uint8, device=DEVICE)
+    assert 0.9e9 < before - free_bytes(DEVICE) < 1.1e9
+    del tensor
+    assert abs(before - free_bytes(DEVICE)) < 0.1e9
 
 
 # ------------------------------------------------------------------------------------------ when it runs out
 def too_much(*_, **__):
-    torch.empty(10 ** 15)
+    torch.empty(10 ** 15, device=DEVICE)
 
 
+ASKED = "4000000000000000 bytes" if DEVICE.type == "cpu" else "3725290.30 GiB"  # as PyTorch says it there
+
+
+@pytest.mark.device
 @pytest.mark.parametrize("what, stage, owner, name", [
     ("loading", rl, Qwen2_5_VLForConditionalGeneration, "from_pretrained"), ("rollout", rl, Engine, "admit"),
     pytest.param("update", sft, torch.optim.AdamW, "step", marks=pytest.mark.slow),
@@ -149,8 +170,18 @@ def test_memory_that_runs_out_is_one_line(what, stage, owner, name, place, tmp_p
         run(monkeypatch, stage, place, tmp_path, *(RL if stage is rl else []))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == 2
-    words = f".py: error: out of memory at {what}, where 4000000000000000 bytes more were asked for; lower --"
+    words = f".py: error: out of memory at {what}, where {ASKED} more were asked for; lower --"
     assert words in last and "--plan" in last, last
+
+
+def limit_memory(more):
+    """This process may have so many bytes more on DEVICE than it has."""
+    if DEVICE.type == "cuda":
+        most = torch.cuda.memory_reserved() + more
+        torch.cuda.set_per_process_memory_fraction(most / torch.cuda.mem_get_info()[1])
+        return
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def limited(place, out):
@@ -158,16 +189,17 @@ def limited(place, out):
     reserve = KVCache.reserve
 
     def reserve_with_little(cache, *room):
-        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 20_000_000
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit_memory(20_000_000)
         reserve(cache, *room)
 
     KVCache.reserve = reserve_with_little
     sys.argv = ["rl.py", "--model", f"{place}/model", "--data", f"{place}/train.jsonl", "--out", out,
-                "--device", "cpu", *"--batch_size 2 --group_size 500 --max_rows 1000".split()]
+                "--device", DEVICE.type, "--dtype", "float32", "--no-compile",
+                *"--batch_size 2 --group_size 500 --max_rows 1000".split()]
     run_main(rl.main, out_of_memory)
 
 
+@pytest.mark.device
 @pytest.mark.slow
 def test_memory_that_really_runs_out(place, tmp_path):
     said = launch(1, "test_memory:limited", [place, tmp_path / "out"]).wait(statuses=[2])

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from launcher import launch
+from tiny import DEVICE
 
 import common
 from common import UserError
@@ -260,9 +260,10 @@ def test_what_is_said_of_a_step():
     assert "nothing learned" in said(zooms=1.0, episodes_left_out=9, updates=0)[1]
 
 
+@pytest.mark.device
 def test_what_a_fork_adds_up_is_reported_too():
     """Means over the tokens of all updates; the usual names are there, whether anything was added or not."""
-    metrics = UpdateMetrics(torch.device("cpu"))
+    metrics = UpdateMetrics(DEVICE)
     metrics.add_pass({"loss": 2.0, "anchor": 1.0})
     metrics.add_pass({"loss": 4.0, "anchor": 2.0})
     metrics.end_update(tokens=4, norm=1.5)

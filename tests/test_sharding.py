@@ -14,10 +14,10 @@ import pytest
 import torch
 from launcher import launch
 from safetensors.torch import save_file
-from tiny import make_groups, random_policy, shift, tied_and_untied
+from tiny import DEVICE, make_groups, random_policy, shift, tied_and_untied
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
@@ -34,7 +34,7 @@ from training.environment import run_environment
 from training.weights import MasterWeights, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,9 @@ def weights_of(config, device, with_reference=False):
 
 
 def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    """A copy of a tensor, or of all of a shard's, on the host."""
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().clone().cpu()
 
 
 # ---------------------------------------------------------------------------------------------------- updates
@@ -80,7 +82,7 @@ def updates(folder, out, settings):
     max_mismatches: one an update; old log-probabilities are recomputed, an episode of the first group has a
     mismatch of 20, all of the second group, which the second of two processes has alone, one of 10."""
     folder, out, settings = Path(folder), Path(out), json.loads(settings)
-    rank, world, device = start_processes("cpu")
+    rank, world, device = start_processes(DEVICE.type)
     config = rl.Config(model=str(folder / settings["model"]), batch_size=3, mini_batch_size=3,
                        max_grad_norm=0.1,
                        max_tokens_per_pass=900, kl_weight=0.1, entropy_weight=0.1, shard=settings["shard"],
@@ -89,7 +91,7 @@ def updates(folder, out, settings):
     other = weights_of(replace(config, model=f"{config.model}-reference"), device, with_reference=True)
     weights.reference = other.reference
     weights.policy.train()
-    groups = make_groups(load_policy(config.model), folder, 3)
+    groups = make_groups(load_policy(config.model, device), folder, 3)
     max_mismatches = settings.get("max_mismatches")
     if max_mismatches:
         shift(groups[0][0], 20)
@@ -137,12 +139,18 @@ def alone(place, tmp_path_factory):
     return updated
 
 
-def assert_same_updates(result, expected, gradient=1e-5, weights=1e-6):
+# with shards a weight begins at another address, for which a GPU may have another kernel, and the gradients
+# of the embedding are added up in no fixed order
+TOLERANCE = {"gradient": 1e-5, "weight": 1e-6} if DEVICE.type == "cpu" else {"gradient": 1e-4, "weight": 1e-5}
+
+
+def assert_same_updates(result, expected):
     for name, g in expected["gradients"][0].items():
-        assert (result["gradients"][0][name] - g).norm() <= gradient * g.norm() and g.norm() > 0, name
+        off = (result["gradients"][0][name] - g).norm()
+        assert off <= TOLERANCE["gradient"] * g.norm() and g.norm() > 0, name
     moved = 0
     for name, after in expected["after"].items():
-        assert (result["after"][name] - after).abs().max() <= weights, name
+        assert (result["after"][name] - after).abs().max() <= TOLERANCE["weight"], name
         moved = max(moved, (after - expected["before"][name]).abs().max())
     assert moved > 1e-4
     for mine, theirs in zip(result["metrics"], expected["metrics"], strict=True):
@@ -155,8 +163,8 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("model, processes, nodes, shard", [
-    ("tied", 2, 1, "all"), slow("untied", 1, 1, "all"), slow("untied", 3, 1, "all"),
-    slow("untied", 4, 2, "node")])
+    ("tied", 2, 1, "all"), slow("tied", 1, 1, "all"), slow("untied", 1, 1, "all"),
+    slow("untied", 1, 1, "node"), slow("untied", 3, 1, "all"), slow("untied", 4, 2, "node")])
 def test_updates_are_those_of_one_process(place, alone, tmp_path, model, processes, nodes, shard):
     """Gradients, weights after three steps, metrics; what is exported is what was trained."""
     result = results_of(place, tmp_path, processes, nodes, model=model, shard=shard)
@@ -169,32 +177,35 @@ def test_updates_are_those_of_one_process(place, alone, tmp_path, model, process
             assert torch.equal(p, result["after"][name]), name
 
 
-@pytest.mark.parametrize("dealt", [[0, 0, 0], slow([1, 1, 0])])
-def test_a_fork_adds_a_pass_to_the_loop(place, alone, tmp_path, dealt):
+@pytest.mark.parametrize("processes, dealt", [(2, [0, 0, 0]), slow(2, [1, 1, 0]), slow(1, [0, 0, 0])])
+def test_a_fork_adds_a_pass_to_the_loop(place, alone, tmp_path, processes, dealt):
     """Two processes have unequal numbers of batches, one of them perhaps none: nothing hangs, and the updates
     are those of one process, which are others than without the pass."""
-    expected = alone(model="tied", forked=True, steps=1)
-    result = results_of(place, tmp_path, 2, model="tied", shard="all", forked=True, steps=1, dealt=dealt)
+    settings = dict(model="tied", forked=True, steps=1)
+    result = results_of(place, tmp_path, processes, shard="all", dealt=dealt, **settings)
+    expected = alone(**settings)
     assert_same_updates(result, expected)
     plain = alone(model="tied")["gradients"][0]
     assert all((g - plain[name]).norm() > 0.01 * g.norm() for name, g in expected["gradients"][0].items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["none", "all"])
-def test_episodes_left_out_are_those_of_one_process(place, alone, tmp_path, shard):
+@pytest.mark.parametrize("shard, processes", [("none", 2), ("all", 2), ("all", 1)])
+def test_episodes_left_out_are_those_of_one_process(place, alone, tmp_path, shard, processes):
     """All of them at first, then one, then all that the second process has: nothing hangs, the updates are
     the same."""
     # the policy is farther off after each update
     settings = dict(model="tied", max_mismatches=[0.0, 15.0, 5.0])
+    result = results_of(place, tmp_path, processes, shard=shard, **settings)
     expected = alone(**settings)
     assert [m["episodes_left_out"] for m in expected["metrics"]] == [9, 1, 4]
     assert len(expected["gradients"]) == 2
     assert all(m["mismatch_max"] > 5 for m in expected["metrics"])
-    assert_same_updates(results_of(place, tmp_path, 2, shard=shard, **settings), expected)
+    assert_same_updates(result, expected)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a GPU for each process")
 def test_two_machines(place, alone, tmp_path):
     """Two torchrun agents that meet at an address, as the README has it; replicas across."""
     script = tmp_path / "run.py"
@@ -229,7 +240,7 @@ class MorePasses(MasterWeights):
 
 def test_a_batch_without_a_trained_token_changes_nothing(place):
     """Its gradients are there, and 0; an update with it is the same to the bit, however the loss is
-    averaged."""
+    averaged. (On a GPU nearly: the gradients of the embedding are added up in no fixed order.)"""
     policy = random_policy(layers=2).train()
     untrained = Dialogue()
     untrained.add([policy.im_end])
@@ -247,26 +258,32 @@ def test_a_batch_without_a_trained_token_changes_nothing(place):
         for kind in (MasterWeights, MorePasses):
             weights = kind(random_policy(layers=2), random_policy(seed=1, layers=2))
             optimizer = torch.optim.SGD(weights.parameters, lr=1.0)
-            metrics = rl.update(weights, groups, optimizer, config, 0, CPU)
+            metrics = rl.update(weights, groups, optimizer, config, 0, DEVICE)
             found.append((metrics, [p.detach() for p in weights.parameters]))
-        assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1])), loss_mean
+        (metrics, weights), (metrics_with, weights_with) = found
+        if DEVICE.type == "cpu":
+            assert metrics_with == metrics and all(map(torch.equal, weights_with, weights)), loss_mean
+        else:
+            assert metrics_with == pytest.approx(metrics, rel=1e-4, abs=1e-6), loss_mean
+            torch.testing.assert_close(weights_with, weights, rtol=1e-4, atol=1e-4)
 
 
 def random_splits(folder, out, seed, cases):
     """Updates whose groups are dealt to the processes at random, some with none: as they are without
     shards."""
     folder, rng = Path(folder), random.Random(int(seed))
-    rank, world, device = start_processes("cpu")
+    rank, world, device = start_processes(DEVICE.type)
     for case in range(int(cases)):
         tokens, mini, steps = rng.choice([1, 500, 900, 2000]), rng.choice([1, 2, 3]), rng.choice([1, 2])
         update = rng.choice([rl.update, forked_update()])
         dealt = [rng.randrange(world) for _ in range(3)]
-        every = make_groups(load_policy(folder / "tied"), folder, 3)
+        every = make_groups(load_policy(folder / "tied", device), folder, 3)
         groups = [group for group, to in zip(every, dealt) if to == rank]
         results = []
         for shard in ("all", "none"):
             config = rl.Config(model=str(folder / "tied"), batch_size=3, mini_batch_size=mini, kl_weight=0.1,
-                               max_tokens_per_pass=tokens, shard=shard, gradient_checkpointing=False)
+                               max_tokens_per_pass=tokens, shard=shard, gradient_checkpointing=False,
+                               dtype="float32")
             weights = weights_of(config, device, with_reference=True)
             weights.policy.train()
             optimizer = torch.optim.AdamW(weights.parameters, lr=1e-3, eps=1e-3, fused=True)
@@ -278,9 +295,10 @@ def random_splits(folder, out, seed, cases):
 
 
 @pytest.mark.slow
-def test_unequal_numbers_of_passes_do_not_hang(place, tmp_path):
-    launch(2, "test_sharding:random_splits", [place, tmp_path, 0, 5]).wait()
-    assert len(list(tmp_path.glob("*.done"))) == 2
+@pytest.mark.parametrize("processes", [2, 1])
+def test_unequal_numbers_of_passes_do_not_hang(place, tmp_path, processes):
+    launch(processes, "test_sharding:random_splits", [place, tmp_path, 0, 5]).wait()
+    assert len(list(tmp_path.glob("*.done"))) == processes
 
 
 # --------------------------------------------------------------------------------------------------- rollouts
@@ -288,19 +306,19 @@ def rollouts(folder, shard, out):
     """What is said at temperature 0, question by question, by the processes that have them; after one
     update."""
     folder = Path(folder)
-    rank, world, device = start_processes("cpu")
+    rank, world, device = start_processes(DEVICE.type)
     config = rl.Config(model=str(folder / "untied"), batch_size=3, mini_batch_size=3, shard=shard,
                        cache_gb=1.0, max_turn_tokens=12, max_response_tokens=200, temperature=0.0,
-                       gradient_checkpointing=False)
+                       gradient_checkpointing=False, dtype="float32", compile=False)
     weights = weights_of(config, device)
     rows, said = [json.loads(line) for line in open(folder / "train.jsonl")], []
-    groups = make_groups(load_policy(config.model), folder, 3)[rank::world]
+    groups = make_groups(load_policy(config.model, device), folder, 3)[rank::world]
     optimizer = torch.optim.AdamW(weights.parameters, lr=1e-3, eps=1e-3, fused=True)
     to_train = replace(config, temperature=1.0)
     for _ in range(2):
         weights.policy.eval()
         engine = rl.Engine(weights.player, 2, config)
-        with weights.gathered(), profile() as seen:
+        with weights.gathered(), profile(activities=[ProfilerActivity.CPU]) as seen:
             played, _ = engine.play(rows[rank:4:world], folder)
         assert not [e.key for e in seen.key_averages() if e.key.startswith("c10d::")]
         assert shard == "none" or all(p.untyped_storage().nbytes() == 0 for p in weights.whole)  # released
@@ -311,14 +329,16 @@ def rollouts(folder, shard, out):
 
 
 @pytest.mark.slow
-def test_rollouts_are_those_of_one_process(place, tmp_path):
+@pytest.mark.parametrize("processes", [2, 1])
+def test_rollouts_are_those_of_one_process(place, tmp_path, processes):
     """At temperature 0, token for token, before and after an update, without a collective."""
+    launch(processes, "test_sharding:rollouts", [place, "all", tmp_path]).wait()
     rollouts(place, "none", tmp_path)
-    launch(2, "test_sharding:rollouts", [place, "all", tmp_path]).wait()
     alone = torch.load(tmp_path / "none0.pt")
-    parts = [torch.load(tmp_path / f"all{rank}.pt") for rank in range(2)]
+    parts = [torch.load(tmp_path / f"all{rank}.pt") for rank in range(processes)]
     for number, expected in enumerate(alone):
-        assert parts[0][number] | parts[1][number] == expected and len(expected) == 4
+        assert len(expected) == 4
+        assert {question: ids for part in parts for question, ids in part[number].items()} == expected
     assert alone[0] != alone[1]
 
 
@@ -344,13 +364,13 @@ class CountBytes(TorchDispatchMode):
 def held(folder, out):
     """What a process of several holds: while a policy is loaded in shards, afterwards, and in an optimizer
     step; and the collectives of a pass with 1 and with 8 chunks of the head."""
-    rank, world, device = start_processes("cpu")
+    rank, world, device = start_processes(DEVICE.type)
     config = rl.Config(model=f"{folder}/untied", shard="all", dtype="bfloat16", gradient_checkpointing=False)
     env_config, mesh, counted = run_environment(config.model, config), make_mesh("all", device), CountBytes()
     with counted:
         policy = load_sharded(config.model, device, torch.bfloat16, env_config, mesh, True, config)
     kept = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in policy.parameters())
-    plain = load_policy(config.model)
+    plain = load_policy(config.model, device)
     found = {"peak": counted.peak, "kept": kept + 2 * sum(buffer.nbytes for buffer in policy.buffers()),
              "largest": max(p.numel() for p in policy.parameters()) * 4,
              "same buffers": all(map(torch.equal, policy.buffers(), plain.buffers())),
@@ -363,7 +383,7 @@ def held(folder, out):
     gradients = []
     optimizer.register_step_pre_hook(
         lambda *_: gradients.extend(p.grad.to_local() for p in weights.parameters))
-    for batch in weights.passes([[[dialogue]]] * rank):
+    for batch in weights.passes([[[dialogue]]] * (rank if world > 1 else 1)):
         token_log_probs(weights.policy, batch)[0].sum().backward()
     weights.step(optimizer, 1.0)
     states = [x for state in optimizer.state.values() for what, x in state.items() if what != "step"]
@@ -373,14 +393,14 @@ def held(folder, out):
     # passes
     for chunks in (1, 8):
         model_module.LOGIT_CHUNK = -(-sum(dialogue.trained) // chunks)
-        with profile() as seen:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
             token_log_probs(weights.policy, [[dialogue]])[0].sum().backward()
         counts = {e.key: e.count for e in seen.key_averages() if e.key.startswith("c10d::")}
         found["collectives"].append(counts)
     torch.save(found, Path(out) / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("processes", [2, slow(3)])
+@pytest.mark.parametrize("processes", [2, slow(3), slow(1)])
 def test_what_a_process_holds_and_sends(place, tmp_path, processes):
     launch(processes, "test_sharding:held", [place, tmp_path]).wait()
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(processes)]
@@ -393,11 +413,11 @@ def test_what_a_process_holds_and_sends(place, tmp_path, processes):
         # 16 bytes a parameter, over the processes
         assert one["bytes"] <= 1.02 * 16 * one["parameters"] / processes
         # two layers and the root are gathered once a pass, the layers once more backward, and reduced each,
-        # however many chunks the head takes
+        # however many chunks the head takes; one process has all of them
         for counts in one["collectives"]:
             gathered = sum(n for op, n in counts.items() if "gather" in op)
             reduced = sum(n for op, n in counts.items() if "reduce_scatter" in op)
-            assert gathered <= 2 * 2 + 1 and reduced == 2 + 1, counts
+            assert gathered <= 2 * 2 + 1 and reduced == (2 + 1 if processes > 1 else 0), counts
             assert gathered + reduced == sum(counts.values()), counts
     assert sum(one["bytes"] for one in found) == 16 * found[0]["parameters"]
 
@@ -420,8 +440,8 @@ def test_a_rank_keeps_sixteen_bytes_a_parameter_over_the_ranks():
 def gradients_in_bfloat16(folder, shard, chunks, out):
     """Float32 gradients of one pass of each process, computed in bfloat16 or float32, with so many head
     chunks."""
-    rank, world, device = start_processes("cpu")
-    groups = make_groups(load_policy(f"{folder}/untied"), Path(folder), 2)
+    rank, world, device = start_processes(DEVICE.type)
+    groups = make_groups(load_policy(f"{folder}/untied", device), Path(folder), 2)
     dialogues = [e.dialogue for group in groups for e in group]
     positions = sum(sum(d.trained) for d in dialogues[rank::world])
     found = {}
@@ -438,10 +458,11 @@ def gradients_in_bfloat16(folder, shard, chunks, out):
 
 
 @pytest.mark.slow
-def test_gradients_in_bfloat16_are_the_same_with_shards_and_for_any_chunks(place, tmp_path):
+@pytest.mark.parametrize("processes", [2, 1])
+def test_gradients_in_bfloat16_are_the_same_with_shards_and_for_any_chunks(place, tmp_path, processes):
     """Shards: 1e-5. 64 chunks of the head are at most 1.5 times as far from float32 as one is."""
     for shard, chunks in (("none", 1), ("none", 64), ("all", 64)):
-        launch(2, "test_sharding:gradients_in_bfloat16", [place, shard, chunks, tmp_path]).wait()
+        launch(processes, "test_sharding:gradients_in_bfloat16", [place, shard, chunks, tmp_path]).wait()
     one, many, sharded = (torch.load(tmp_path / f"{name}.pt") for name in ("none1", "none64", "all64"))
     for name, g in many["bfloat16"].items():
         assert (sharded["bfloat16"][name] - g).norm() <= 1e-5 * g.norm(), name
@@ -471,7 +492,7 @@ def wrong_files(folder):
         else:
             save_file(case, folder / "model.safetensors")
         with pytest.raises(UserError, match=words):
-            weights_of(rl.Config(model=str(folder), shard="all"), CPU)
+            weights_of(rl.Config(model=str(folder), shard="all"), DEVICE)
 
 
 @pytest.mark.slow

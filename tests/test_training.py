@@ -23,7 +23,7 @@ import torch
 from cases import all_hold
 from launcher import launch
 from safetensors.torch import save_file
-from tiny import random_policy
+from tiny import DEVICE, random_policy
 
 import rl
 import sft
@@ -72,10 +72,12 @@ def make_place(folder):
 
 def flags(place, out, script, shard, *more):
     """Of some steps of rl.py or sft.py that change the weights a lot, with a save every two of them."""
-    own = {"rl.py": ["--data", place / "train.jsonl", "--steps", 5, "--batch_size", 4, "--mini_batch_size", 2, "--group_size", 3,
-                     "--max_turn_tokens", 6, "--max_draws", 2, "--temperature", 4, "--lr", 1e-4],
+    own = {"rl.py": ["--data", place / "train.jsonl", "--steps", 5, "--batch_size", 4, "--mini_batch_size", 2,
+                     "--group_size", 3, "--max_turn_tokens", 6, "--max_draws", 2, "--temperature", 4,
+                     "--lr", 1e-4, "--no-compile"],
            "sft.py": ["--data", place / "few.jsonl", "--epochs", 2, "--batch_size", 4, "--lr", 1e-3]}
-    return [*own[script], "--model", place / "model", "--out", out, "--device", "cpu", "--save_every", 2, "--shard", shard, *more]
+    return [*own[script], "--model", place / "model", "--out", out, "--device", DEVICE.type,
+            "--dtype", "float32", "--save_every", 2, "--shard", shard, *more]
 
 
 def start(place, out, script, shard, processes, *more):
@@ -115,8 +117,10 @@ def kill_and_go_on(place, out, script, shard, processes, after_lines, delay_s):
     return there
 
 
+@pytest.mark.device
 def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path):
-    """One process of sft.py: the metrics are an undisturbed run's to the bit, and so is the checkpoint."""
+    """One process of sft.py: the metrics are an undisturbed run's to the bit, and so is the checkpoint. (On a
+    GPU nearly: it adds up in no fixed order.)"""
     same_after_a_kill(place, tmp_path, "sft.py", "none", 1, 3)
 
 
@@ -130,9 +134,22 @@ def test_two_killed_processes_go_on_as_if_nothing_had_been(place, tmp_path, scri
 def same_after_a_kill(place, out, script, shard, processes, after_lines):
     whole = whole_run(script, shard, processes)
     kill_and_go_on(place, out, script, shard, processes, after_lines, delay_s=random.random() / 2)
-    assert metrics(out) == metrics(whole)
-    mine, theirs = (load_policy(folder).state_dict() for folder in (out, whole))
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert_same_metrics(metrics(out), metrics(whole))
+    mine, theirs, before = (load_policy(folder).state_dict() for folder in (out, whole, place / "model"))
+    for key, tensor in theirs.items():
+        # AdamW's first steps are as long for the smallest gradients, which a GPU's order changes most
+        most = 0 if DEVICE.type == "cpu" else 0.1 * (tensor - before[key]).norm()
+        assert (mine[key] - tensor).norm() <= most, key
+
+
+def assert_same_metrics(mine, theirs):
+    """To the bit; on a GPU, which adds up in no fixed order, nearly."""
+    if DEVICE.type == "cpu":
+        assert mine == theirs
+        return
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs):
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -152,15 +169,20 @@ def test_sft_goes_on_with_another_number_of_processes(place, tmp_path):
 
 def state_of_a_run(place, run, shard, out):
     """Goes on with a run, and writes what it has before the first step, whole."""
-    rank, world, device = start_processes("cpu")
+    rank, world, device = start_processes(DEVICE.type)
     saved = json.loads((Path(run) / "run.json").read_text())["settings"]
     known = {f: saved[f] for f in saved if f in rl.Config.__dataclass_fields__}
-    config = rl.Config(**known | dict(out=run, data=f"{place}/train.jsonl", model=f"{place}/model", shard=shard, device="cpu"))
+    here = dict(out=run, data=f"{place}/train.jsonl", model=f"{place}/model", shard=shard)
+    config = rl.Config(**known | here | dict(device=DEVICE.type))
     training = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     weights = load_weights(config.model, config, run_environment(config.model, config), device)
     optimizer = make_optimizer(weights, config)
     progress = training.start(weights, optimizer, 5, {"step": 0}, torch.Generator())
-    whole = lambda tensor: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+    def whole(tensor):
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return tensor.detach().clone().cpu()
+
     tensors = {name: [whole(p), *(whole(optimizer.state[p][what]) for what in ("step", "exp_avg", "exp_avg_sq"))]
                for name, p in weights.master_weights.items()}
     rows = [json.loads(line) for line in open(config.data)]
@@ -169,15 +191,20 @@ def state_of_a_run(place, run, shard, out):
         torch.save({"tensors": tensors, "progress": progress, "draws": draws}, Path(out) / "state.pt")
 
 
+@pytest.mark.device
 @pytest.mark.slow
-def test_rl_goes_on_with_another_number_of_processes(place, tmp_path):
-    """Weights, moments, step, place in the data and skipped rows are bit-equal, and the next questions the same."""
-    run = tmp_path / "run"
-    runs = start(place, run, "rl.py", "all", 2)
+@pytest.mark.parametrize("first, others", [
+    ((2, "all"), [(1, "none"), (3, "all"), (2, "none")]), ((1, "all"), [(1, "none")]),
+    ((1, "none"), [(1, "all")])])
+def test_rl_goes_on_with_another_number_of_processes(place, tmp_path, first, others):
+    """Or with shards, or without. Weights, moments, step, place in the data and skipped rows are bit-equal,
+    and the next questions the same."""
+    run, (processes, shard) = tmp_path / "run", first
+    runs = start(place, run, "rl.py", shard, processes)
     wait_for(runs, lambda: run_folders(run))
     runs.kill()
     states = []
-    for processes, shard in ((2, "all"), (1, "none"), (3, "all"), (2, "none")):
+    for processes, shard in (first, *others):
         launch(processes, "test_training:state_of_a_run", [place, run, shard, tmp_path]).wait()
         states.append(torch.load(tmp_path / "state.pt"))
     for state in states[1:]:
@@ -186,7 +213,7 @@ def test_rl_goes_on_with_another_number_of_processes(place, tmp_path):
             assert len(tensors) == 4 and all(map(torch.equal, tensors, state["tensors"][name])), name
     assert states[0]["progress"]["step"] > 0 and states[0]["progress"]["drawn"] >= 8
     said = finish(place, run, "rl.py", "none", 1)
-    assert "random numbers are drawn from new seeds" in said
+    assert ("random numbers are drawn from new seeds" in said) == (first[0] > 1)
     assert [m["step"] for m in metrics(run)] == [1, 2, 3, 4, 5]
 
 
@@ -503,11 +530,15 @@ def test_nothing_is_unpickled_when_a_run_goes_on(place, tmp_path):
     assert "guarded __init__" in said and "guarded read_into" in said and "goes on after step" in said
 
 
+@pytest.mark.device
 @pytest.mark.slow
-def test_held_out_questions_and_metrics_of_what_a_step_waits_for(place, tmp_path):
-    finish(place, tmp_path / "out", "rl.py", "all", 2, "--val", place / "test.jsonl", "--val_every", 2)
+@pytest.mark.parametrize("processes", [2, 1])
+def test_held_out_questions_and_metrics_of_what_a_step_waits_for(place, tmp_path, processes):
+    val = ("--val", place / "test.jsonl", "--val_every", 2)
+    finish(place, tmp_path / "out", "rl.py", "all", processes, *val)
     rows = [json.loads(line) for line in lines(tmp_path / "out")]
     assert [("val_accuracy" in row) for row in rows] == [False, True, False, True, True]
     for row in rows:
-        assert row["seconds_idle"] >= 0 and row["gathered_gb"] > 0 and row["seconds_gather"] > 0
+        assert row["seconds_idle"] >= 0 and row["seconds_gather"] > 0
+        assert (row["gathered_gb"] > 0) == (processes > 1)  # one has all of the shards
     assert [row["seconds_save"] > 0 for row in rows] == [False, False, True, False, True]
