@@ -71,7 +71,8 @@ SFT = {"few": ["--max_tokens_per_pass", "2048", "--batch_size", "2"], "true": ["
 # when the head's logits are
 HOW = {
     "few": {"full": [], "lora": ["--lora_rank", "16", "--lr", "1e-4"],
-            "offload": ["--offload", "optimizer", "--max_tokens_per_pass", "256"]},
+            "offload": ["--offload", "optimizer", "--max_tokens_per_pass", "256"],
+            "offload_reference": ["--offload", "optimizer", "reference", "--max_tokens_per_pass", "256"]},
     "true": {"full": [], "lora": ["--lora_rank", "16", "--lr", "1e-4"],
              "offload": ["--offload", "optimizer"],
              "offload_reference": ["--offload", "optimizer", "reference", "--batch_size", "2"]}}
@@ -255,8 +256,8 @@ class Bench:
         said.append(f"exporting {taken['exporting']:.2f} GB; {seconds:.0f} s in all, "
                     f"{metrics.get('updates', 1)} optimizer steps")
         print("; ".join(said), flush=True)
-        for key in ("seconds_rollout", "seconds_update", "seconds", "tokens", "length", "episodes", "mismatch",
-                    "mismatch_max", "grad_norm"):
+        for key in ("seconds_rollout", "seconds_update", "seconds", "tokens", "episodes", "mismatch",
+                    "mismatch_max"):
             if key in metrics:
                 print(f"    {key} {metrics[key]:.4g}")
                 self.add(f"{name}: {key}", metrics[key], None, None, None)
