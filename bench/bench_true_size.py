@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -224,7 +225,8 @@ class Bench:
         """Returns {phase: GB at most}, {phase: GB of the plan}."""
         args, folder = self.args, self.folder
         flags = ["--model", str(model), *COMMON, *(RL if stage == "rl" else SFT)[args.episodes],
-                 *HOW[args.episodes][how], "--device", args.device, "--preset", "paper"]
+                 *HOW[args.episodes][how], "--device", args.device, "--preset", "paper",
+                 *shlex.split(args.more)]
         data, out = folder / ("data/train.jsonl" if stage == "rl" else "data/few.jsonl"), folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, __file__, "--inside", stage, "--episodes", args.episodes, "--json",
@@ -285,6 +287,7 @@ def main():
                         help="all weights, adapters, the optimizer on the host, the reference there, too")
     parser.add_argument("--episodes", choices=ENV, default="few")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--more", default="", help="more flags of the stages, as one word")
     parser.add_argument("--no_save", action="store_true", help="runs end without writing a checkpoint")
     parser.add_argument("--json", help="file for the rows: name, ours, peer, ratio, goal, met")
     parser.add_argument("--folder", help="where to work; several GB")
