@@ -3,18 +3,18 @@
     python bench/bench_attention.py                            a layer of 3B: 16 rows, prompt 8,192, own 500
     python bench/bench_attention.py --shape tiny --device cpu  tries the script
 
-One layer of one group: a prompt's keys and values that all rows share, and each row's own. Compute in bfloat16 on CUDA,
-each form captured as a CUDA graph there, as the step is.
+One layer of one group: a prompt's keys and values that all rows share, and each row's own. Compute in
+bfloat16 on CUDA, each form captured as a CUDA graph there, as the step is.
 
     two parts     what generation.py: decode_hidden does, compiled: scores from float32 copies of the keys
-    bmm           the same, but the scores are a product of bfloat16 that gives float32 (torch.bmm(out_dtype=)), and so is
-                  the sum of values; compiled, and plain
+    bmm           the same, but the scores are a product of bfloat16 that gives float32
+                  (torch.bmm(out_dtype=)), and so is the sum of values; compiled, and plain
     varlen_attn   two calls of torch.nn.attention.varlen, joined by their log-sum-exp
-    flex          one compiled call of flex_attention with a block mask, over prompt and own tokens in one tensor, all
-                  rows as queries
+    flex          one compiled call of flex_attention with a block mask, over prompt and own tokens in one
+                  tensor, all rows as queries
 
-"ours" is a form's time, "peer" that of reading keys and values once, as fast as the fastest copy; the error is the largest
-difference from float64. A form that does not run here is a row that says why.
+"ours" is a form's time, "peer" that of reading keys and values once, as fast as the fastest copy; the error
+is the largest difference from float64. A form that does not run here is a row that says why.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Layer:
     def __init__(self, shape, device, dtype):
         self.sizes = B, heads, n, D, P, L = SHAPES[shape]
         make = lambda *size: torch.randn(*size, device=device, dtype=dtype)
-        self.query, self.scale = make(B, heads, n, D), D ** -0.5
+        self.query, self.scale = make(B, heads, n, D), D**-0.5
         self.prompt = make(heads, P, D), make(heads, P, D)
         self.own = make(B, heads, L, D), make(B, heads, L, D)
 
@@ -96,6 +96,7 @@ def by_bmm(layer):
 def by_varlen(layer):
     """A function without arguments. Tokens come first there: keys and values are laid out so beforehand."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
     B, heads, n, D, P, L = layer.sizes
     numbers = lambda *values: torch.tensor(values, dtype=torch.int32, device=layer.query.device)
     prompt = [x.transpose(0, 1).contiguous() for x in layer.prompt]  # (P, heads, D)
@@ -118,10 +119,12 @@ def by_varlen(layer):
 def by_flex(layer):
     """A function without arguments. Prompt and own tokens are in one tensor beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     B, heads, n, D, P, L = layer.sizes
     # own tokens of all rows behind the prompt, (1, heads, P + B * L, D)
-    keys, values = (torch.cat([p, o.transpose(0, 1).flatten(1, 2)], dim=1)[None]
-                    for p, o in zip(layer.prompt, layer.own))
+    keys, values = (
+        torch.cat([p, o.transpose(0, 1).flatten(1, 2)], dim=1)[None] for p, o in zip(layer.prompt, layer.own)
+    )
 
     def sees(batch, head, query, key):
         return (key < P) | ((key - P) // L == query // n)
@@ -137,7 +140,8 @@ FORMS = {  # a function without arguments, made of a Layer
     "bmm, compiled": lambda layer: torch.compile(lambda: by_bmm(layer)),
     "bmm, plain": lambda layer: lambda: by_bmm(layer),
     "varlen_attn": by_varlen,
-    "flex, compiled": by_flex}
+    "flex, compiled": by_flex,
+}
 
 
 @torch.no_grad()
@@ -149,13 +153,25 @@ def measure(name, layer, exact, read_s, args, rows):
         form()
         error = max(error, (result.double() - exact).abs().max().item())
     taken = bench_gpu.seconds(lambda: [form() for _ in range(args.repeat)], device, args.trials) / args.repeat
-    rows.append({"name": f"attention of a layer, {args.shape}, {name} (error {error:.0e})", "ours": taken, "peer": read_s,
-                 "ratio": read_s / taken, "goal": None, "met": None})
-    print(f"{name:24}{taken * 1e6:10.0f} us, reading once {read_s * 1e6:.0f} us; error {error:.1e}", flush=True)
+    rows.append(
+        {
+            "name": f"attention of a layer, {args.shape}, {name} (error {error:.0e})",
+            "ours": taken,
+            "peer": read_s,
+            "ratio": read_s / taken,
+            "goal": None,
+            "met": None,
+        }
+    )
+    print(
+        f"{name:24}{taken * 1e6:10.0f} us, reading once {read_s * 1e6:.0f} us; error {error:.1e}", flush=True
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="3B")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", help="file for the rows")

@@ -88,8 +88,8 @@ def make_policy(shape, device, dtype, layers=None):
     torch.set_default_dtype(torch.float32)
     scene = scene_of(shape)
     pixels = scene["height"] * scene["width"]
-    env = EnvConfig(overview_max_frames=scene["overview"], overview_fps=2.0, min_pixels=int(0.9 * pixels), max_pixels=pixels,
-                    system_prompt="You see a video.")
+    env = EnvConfig(overview_max_frames=scene["overview"], overview_fps=2.0, min_pixels=int(0.9 * pixels),
+                    max_pixels=pixels, system_prompt="You see a video.")
     size = {"shortest_edge": env.min_pixels, "longest_edge": env.max_pixels}
     return Policy(hf.eval(), small.tokenizer, Qwen2VLImageProcessor(size=size), env).freeze_vision()
 
@@ -111,8 +111,8 @@ def make_group(policy, shape):
         d = prompt.fork()
         for turn in range(2):
             said = torch.randint(vocabulary, (tokens,)).tolist()
-            encode(policy, [Message("assistant", [Sampled(said, [-1.0] * tokens)]),
-                            Message("user", ["Here.", *frames(scene["zoomed"], scene, 2 * number + turn + 1)])], d)
+            reply = Message("user", ["Here.", *frames(scene["zoomed"], scene, 2 * number + turn + 1)])
+            encode(policy, [Message("assistant", [Sampled(said, [-1.0] * tokens)]), reply], d)
         group.append(Episode(d, number=number))
     fill_features(policy, [e.dialogue for e in group])
     return group
@@ -182,7 +182,8 @@ class Generation:
 
     def prefill(self, peer_s, rows):
         name = f"prefill, {self.args.shape}, against the matrix products' time"
-        bench_rollout.add_row(rows, name, seconds(self.fill, self.policy.device, self.args.trials), peer_s, 0.45)
+        taken = seconds(self.fill, self.policy.device, self.args.trials)
+        bench_rollout.add_row(rows, name, taken, peer_s, 0.45)
 
     @torch.no_grad()
     def check(self, rows):

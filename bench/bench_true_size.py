@@ -51,7 +51,7 @@ from planted_rl import planted_rewards  # noqa: E402
 from protocols import PROTOCOLS  # noqa: E402
 from scale.plan import make_plan, read_model_config  # noqa: E402
 from scale.sharding import WeightFiles  # noqa: E402
-from training.checkpoints import save_policy  # noqa: E402
+from training.checkpoints import INDEX, save_policy  # noqa: E402
 from training.environment import run_environment  # noqa: E402
 from training.memory import out_of_memory  # noqa: E402
 from training.run import TrainingRun  # noqa: E402
@@ -291,7 +291,7 @@ def main():
     parser.add_argument("--no_save", action="store_true", help="runs end without writing a checkpoint")
     parser.add_argument("--json", help="file for the rows: name, ours, peer, ratio, goal, met")
     parser.add_argument("--folder", help="where to work; several GB")
-    parser.add_argument("--model", help="folder of the checkpoint, which stays; taken as it is if it is there")
+    parser.add_argument("--model", help="folder of a checkpoint, which stays; made if it is not there")
     parser.add_argument("--make", action="store_true", help="only make the checkpoint")
     parser.add_argument("--inside", choices=["sft", "rl"], help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
@@ -305,7 +305,7 @@ def main():
         print(card(bench.device), flush=True)
         for layers in args.layers:
             model = Path(args.model or f"{folder}/model")
-            if not (model / "config.json").is_file() or len(args.layers) > 1:
+            if not (model / INDEX).is_file() or len(args.layers) > 1:
                 shutil.rmtree(model, ignore_errors=True)
                 make_in_process(args, layers, model)
             for how in args.how:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first day on a GPU: all that is worth knowing in a quarter of an hour, see bench/gpu_day.py and docs/gpu.md.
+# The first day on a GPU: all that is worth knowing in a quarter of an hour, see docs/gpu.md.
 #
 #     bash bench/gpu_day.sh --wheels DIR --tokenizer DIR       one GPU of 80 GB; the same line again goes on
 #     bash bench/gpu_day.sh --shape tiny --device cpu          a rehearsal on a CPU

@@ -1,5 +1,5 @@
-"""bench/gpu_day.py: what it runs, in which order, and how it goes on. What only CUDA runs in bench/ is run with
-stand-ins here, which shows that it runs, and no number."""
+"""bench/gpu_day.py: what it runs, in which order, and how it goes on. What only CUDA runs in bench/ is run
+with stand-ins here, which shows that it runs, and no number."""
 
 import json
 import os
@@ -42,6 +42,12 @@ def test_the_limits_of_the_true_parts_fit_into_a_call(tmp_path):
     assert len({part.name for part in parts}) == len(parts)
 
 
+def test_parts_that_are_chosen_come_with_what_they_need(tmp_path):
+    _, parts, _ = make_day(tmp_path, "--parts", "demo: eval", "7B: rl")
+    names = ["7B: random weights", "7B: rl offload_reference", "demo: sft", "demo: rl", "demo: eval"]
+    assert [part.name for part in parts] == names
+
+
 def test_the_order_of_parts(tmp_path):
     _, parts, results = make_day(tmp_path)
     a, b, c = (gpu_day.Part(name, limit, []) for name, limit in (("a", 1), ("b", 100), ("c", 1)))
@@ -67,7 +73,9 @@ def test_what_is_needed_and_was_lost_is_made_again(tmp_path):
     _, _, results = make_day(tmp_path)
     maker = gpu_day.Part("maker", 1, [], makes=tmp_path / "model")
     user = gpu_day.Part("user", 1, [], needs=tmp_path / "model")
-    choose = lambda fits=lambda part: True, refused=(): gpu_day.next_part([maker, user], results, fits, refused)
+    choose = lambda fits=lambda part: True, refused=(): gpu_day.next_part(
+        [maker, user], results, fits, refused
+    )
     results.write(maker, 1, began=0.0)
     results.write(maker, 1, ended="done", seconds=1.0, reason="")
     assert choose() is maker
@@ -79,8 +87,10 @@ def test_what_is_needed_and_was_lost_is_made_again(tmp_path):
 
 def test_a_part_that_succeeds_fails_or_takes_too_long(tmp_path):
     args, _, results = make_day(tmp_path)
-    rows = [{"name": "decode, x", "ours": 1.5, "peer": 3.0, "ratio": 2.0, "goal": 0.5, "met": True},
-            {"name": "other", "failed": "ValueError: no"}]
+    rows = [
+        {"name": "decode, x", "ours": 1.5, "peer": 3.0, "ratio": 2.0, "goal": 0.5, "met": True},
+        {"name": "other", "failed": "ValueError: no"},
+    ]
     write = f"echo '{json.dumps(rows)}' > {args.out}/rows.json; "
     good = shell(tmp_path, write + "exit 1")  # one measurement of two failed
     bad, slow = shell(tmp_path, "echo one; echo two; exit 3"), shell(tmp_path, write + "sleep 60")
@@ -149,8 +159,14 @@ def test_what_is_asked_of_cuda(monkeypatch):
     def record(name, answer=None):
         monkeypatch.setattr(torch.cuda, name, lambda *args: asked.append(name) or answer)
 
-    for name, answer in {"current_device": 0, "get_device_name": "A card", "synchronize": None,
-                         "reset_peak_memory_stats": None, "max_memory_allocated": 5, "empty_cache": None}.items():
+    for name, answer in {
+        "current_device": 0,
+        "get_device_name": "A card",
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 5,
+        "empty_cache": None,
+    }.items():
         record(name, answer)
     device = on_device.device_of("cuda")
     assert device == torch.device("cuda", 0)
@@ -159,10 +175,18 @@ def test_what_is_asked_of_cuda(monkeypatch):
     on_device.reset_peak(device)
     assert on_device.peak_bytes(device) == 5
     on_device.free_unused(device)
-    assert asked == ["current_device", "get_device_name", "synchronize", "reset_peak_memory_stats",
-                     "max_memory_allocated", "empty_cache"]
+    assert asked == [
+        "current_device",
+        "get_device_name",
+        "synchronize",
+        "reset_peak_memory_stats",
+        "max_memory_allocated",
+        "empty_cache",
+    ]
     # kernels: their time on the device counts
-    events = [SimpleNamespace(key=name, self_device_time_total=us, count=2) for name, us in (("a", 10), ("b", 30))]
+    events = [
+        SimpleNamespace(key=name, self_device_time_total=us, count=2) for name, us in (("a", 10), ("b", 30))
+    ]
 
     class Profile:
         def __init__(self, activities):
@@ -182,8 +206,8 @@ def test_the_peak_on_a_cpu():
     device = torch.device("cpu")
     on_device.reset_peak(device)
     before = on_device.peak_bytes(device)
-    torch.ones(2 ** 24)
-    assert on_device.peak_bytes(device) - before > 0.8 * 2 ** 26
+    torch.ones(2**24)
+    assert on_device.peak_bytes(device) - before > 0.8 * 2**26
 
 
 @pytest.mark.slow
@@ -196,8 +220,8 @@ def test_forms_of_attention_that_only_cuda_runs(monkeypatch):
         assert return_aux.lse
         outs, sums = [], []
         for i in range(len(begins_q) - 1):
-            q = query[begins_q[i]:begins_q[i + 1]].transpose(0, 1)  # (heads, T, D)
-            k, v = (x[begins_k[i]:begins_k[i + 1]].transpose(0, 1) for x in (key, value))
+            q = query[begins_q[i] : begins_q[i + 1]].transpose(0, 1)  # (heads, T, D)
+            k, v = (x[begins_k[i] : begins_k[i + 1]].transpose(0, 1) for x in (key, value))
             assert q.shape[1] <= most_q and k.shape[1] <= most_k
             scores = q @ k.transpose(1, 2) * q.shape[2] ** -0.5
             outs.append((scores.softmax(-1) @ v).transpose(0, 1))
@@ -229,10 +253,20 @@ def test_forms_of_attention_that_only_cuda_runs(monkeypatch):
 
 # ----------------------------------------------------------------------------------------------- whole calls
 def call(folder, *flags):
-    command = ["bash", str(ROOT / "bench/gpu_day.sh"), *SHORT, "--out", str(folder / "out"), "--work",
-               str(folder / "work"), *flags]
+    command = [
+        "bash",
+        str(ROOT / "bench/gpu_day.sh"),
+        *SHORT,
+        "--out",
+        str(folder / "out"),
+        "--work",
+        str(folder / "work"),
+        *flags,
+    ]
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(folder / "copies")}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def processes_of(folder):
@@ -255,7 +289,9 @@ def test_a_day_that_is_killed_goes_on(tmp_path):
     first = call(tmp_path, *parts)
     results = tmp_path / "out/results.jsonl"
     deadline = time.monotonic() + 300
-    while not (results.exists() and any("began" in line and line["part"] == "3B: sft full" for line in lines())):
+    while not (
+        results.exists() and any("began" in line and line["part"] == "3B: sft full" for line in lines())
+    ):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(1)  # the part is at work
@@ -273,9 +309,17 @@ def test_a_day_that_is_killed_goes_on(tmp_path):
     text, _ = said.communicate(timeout=300)
     assert said.returncode == 0, text
     ended = [(line["part"], line["ended"], line["try"]) for line in lines() if "ended" in line]
-    assert ended == [("3B: random weights", "done", 1), ("3B: sft full", "done", 2), ("demo: data", "done", 1)]
+    assert ended == [
+        ("3B: random weights", "done", 1),
+        ("3B: sft full", "done", 2),
+        ("demo: data", "done", 1),
+    ]
     assert "3 of 3 parts" in text and "sft full, all layers: GB at update, against the plan" in text
-    assert sorted(file.name for file in (tmp_path / "copies").iterdir()) == ["log.txt", "results.jsonl", "table.md"]
+    assert sorted(file.name for file in (tmp_path / "copies").iterdir()) == [
+        "log.txt",
+        "results.jsonl",
+        "table.md",
+    ]
     # nothing is left to do
     before = lines()
     again = call(tmp_path, *parts)
