@@ -19,6 +19,7 @@ import types
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -321,9 +322,10 @@ def capture_graph(step, generator, pool):
     """A function without arguments as a CUDA graph: (replay, what `step` returned, the graphs' memory pool).
 
     Whatever `step` reads and writes must stay where it is. It runs once before, as libraries set themselves
-    up in their first calls; the random generator is set back after that."""
+    up in their first calls, and for each stream: on the one that captures; the random generator is set back
+    after that."""
     given, generator = generator, generator or torch.cuda.default_generators[torch.cuda.current_device()]
-    state, stream = generator.get_state(), torch.cuda.Stream()
+    state, stream = generator.get_state(), capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
@@ -332,9 +334,16 @@ def capture_graph(step, generator, pool):
     graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     if given is not None:  # the default one is registered anyway
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, pool=pool):  # one pool for all graphs: they never run at the same time
+    # one pool for all graphs: they never run at the same time
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         result = step()
     return graph.replay, result, pool
+
+
+@cache
+def capture_stream(device):
+    """The one stream on which graphs of a device are captured."""
+    return torch.cuda.Stream(device)
 
 
 # ------------------------------------------------------------------------------------------------------- rows

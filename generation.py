@@ -358,7 +358,8 @@ class Decoder:
             # a graph reads fixed memory: new tensors in the cache need new ones, a step's input is copied in
             version = cache.version, self.policy.weights_version
             if self.version != version:
-                self.graphs, self.version = {}, version
+                self.forget_graphs()
+                self.version = version
             if size not in self.graphs:
                 self.graphs[size] = self.captured(state)
             replay, graph_state, result = self.graphs[size]
@@ -410,6 +411,10 @@ class Decoder:
     def give_up(self, reason):
         warn(f"{reason}; rollouts go on uncompiled")
         self.layers, self.capture, self.path = decode_hidden, False, "plain"
+
+    def forget_graphs(self):
+        """Gives their memory back: a pool without graphs is not used again."""
+        self.graphs, self.pool = {}, None
 
     def captured(self, state):
         """A step as a graph: what runs it, and the tensors that it reads (a state) and writes (a result)."""

@@ -200,7 +200,7 @@ class Engine:
     def release(self):
         """Gives the cache's memory back, and that of captured steps, until it plays again."""
         self.cache.release()
-        self.decoder.graphs, self.decoder.pool = {}, None
+        self.decoder.forget_graphs()
 
     def make_group(self, env, dialogue, question_number):
         """The episodes of a question, which go apart after the prompt."""

@@ -69,9 +69,10 @@ class Cuda:
         return SimpleNamespace(register_generator_state=register, replay="replay")
 
     @contextmanager
-    def graph(self, graph, pool):
+    def graph(self, graph, pool, stream):
         self.calls.append(f"capture into {pool}")
-        yield
+        with self.stream(stream):
+            yield
         self.calls.append("captured")
 
     # pinned memory
@@ -88,7 +89,9 @@ class Cuda:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    return Cuda(monkeypatch)
+    common.capture_stream.cache_clear()
+    yield Cuda(monkeypatch)
+    common.capture_stream.cache_clear()
 
 
 class Noted:
@@ -145,7 +148,7 @@ def test_a_stream_of_the_device_for_who_must_not_wait(cuda):
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("pool", [None, "a pool"])
 def test_a_graph_is_captured_after_one_run_that_leaves_no_trace(cuda, given, pool):
-    """On a stream of its own, which waits and is waited for, and the random numbers are the same again."""
+    """Both on one stream, which waits and is waited for, and the random numbers are the same again."""
     own = torch.Generator().manual_seed(3)
     drawn, generator = [], own if given else cuda.generator
 
@@ -157,9 +160,11 @@ def test_a_graph_is_captured_after_one_run_that_leaves_no_trace(cuda, given, poo
     replay, result, used = capture_graph(step, own if given else None, pool)
     known = ["the graph knows a given generator"] if given else []  # CUDA's own it knows
     assert cuda.calls == ["side1 waits for main", "side1 steps", "main waits for side1", *known,
-                          f"capture into {used}", "main steps", "captured"]
+                          f"capture into {used}", "side1 steps", "captured"]
     assert replay == "replay" and used == (pool or "a new pool")
     assert result is drawn[1] and torch.equal(*drawn)
+    capture_graph(step, None, used)
+    assert cuda.made == [0]  # the next one is captured on the same stream
 
 
 # -------------------------------------------------------------------------------------------- copies, memory
