@@ -7,7 +7,11 @@ One layer of one group: a prompt's keys and values that all rows share, and each
 bfloat16 on CUDA, each form captured as a CUDA graph there, as the step is.
 
     two parts     what generation.py: decode_hidden does, compiled: scores from float32 copies of the keys
-    bmm           the same, but the scores are a product of bfloat16 that gives float32
+    own by sums   the same, but scores of own tokens are sums of products of numbers, which need no copy of the
+                  keys in float32; uncompiled they would need eight of them
+    tuned         the first once more, with the best of the products that Inductor knows (max-autotune), which
+                  may read the keys as they are
+    bmm           the first, but the scores are a product of bfloat16 that gives float32
                   (torch.bmm(out_dtype=)), and so is the sum of values; compiled, and plain
     varlen_attn   two calls of torch.nn.attention.varlen, joined by their log-sum-exp
     flex          one compiled call of flex_attention with a block mask, over prompt and own tokens in one
@@ -71,14 +75,19 @@ def merge(first, second):
     return merged[..., :-1] / merged[..., -1:]
 
 
-def two_parts(layer):
-    def part(query, keys, values):
-        scores = query.float() @ keys.float().transpose(-1, -2) * layer.scale
+def two_parts(layer, by_sums=False):
+    def part(query, keys, values, by_sums=False):
+        if by_sums:
+            products = query.float()[..., None, :, :] * keys.float()[..., None, :]  # (.., keys, queries, D)
+            scores = products.sum(-1).transpose(-1, -2) * layer.scale
+        else:
+            scores = query.float() @ keys.float().transpose(-1, -2) * layer.scale
         m = scores.amax(-1, keepdim=True)
         p = (scores - m).exp().to(values.dtype)
         return torch.cat([(p @ values).float(), p.float().sum(-1, keepdim=True), m], dim=-1)
 
-    return merge(layer.unfolded(part(layer.folded(), *layer.prompt)), part(layer.query, *layer.own))
+    of_prompt = layer.unfolded(part(layer.folded(), *layer.prompt))
+    return merge(of_prompt, part(layer.query, *layer.own, by_sums))
 
 
 def by_bmm(layer):
@@ -137,6 +146,8 @@ def by_flex(layer):
 FORMS = {  # a function without arguments, made of a Layer
     "two parts, compiled": lambda layer: torch.compile(lambda: two_parts(layer)),
     "two parts, plain": lambda layer: lambda: two_parts(layer),
+    "own by sums, compiled": lambda layer: torch.compile(lambda: two_parts(layer, by_sums=True)),
+    "tuned": lambda layer: torch.compile(lambda: two_parts(layer), mode="max-autotune-no-cudagraphs"),
     "bmm, compiled": lambda layer: torch.compile(lambda: by_bmm(layer)),
     "bmm, plain": lambda layer: lambda: by_bmm(layer),
     "varlen_attn": by_varlen,

@@ -101,7 +101,7 @@ def parts_of(args):
     steps("3B", config, (120, "rl", "lora"), (120, "rl", "offload"))
     limits("3B", 80, "update")
     flags = f"--shape {'tiny --trials 1' if tiny else '3B'}"
-    add("3B: attention in other forms", 80, "bench/bench_attention.py", flags)
+    add("3B: attention in other forms", 100, "bench/bench_attention.py", flags)
     limits("3B", 150, "rollout", trials=1)
     steps("3B", config, (80, "sft", "lora"), (100, "sft", "offload"))
     limits("7B", 150, "check decode prefill")
