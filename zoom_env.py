@@ -48,6 +48,7 @@ MAY_ZOOM = "You may zoom in {left} more time(s), or answer now."
 LAST_TURN = "You cannot zoom in any more. Give your final answer now, without <video_zoom>."
 
 LONG_S = 600  # longer videos are overviewed by key frames
+ANY_FPS = 1e6  # overview_fps with which an overview always has overview_max_frames
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -119,6 +120,8 @@ class ZoomEnv:
     skips_special = False  # whether the text of a turn is without special tokens that were sampled
 
     def __init__(self, question, config, root="."):
+        if number := question.get("num_frames"):
+            config = replace(config, overview_max_frames=number, overview_fps=ANY_FPS)
         self.question, self.config, self.root = question, config, root
         self.path = str(Path(root) / question["video"])
         self.turns, self.done, self.rewards = [], False, {}

@@ -16,6 +16,7 @@ A file has one JSON object a line. A question:
     meta              anything else; results are grouped by its "kind", or else by source, and by its
                       "duration_group" or "duration_s"; with "judge": true no grade counts
     overview_frames   optional: numbers of the frames to show in the overview instead of its own choice
+    num_frames        optional: how many frames its overview has, in place of the run's number
     images            optional: image files, as video, one for each <image> in the question's text
     subtitles         optional: [[start_s, end_s, text], ...] of what is said
 
@@ -110,6 +111,9 @@ def question_error(question):
         value = question.get(key)
         if value is not None and not is_list_of(is_element, value):
             return f"{key} is not a list of {words}"
+    number = question.get("num_frames")
+    if number is not None and not (type(number) is int and number > 0):
+        return "num_frames is not a number of frames"
     images, marks = question.get("images"), question["question"].count("<image>")
     if images is not None and len(images) != marks:
         return f"there are {len(images)} images, and {marks} <image> in the question"

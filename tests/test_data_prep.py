@@ -39,7 +39,7 @@ def test_a_row_of_each_answer_type_is_good():
         {"answer_type": "open_ended", "answer": "the bus", "options": None},
         {"answer_type": "number", "answer": 7}, {"answer_type": "number", "answer": "-1.5"},
         {"answer_type": "segment", "answer": [12, 15.5]},
-        {"evidence": None, "meta": None, "source": None}, {"overview_frames": [0, 24]},
+        {"evidence": None, "meta": None, "source": None}, {"overview_frames": [0, 24]}, {"num_frames": 5},
     )])
 
 
@@ -67,6 +67,7 @@ def test_what_is_wrong_with_a_question_is_named():
         (GOOD | {"answer_type": "segment", "answer": 3}, "answer '3'.*segment"),
         (GOOD | {"answer_type": "open_ended", "answer": "?!"}, r"answer '\?!'.*open_ended"),
         (GOOD | {"evidence": [[15.5, 12]]}, "evidence"), (GOOD | {"evidence": [[-1, 2]]}, "evidence"), (GOOD | {"evidence": "12-15"}, "evidence"),
+        (GOOD | {"num_frames": 0}, "num_frames"), (GOOD | {"num_frames": 2.0}, "num_frames"),
         (GOOD | {"overview_frames": ["first"]}, "overview_frames"), (GOOD | {"meta": "none"}, "meta"),
     ])
 

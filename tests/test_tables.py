@@ -13,7 +13,7 @@ import eval as evaluation
 from demo.synthetic import synthetic
 from training import environment, run_folder, tables
 from training.checkpoints import save_policy
-from zoom_env import EnvConfig
+from zoom_env import ANY_FPS, EnvConfig
 
 TINY = Path(__file__).resolve().parent.parent / "demo" / "tiny_base"
 
@@ -147,7 +147,7 @@ def test_columns_stand_where_they_say_something():
 
 
 def test_a_protocol_is_named_and_a_prompt_known_by_its_hash():
-    plain, other = EnvConfig(), EnvConfig(system_prompt="Look.", overview_fps=environment.ANY_FPS, protocol="direct")
+    plain, other = EnvConfig(), EnvConfig(system_prompt="Look.", overview_fps=ANY_FPS, protocol="direct")
     plain, other = tables.environment_settings(plain), tables.environment_settings(other)
     assert (plain["protocol"], plain["overview_fps"], other["protocol"]) == ("videozoomer", 0.5, "direct")
     assert other["overview_fps"] is None  # a number of frames, whatever the length

@@ -106,6 +106,12 @@ def test_overview_shows_at_most_64_frames(folder):
         np.testing.assert_allclose(np.diff(times_s), duration_s / len(times_s), atol=1e-5)
 
 
+def test_a_question_may_say_how_many_frames_its_overview_has(folder):
+    for number in (1, 3, 100):
+        _, (first,) = play(folder, [], num_frames=number)
+        check_frames(folder / "20s.mp4", shown(first), [(i + 0.5) * 20 / number for i in range(number)])
+
+
 def test_overview_by_key_frames(folder, monkeypatch):
     """20 s with a key frame every second: within half a step of 2 s of every time lies one."""
     def by_key_frames(overview, by_key):

@@ -22,9 +22,7 @@ from transformers.utils import cached_file
 
 from common import UserError, check_bad, first_line, read_text, warn
 from protocols import PROTOCOLS, check_protocol, protocol_of
-from zoom_env import EnvConfig, RewardWeights
-
-ANY_FPS = 1e6  # overview_fps with which an overview always has overview_max_frames
+from zoom_env import ANY_FPS, EnvConfig, RewardWeights
 
 
 # ------------------------------------------------------------------------------------ of a checkpoint

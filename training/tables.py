@@ -18,7 +18,8 @@ from bisect import bisect
 from collections import defaultdict
 from pathlib import Path
 
-from training.environment import ANY_FPS, chosen_by_file
+from training.environment import chosen_by_file
+from zoom_env import ANY_FPS
 
 # {title: what a cell says, with fields of a row}
 COLUMNS = {
