@@ -10,10 +10,10 @@ The demo adds each policy's accuracy with zooming off, and for synthetic data th
 sampler could reach with as many frames as the policy looked at (see demo/synthetic.py).
 
 What are the zooms good for (controls/; several words of a flag are several rows of one table)?
-    --clips grey other none           each clip replaced by grey frames, by another video's, or by none, beside
-                                      the same turns with the clip shown: clips.jsonl, clips_by_kind.jsonl
-    --zoom policy always never gate   the policy's own choice; an answer before a zoom is refused; no tool; zoom
-                                      only where --votes direct answers disagree (gate.jsonl)
+    --clips grey other none           each clip is grey, another video's, or away, beside the same turns with
+                                      the clip shown: clips.jsonl, clips_by_kind.jsonl
+    --zoom policy always never gate   as the policy likes; no answer before a zoom; no tool; a zoom only where
+                                      --votes direct answers disagree: gate.jsonl
     --votes K                         the majority of K samples at temperature 1
 
 Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines
@@ -109,8 +109,8 @@ def make_engine(policy, mode, config, rank):
 
 # ---------------------------------------------------------------------------------------------------- playing
 def evaluate(engine, play, mode, questions, root, env_config, write, show=True):
-    """Plays each of the {number: question} for a Play, the way that its Mode says. `write` gets a dict of each
-    as soon as it is over, and at the end one of each question whose video could not be read."""
+    """Plays each of the {number: question} for a Play, as its Mode says. `write` gets a dict of each as soon
+    as it is over, and at the end one of each question whose video could not be read."""
     there, skipped = {}, []
     for number, question in questions.items():
         reason = missing_file(question, root)
@@ -211,7 +211,8 @@ def summarise(written, names, ways, questions, bad, config):
             add_rows(play, lines, settings | modes.settings(ways[direct.mode]) | {"gate": words})
     write_json(out / "results.json", [row for row in found["by_kind"] if row["kind"] == "all"])
     for name, rows in found.items():
-        write_jsonl(out / f"{name}.jsonl", rows)
+        if rows or name in ("by_kind", "by_duration", "skipped"):
+            write_jsonl(out / f"{name}.jsonl", rows)
 
 
 def report(out, strict):

@@ -33,7 +33,7 @@ class GreyClips:
 
 
 class OtherClips:
-    """Each clip shows another video at the same times, moved to where it lasts; tags and sizes are its own."""
+    """Each clip shows another video at the same times, moved into it; tags and sizes stay."""
 
     def carry_out(self, call):
         frames = super().carry_out(call)
@@ -100,7 +100,10 @@ def altered(protocol, mode):
 
 def maker(mode):
     """What makes the environments of a Mode, called as protocols.make_env is."""
-    return lambda question, env_config, root: altered(protocol_of(env_config), mode)(question, env_config, root)
+    def make_env(question, env_config, root="."):
+        return altered(protocol_of(env_config), mode)(question, env_config, root)
+
+    return make_env
 
 
 def num_refused(env):

@@ -54,7 +54,8 @@ def modes_of(config, is_demo):
     modes = []
     for word in words:
         if word == "gate":
-            modes += [Mode(ZOOM["policy"], temperature=config.temperature), sampled(ZOOM["never"], zoom="never")]
+            modes.append(Mode(ZOOM["policy"], temperature=config.temperature))
+            modes.append(sampled(ZOOM["never"], zoom="never"))
         elif config.mode == "uniform":
             modes.append(sampled("uniform"))
         else:

@@ -18,7 +18,7 @@ EDGE_S = 1e-6  # within which two ends are equal
 
 
 def calls_of(env):
-    """A dict for each call of an episode that was carried out: where it looked, in seconds within the video."""
+    """A dict for each call that was carried out in an episode: where it looked, in seconds within the video."""
     for number, turn in enumerate(env.turns):
         for call in turn.calls if turn.kind == "call" else ():
             start_s, end_s = env.tools[call.tool].looks_at(call.arguments)
@@ -33,7 +33,7 @@ def zoom_rows(episode, question):
         return [row | {"sample": place} for place, sample in enumerate(episode["samples"])
                 for row in zoom_rows(labels | sample, question)]
     rows, segments, evidence = [], [], question.get("evidence") or []
-    for nth, call in enumerate(episode["calls"], 1):
+    for nth, call in enumerate(episode.get("calls") or [], 1):
         segment = call["segment"]
         before = segments[-1] if segments else None
         segments.append(segment)
@@ -47,7 +47,7 @@ def zoom_rows(episode, question):
 
 
 def by_number(rows):
-    """The rows of the table of what `zoom_rows` gives for one policy and mode: all zooms, the first ones, .."""
+    """Table rows of what `zoom_rows` gives for one policy and mode: all zooms, the first ones, .."""
     numbers = sorted({row["nth"] for row in rows})
     groups = [("all", rows)] + [(nth, [row for row in rows if row["nth"] == nth]) for nth in numbers]
     return [summed(nth, group) for nth, group in groups if group]

@@ -47,7 +47,7 @@ def half(question_id):
 
 
 def gated(direct, zoomed, threshold):
-    """What a gate makes of a question's two lines: it zooms where more samples disagree than the threshold."""
+    """What a gate makes of a question's two lines: it zooms where more samples disagree than `threshold`."""
     zooms = direct["disagreeing"] > threshold
     line = zoomed if zooms else direct
     costs = {}
