@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,11 @@ from tiny import random_policy
 import generation
 import rl
 import rollout
+import zoom_env
 from demo.synthetic import synthetic
 from training.alarms import ALARMS, Alarms
 from training.checkpoints import save_policy
-from zoom_env import EnvConfig
+from zoom_env import REWARD_PARTS, EnvConfig
 
 GOOD = dict(accuracy=0.7, format=0.97, zooms=1.6, truncated=0.01, no_spread_wrong=0.1, entropy=0.3, kl=0.001,
             mismatch=1e-7, updates=4)
@@ -173,3 +175,17 @@ def test_turns_that_are_too_short_are_said(place, tmp_path, monkeypatch, capsys)
     run(monkeypatch, place, tmp_path / "run", "--steps", 2, "--max_turn_tokens", 1)
     said = capsys.readouterr().out
     assert "alarm: episodes are cut off: truncated 1 in step 2" in said and "--max_turn_tokens (1)" in said
+
+
+@pytest.mark.slow
+def test_a_reward_that_no_answer_matters_to_ends_in_a_collapse(place, tmp_path, monkeypatch, capsys):
+    """Of the entropy: a reward by the text, whatever the question, with steps that are far too large."""
+    def by_text(env):
+        said = "".join(turn.text for turn in env.turns)
+        return dict.fromkeys(REWARD_PARTS, 0.0) | {"format": zlib.crc32(said.encode()) % 3 / 2}
+
+    monkeypatch.setattr(zoom_env, "reward_parts", by_text)
+    run(monkeypatch, place, tmp_path / "run", "--steps", 20, "--temperature", 4, "--lr", 0.1, "--clip_high", 10,
+        "--group_size", 16, "--kl_weight", 0, "--entropy_weight", 1e-9, "--max_turn_tokens", 6)
+    line, = [line for line in capsys.readouterr().out.splitlines() if "the entropy collapses" in line]
+    assert "--entropy_weight" in line and "--lr 0.1" in line
