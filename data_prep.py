@@ -6,7 +6,7 @@
     python data_prep.py protocol --official DIR       the released protocol's sentences (sources/official.py)
     python data_prep.py overlap FILE FILE             what two files share (sources/overlap.py)
     python data_prep.py stats FILE                    what a file holds (sources/stats.py)
-    python data_prep.py successes --model DIR ...     a policy's own successes to train on (sources/successes.py)
+    python data_prep.py successes --model DIR ...     its own successes, to train on (sources/successes.py)
 
 sources/rows.py says what a row of questions or of trajectories holds.
 """

@@ -4,9 +4,9 @@
     python sft.py --model runs/sft --data runs/data/rft.jsonl --out runs/rft
 
 Each question is played --samples times at temperature 1. An episode is a success if it is right (a segment:
-from an overlap of 0.5 on), well formed in every turn and not cut off; of a question's successes at most --keep
-are written, first those of whose zooms the largest share hit the evidence, where that is known. A row is what
-was played: an episode whose text would be read as other tokens than were sampled is left out, too.
+from an overlap of 0.5 on), well formed in every turn and not cut off; of a question's successes at most
+--keep are written, first those of whose zooms the largest share hit the evidence, where that is known. A row
+is what was played: an episode whose text would be read as other tokens than were sampled is left out, too.
 
 Right is not the same as understood: of four options one episode in four is right by luck, and of four samples
 of a policy that only guesses two questions in three have a success. Zooms that hit tell some of these apart;
@@ -35,8 +35,8 @@ MAX_BAD = 0.01  # share of unusable rows of a question file
 
 
 def successes(model, questions, out, samples=4, keep=1, seed=0, device=None):
-    """Plays the question file and writes the trajectory file `out`, and beside it the questions that could not
-    be played; prints counts. Returns the rows, and {why an episode was not written: how many}. Raises
+    """Plays the question file and writes the trajectory file `out`, and beside it the questions that could
+    not be played; prints counts. Returns the rows, and {why an episode was not written: how many}. Raises
     UserError, also where there is no success."""
     out = Path(out)
     if out.suffix != ".jsonl" or out.resolve() == Path(questions).resolve():
@@ -73,7 +73,8 @@ def successes(model, questions, out, samples=4, keep=1, seed=0, device=None):
     if rank == 0:
         reasons = ", ".join(f"{reason} {number}" for reason, number in rejects.most_common()) or "none"
         print(f"successes: {len({row['question']['id'] for row in found})} of {len(rows)} questions, "
-              f"{len(found)} trajectories; episodes left out: {reasons}; questions not played: {len(skipped)}")
+              f"{len(found)} trajectories; episodes left out: {reasons}; "
+              f"questions not played: {len(skipped)}")
         skipped_rows = [{"row": where, "reason": reason} for where, reason in skipped]
         write_jsonl(out.with_suffix(".skipped.jsonl"), skipped_rows)
     if not found:

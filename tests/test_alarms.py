@@ -31,8 +31,8 @@ def said(run, config=rl.Config(), env_config=EnvConfig(), dtype=torch.float32, b
 
 
 def test_a_good_run_is_silent():
-    """By the values of the demo's good run at some of its steps; what it may have had at most of groups that are
-    wrong alike; and an easier one, which ends right and sure in everything."""
+    """By the values of the demo's good run at some of its steps; what it may have had at most of groups that
+    are wrong alike; and an easier one, which ends right and sure in everything."""
     rows = [(0.73, 0.97, 1.60, 0, 0.24, 0.0211, 8e-5), (0.58, 0.90, 1.97, 0.02, 0.11, 0.0221, 6e-4),
             (0.68, 0.91, 1.72, 0, 0.24, 0.0205, 9e-4), (0.87, 0.97, 1.2, 0, 0.26, 0.0214, 0.0047),
             (0.94, 0.98, 1.15, 0, 0.12, 0.0138, 0.01), (0.95, 0.96, 0.953, 0, 0.1, 0.0099, 0.0065),
@@ -114,7 +114,8 @@ def test_a_run_that_goes_on_says_nothing_again():
     as_file = json.loads(json.dumps(whole).replace("NaN", "null"))
 
     def goes_on(after):
-        alarms = Alarms(rl.Config(), SimpleNamespace(env_config=EnvConfig(), dtype=torch.float32), as_file[:after])
+        policy = SimpleNamespace(env_config=EnvConfig(), dtype=torch.float32)
+        alarms = Alarms(rl.Config(), policy, as_file[:after])
         return [m["step"] for m in whole[after:] for _ in alarms.look(m)]
 
     assert [goes_on(after) for after in (0, 3, 4, 5, 7)] == [[5], [5], [5], [], []]
@@ -133,8 +134,8 @@ def place(tmp_path_factory):
 def run(monkeypatch, place, out, *flags):
     """rl.py on it."""
     flags = ["--model", place / "start", "--data", place / "train.jsonl", "--out", out, "--batch_size", 1,
-             "--mini_batch_size", 1, "--group_size", 2, "--max_draws", 1, "--max_turn_tokens", 3, "--device", "cpu",
-             "--dtype", "float32", "--no-compile", "--no-dynamic_sampling", *flags]
+             "--mini_batch_size", 1, "--group_size", 2, "--max_draws", 1, "--max_turn_tokens", 3,
+             "--device", "cpu", "--dtype", "float32", "--no-compile", "--no-dynamic_sampling", *flags]
     monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])
     rl.main()
 
@@ -185,7 +186,8 @@ def test_a_reward_that_no_answer_matters_to_ends_in_a_collapse(place, tmp_path, 
         return dict.fromkeys(REWARD_PARTS, 0.0) | {"format": zlib.crc32(said.encode()) % 3 / 2}
 
     monkeypatch.setattr(zoom_env, "reward_parts", by_text)
-    run(monkeypatch, place, tmp_path / "run", "--steps", 20, "--temperature", 4, "--lr", 0.1, "--clip_high", 10,
-        "--group_size", 16, "--kl_weight", 0, "--entropy_weight", 1e-9, "--max_turn_tokens", 6)
+    run(monkeypatch, place, tmp_path / "run", "--steps", 20, "--temperature", 4, "--lr", 0.1,
+        "--clip_high", 10, "--group_size", 16, "--kl_weight", 0, "--entropy_weight", 1e-9,
+        "--max_turn_tokens", 6)
     line, = [line for line in capsys.readouterr().out.splitlines() if "the entropy collapses" in line]
     assert "--entropy_weight" in line and "--lr 0.1" in line

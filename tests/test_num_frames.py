@@ -87,7 +87,8 @@ def test_rl_plays_them(place, tmp_path, monkeypatch):
     data, out = place / "train.jsonl", tmp_path / "run"
     flags = ["--model", place / "start", "--data", data, "--val", data, "--out", out, "--steps", 1,
              "--batch_size", 10, "--mini_batch_size", 10, "--group_size", 2, "--max_draws", 1,
-             "--max_turn_tokens", 1, "--device", "cpu", "--dtype", "float32", "--no-compile", "--num_frames", 3, 12]
+             "--max_turn_tokens", 1, "--device", "cpu", "--dtype", "float32", "--no-compile",
+             "--num_frames", 3, 12]
     monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])
     rl.main()
     metrics = json.loads((out / "metrics.jsonl").read_text())

@@ -77,8 +77,8 @@ def test_what_is_kept_and_why_the_rest_is_not(place, policy):
     rejects = Counter()
     kept = successes.choose(policy, group + split, 2, rejects)
     assert kept == [group[3], group[2]]
-    assert rejects == {"said before": 1, "wrong": 2, "not well formed": 2, "cut off": 1, "more than --keep": 1,
-                       "its text is other tokens": 1}
+    assert rejects == {"said before": 1, "wrong": 2, "not well formed": 2, "cut off": 1,
+                       "more than --keep": 1, "its text is other tokens": 1}
     assert successes.choose(policy, group, 9, Counter()) == [group[3], group[2], group[0]]
     assert successes.choose(policy, [group[4]], 1, Counter()) == []
 
@@ -121,7 +121,8 @@ class ScriptedEngine:
                 e.number = number
                 groups[-1].append(e)
                 on_end(e)
-        return groups, [("gone", "no such file: none.mp4") for question in questions if question["id"] == "gone"]
+        gone = [question["id"] for question in questions if question["id"] == "gone"]
+        return groups, [(name, "no such file: none.mp4") for name in gone]
 
 
 def command(monkeypatch, *flags):

@@ -3,8 +3,8 @@
     alarms = Alarms(config, policy, rows)     rows: of metrics.jsonl, where a run goes on
     alarms.look(metrics)                      after each step: the lines to print
 
-Each alarm is a row of ALARMS: a metric, a side, and a limit that is computed from the run's own start: the best
-value of the first START steps, so that a run that breaks in its second step does not hide it. It is said
+Each alarm is a row of ALARMS: a metric, a side, and a limit that is computed from the run's own start: the
+best value of the first START steps, so that a run that breaks in its second step does not hide it. It is said
 after IN_A_ROW steps beyond the limit, as one step of a small batch may be bad luck, and once in a run. The
 metrics are all that it depends on, so a run that goes on knows from metrics.jsonl what was said before.
 
@@ -100,7 +100,7 @@ def value_of(alarm, metrics):
     return value if value is not None and math.isfinite(value) else alarm.side * math.inf
 
 
-# ---------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 def large_step(run):
     return f"steps are too large (--lr {run.config.lr:g}, --max_grad_norm, --lr_warmup_steps)"
 
