@@ -335,6 +335,8 @@ def play_share(name, env_config, ways, questions, done, written, config, rank, w
 def main():
     config = parse_flags(Config, __doc__, ("max_questions", "max_turn_tokens", "max_rows", "votes"))
     rank, world, device = start_processes(config.device)
+    if len(config.num_frames or []) > 1:
+        raise UserError("--num_frames takes one number here: evaluate each in a run of its own")
     for flag, known in (("mode", (None, "zoom", "uniform")), ("resume", ("auto", "never"))):
         if getattr(config, flag) not in known:
             names = " or ".join(name for name in known if name)
