@@ -4,39 +4,33 @@
     python ablations.py --report      runs nothing; one HTML file of what is there (report.py)
 
 A row of ROWS says in which flags of sft.py, rl.py and eval.py it differs from the row `full`, which is always
-run. To try an idea, add a row. A row is a chain of stages; those of the same flags and inputs are made once: one
-cold start serves many rows. A stage's folder is named by the hash of its flags, its seed, the content of its
-data file, and the policy that it takes. Its result.json has the command, commit and seconds once it is
-finished, and it is never run again; one that was stopped goes on by the same command. Code is not in the hash:
-after a change of the method remove the folders of the stages that it concerns.
+run. To try an idea, add a row. A row is a chain of stages; those of the same flags and inputs are made once:
+one cold start serves many rows. A stage's folder is named by the hash of its flags, its seed, the content of
+its data file, and the policy that it takes. Its result.json has the command, commit and seconds once it is
+finished, and it is never run again; one that was stopped goes on by the same command. Code is not in the
+hash: after a change of the method remove the folders of the stages that it concerns.
 
-Writes <runs>/<suite>/<seed>/<row>/result.json, and the tables of all rows that are there (findings.py).
+Writes <runs>/<suite>/<seed>/<row>/result.json, and the tables of all rows there are (findings/compare.py).
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-import torch
-
 import eval as evaluation
-import findings
 import report
 import rl
 import sft
 from common import UserError, fail, open_folder, run_main, write_json
 from demo.tiny_base import TINY_BASE
-from training.run_folder import code_version, fingerprint, own_folder
+from findings import compare, plots
+from findings.stage import Stage
+from training.run_folder import fingerprint, own_folder
 
 
 class Row(NamedTuple):
@@ -67,7 +61,8 @@ ROWS = [
     Row("no-tool-twice", "controls", "RL without the tool, twice the frames", sft="--kinds direct",
         rl="--max_zooms 0 --num_frames {twice}", eval="--max_zooms 0 --num_frames {twice}"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
-    *[Row(f"mixed-{n}", "controls", "... at this one", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
+    *[Row(f"mixed-{n}", "controls", "... at this one", of="mixed", eval=f"--num_frames {n}")
+      for n in (5, 17)],
     Row("reward-halves", "controls", "reward weights",
         rl="--accuracy_weight 0.5 --format_weight 0.5 --tool_weight 0.5"),
     Row("reward-right", "controls", "reward weights",
@@ -99,7 +94,7 @@ QUICK = {"data": "--train 200 --test 40", "eval": "--max_turn_tokens 80",
 GUESS_S = {"data": 40, "sft": 80, "rl": 490, "successes": 60, "rft": 80, "eval": 20}  # where none is known
 
 
-# -------------------------------------------------------------------------------------------------- the stages
+# ------------------------------------------------------------------------------------------------- the stages
 class Place(NamedTuple):
     """Where the rows of one suite and seed are made."""
 
@@ -111,46 +106,6 @@ class Place(NamedTuple):
         """The words of a stage's flags, its row's own last: these win."""
         quick = QUICK.get(kind, "") if self.suite.endswith("-quick") else ""
         return f"{SUITES[self.suite.removesuffix('-quick')].get(kind, '')} {quick} {own}".split()
-
-
-class Stage(NamedTuple):
-    """A command and its folder."""
-
-    kind: str
-    command: list  # script and flags
-    key: str
-    folder: Path
-
-    def result(self):
-        """What is known of it once it is finished; else None."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def run(self):
-        """Runs it, or what is left of it. Raises UserError where it fails."""
-        if self.result():
-            return
-        print(f"{self.folder} ...", end="", flush=True)
-        here, log, began = Path(__file__).parent, open_folder(self.folder) / "log.txt", time.time()
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"] if self.kind == "rl" else []
-        words = [sys.executable, *["-m"][:len(torchrun)], *torchrun, here / self.command[0], *self.command[1:]]
-        with open(log, "a", encoding="utf-8") as file:
-            status = subprocess.run(words, stdout=file, stderr=file, preexec_fn=end_with_parent).returncode
-        if status:
-            raise UserError(f"{' '.join(self.command)} ended with status {status}, see {log}")
-        steps = self.folder / "metrics.jsonl"  # they know of the seconds before a kill
-        seconds = sum(step["seconds"] for step in findings.read_lines(steps)) if steps.exists() else 0.0
-        words = ["torchrun", *torchrun[1:]] if torchrun else ["python"]
-        write_json(self.folder / "result.json", {
-            "command": " ".join([*words, *self.command]), "seconds": max(seconds, time.time() - began),
-            "commit": code_version(), "torch": torch.__version__})
-        print(f" {self.result()['seconds']:.0f} s", flush=True)
-
-
-def end_with_parent():
-    """In a child: it gets SIGTERM, at which it saves, when this script has ended, however it did."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def data_stage(place):
@@ -192,7 +147,7 @@ def fill(flags, place):
     """Flags with the numbers of frames in them, once the full run is evaluated."""
     if "{" not in flags or not (full := chain(FULL, place)[-1]).result():
         return flags
-    frames = findings.summary(full.folder)["figures"]["frames_per_question"]
+    frames = compare.summary(full.folder)["figures"]["frames_per_question"]
     return flags.format(frames=round(frames), twice=round(2 * frames))
 
 
@@ -208,10 +163,10 @@ def make_row(row, place):
         "commands": [result["command"] for result in made], "torch": made[-1]["torch"],
         "commits": sorted({str(result["commit"]) for result in made}),
         "seconds": sum(result["seconds"] for result in made), "data": str(place.folder / "data/test.jsonl"),
-        "stages": [str(stage.folder) for stage in stages]} | findings.summary(stages[-1].folder, rl_folder))
+        "stages": [str(stage.folder) for stage in stages]} | compare.summary(stages[-1].folder, rl_folder))
 
 
-# -------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
 def flags_of(row):
     """All flags of its own: a result of others is not this row's."""
     policy = row if row.of is None else BY_NAME[row.of]
@@ -238,7 +193,7 @@ def show_plan(rows, places, runs):
     total_s, seen = 0.0, set()
     for place in places:
         for row in rows:
-            missing = [stage for stage in chain(row, place) if not stage.result() and stage.folder not in seen]
+            missing = [s for s in chain(row, place) if not s.result() and s.folder not in seen]
             for stage in missing:
                 before = [json.loads(path.read_text())["seconds"] for path in
                           runs.glob(f"{place.suite}/*/stages/{stage.kind}-*/result.json")]
@@ -250,7 +205,8 @@ def show_plan(rows, places, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.error = lambda message: fail(f"{message} (see --help)")
     parser.add_argument("names", nargs="*", help="groups and rows; else all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -258,13 +214,17 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few questions and steps")
     parser.add_argument("--plan", action="store_true", help="only say what is missing")
     parser.add_argument("--report", action="store_true", help="only write report.html of what is there")
+    parser.add_argument("--picture", help="only draw the README's picture there, of the first of --seeds")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the results")
-    parser.add_argument("--out", type=Path, help="tables; else docs/ablations.md, of --quick <runs>/quick.md")
+    parser.add_argument("--out", type=Path, help="tables; else docs/ablations.md, of --quick RUNS/quick.md")
     args = parser.parse_args()
     flags = {row.name: flags_of(row) for row in ROWS}
     if args.report:
         return report.write_report(args.runs, flags)
-    rows, suite = choose(args.names), args.suite + "-quick" * args.quick
+    suite = args.suite + "-quick" * args.quick
+    if args.picture:
+        return plots.picture(args.runs / suite / str(args.seeds[0]), args.picture)
+    rows = choose(args.names)
     own_folder(args.runs)  # a second start waits, then gives up
     places = [Place(suite, seed, args.runs / suite / str(seed)) for seed in args.seeds]
     for place in places:
@@ -281,9 +241,9 @@ def main():
                 print(f"\n{row.name}: {error}", flush=True)
                 failed.append(row.name)
     out = args.out or (args.runs / "quick.md" if args.quick else Path("docs/ablations.md"))
-    findings.write_tables(args.runs, flags, args.quick, out)
+    compare.write_tables(args.runs, flags, args.quick, out)
     if failed:
-        raise UserError(f"{len(failed)} rows are not there: {', '.join(failed)}; the same command tries again")
+        raise UserError(f"not there: {', '.join(failed)}; the same command tries again")
 
 
 if __name__ == "__main__":

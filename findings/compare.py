@@ -3,9 +3,9 @@
     summary(folder, rl_folder)              what a row's result.json holds of an evaluation and of RL
     write_tables(runs, flags, quick, out)   the Markdown page, and .json beside it, of the results in `runs`
 
-A difference between two rows is the mean over the questions that both were asked, of all seeds that both have;
-its 95% interval is of 2,000 bootstrap resamples of these questions. A finding agrees if its interval is above
-0, disagrees if it is below, and else cannot be told.
+A difference between two rows is the mean over the questions that both were asked, of all seeds that both
+have; its 95% interval is of 2,000 bootstrap resamples of these questions. A finding agrees if its interval is
+above 0, disagrees if it is below, and else cannot be told.
 """
 
 import json
@@ -22,6 +22,7 @@ from zoom_env import between
 
 RESAMPLES = 2000
 FPS_LIMITS = (1, 2, 4, 8)  # of the paper's table 10: calls at (0, 1], (1, 2], ... frames a second
+CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")  # over RL's steps
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
 
 
@@ -36,7 +37,7 @@ class Finding(NamedTuple):
 
 
 FINDINGS = [
-    Finding("RL adds to the cold start", "MLVU dev 68.8, without RL 56.4; LVBench 41.5, 26.0", "full", "no-rl"),
+    Finding("RL adds to the cold start", "MLVU dev 68.8, without 56.4; LVBench 41.5, 26.0", "full", "no-rl"),
     Finding("the tool bonus helps", "MLVU dev 68.8, without 67.5; VideoMME 65.2, 62.5", "full", "no-bonus"),
     Finding("the tool bonus keeps zooms up", "calls fall towards 0 without it", "full", "no-bonus", "zooms"),
     Finding("the cold start is needed", "MLVU dev 68.8, without 57.0", "full", "no-cold-start"),
@@ -58,7 +59,7 @@ FINDINGS = [
             "zoom-never", "zoom-always")]
 
 
-# --------------------------------------------------------------------------------------------- one row's result
+# ------------------------------------------------------------------------------------------- one row's result
 def read_lines(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
@@ -70,7 +71,7 @@ def summary(folder, rl_folder=None):
     steps = read_lines(rl_folder / "metrics.jsonl") if rl_folder else []
     return {
         "figures": figures, "bound": next((o["accuracy"] for o in others if o["mode"] == "bound"), None),
-        "questions": {e["number"]: {name: e[name] for name in ("right", "zooms", "frames")} for e in episodes},
+        "questions": {e["number"]: {name: e[name] for name in ("right", "zooms")} for e in episodes},
         "fps": fps_counts([text for e in episodes for text in e["turns"]]),
         "training": [{name: step.get(name) for name in ("step", "accuracy", "zooms", "reward")}
                      for step in steps]}
@@ -90,7 +91,7 @@ def fps_counts(texts):
     return counts
 
 
-# -------------------------------------------------------------------------------------------------- the figures
+# ------------------------------------------------------------------------------------------------ the figures
 def read_results(runs, flags):
     """{suite: {row: {seed: result}}} of the results that are there, rows in the order of `flags`, a dict of
     what each row's flags are now: a result of others is left out."""
@@ -155,7 +156,7 @@ def thirds(seeds, field):
     return [mean(float(part[i].mean()) for part in parts) for i in range(3)] if parts else None
 
 
-# ------------------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------------------------- the page
 def percent(value, form="{:.1f}"):
     return "" if value is None else form.format(100 * value)
 
@@ -208,9 +209,9 @@ def suite_page(suite, rows):
         ["", *names], [["paper", *map(percent, PAPER_FPS)]] + [
             [name, *(percent(ratio(count, sum(counts))) for count in counts)]
             for name, counts in shares.items()])]
-    trained = {name: [thirds(seeds, field) for field in ("zooms", "accuracy")] for name, seeds in rows.items()}
-    own = {name: both for name, both in trained.items() if None not in both
-           and name in ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")}
+    fields = "zooms", "accuracy"
+    trained = {name: [thirds(seeds, field) for field in fields] for name, seeds in rows.items()}
+    own = {name: both for name, both in trained.items() if name in CURVES and None not in both}
     if own:
         page += ["### Over the steps of RL: mean of the first, middle and last third", markdown(
             ["row", "zooms", "right %, sampled"],
