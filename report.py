@@ -1,7 +1,8 @@
 """One HTML file of the runs of ablations.py: `python ablations.py --report` writes it.
 
 It has the tables, curves where matplotlib is installed, and dialogues to filter: of each row, in its first
-seed, the same first questions, MOST_DIALOGUES in all. What was seen is read from the videos again.
+seed, the same first questions, MOST_DIALOGUES in all. What was seen is read from the videos again: the
+true clips, also where eval.py showed others (--clips).
 The page needs no network. Dialogues are data, a JSON block, whose texts the page shows as texts, never as
 markup; a dialogue and its pictures are put into the page as it comes into view.
 """
@@ -110,7 +111,7 @@ form { position: sticky; top: 0; background: Canvas; padding: .5rem 0; z-index: 
 label { margin-right: 1rem } article { border: 1px solid #8886; border-left: 5px solid #c33; margin: .6rem 0;
  padding: .5rem .8rem; border-radius: 4px; min-height: 12rem; overflow-wrap: anywhere }
 article.yes { border-left-color: #3a3 } article > p { margin: .2rem 0 }
-.look { overflow-x: auto; font-size: 10px } .look div { display: inline-grid; grid-auto-columns: 1fr;
+.look { overflow-x: auto; font-size: 10px } .look div { display: inline-grid;
  text-align: center } .look img { grid-column: 1 / -1; max-width: none }
 .line { position: relative; height: 12px; background: #8883; margin: 2px 0 }
 .line i { position: absolute; top: 0; bottom: 0; min-width: 2px; background: #47c }
@@ -146,6 +147,7 @@ function look(parent, what, length, segments, evidence) {
   const strip = add(add(parent, "div", undefined, "look"), "div"), image = add(strip, "img");
   image.src = pictures[what.picture];
   image.alt = what.times.length + " frames";
+  strip.style.gridTemplateColumns = `repeat(${what.times.length}, 1fr)`;
   what.times.forEach(time => add(strip, "span", time.toFixed(1)).style.gridRow = 2);
   const line = add(parent, "div", undefined, "line");
   const mark = ([start, end], name) => {

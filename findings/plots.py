@@ -55,13 +55,17 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def accuracy_axes(axes, rows, questions=()):
-    """Accuracy against frames with 95% intervals, of {row: figures}; the bound of synthetic questions."""
+def accuracy_axes(axes, rows, questions=(), titles=None):
+    """Accuracy against frames with 95% intervals, of {row: figures}, and the best of uniform frames on
+    synthetic questions. titles: {row: its name}; rows of one name have one colour."""
+    titles = titles or {name: name for name in rows}
+    known = list(dict.fromkeys(titles[name] for name in rows))
     for name, f in rows.items():
         if f["accuracy"] is not None:
             error = [[100 * (f["accuracy"] - f["low"])], [100 * (f["high"] - f["accuracy"])]]
-            mark = "s" if name.startswith(("uniform", "no-tool")) else "o"
-            axes.errorbar(f["frames"], 100 * f["accuracy"], error, fmt=mark, capsize=3, label=name)
+            mark, colour = "s" if name.startswith(("uniform", "no-tool")) else "o", known.index(titles[name])
+            axes.errorbar(f["frames"], 100 * f["accuracy"], error, fmt=mark, capsize=3, color=f"C{colour}",
+                          label=titles[name])
     if questions:
         numbers = sorted({round(4 * 1.25 ** n) for n in range(16)})
         bound = [100 * sum(uniform_accuracy(q, n) for q in questions) / len(questions) for n in numbers]
@@ -70,7 +74,8 @@ def accuracy_axes(axes, rows, questions=()):
     ticks = [4, 8, 16, 32, 64, 128]
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
-    axes.legend(fontsize=7, frameon=False)
+    named = dict(zip(*axes.get_legend_handles_labels()[::-1]))  # one of each name
+    axes.legend(named.values(), named, fontsize=7, frameon=False)
 
 
 def curves(suite, rows, plt):
@@ -78,7 +83,7 @@ def curves(suite, rows, plt):
     colours = {name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
                                       "ytick.color")}
     with plt.rc_context(colours | {"svg.fonttype": "none", "svg.hashsalt": suite}):
-        figure, (frames, right, zooms) = plt.subplots(1, 3, figsize=(13, 4))
+        figure, (frames, right, zooms) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
         full = rows.get("full", {})
         accuracy_axes(frames, {name: compare.row_figures(seeds, full) for name, seeds in rows.items()})
         for name in CURVES:
@@ -141,9 +146,10 @@ def picture(folder, out):
             for at, frame in enumerate(frames):
                 axes.text((at + 0.5) * STRIP_PIXELS, 1.25 * STRIP_PIXELS, f"{frame.time_s:.1f}", fontsize=6,
                           ha="center")
-    rows = {name: compare.row_figures({0: result}, {}) for name, result in results.items()
-            if name in ("full", "no-rl", "no-tool", "no-tool-twice") or name.startswith("uniform")}
-    accuracy_axes(right.subplots(), rows, questions)
+    titles = {"full": "SFT + RL", "no-rl": "SFT", "no-tool": "RL without the tool"}
+    titles |= {name: "SFT, uniform frames" for name in results if name.startswith("uniform")}
+    rows = {name: compare.row_figures({0: results[name]}, {}) for name in results if name in titles}
+    accuracy_axes(right.subplots(), rows, questions, titles)
     figure.savefig(out, dpi=130)
     print(f"wrote {out}")
 
