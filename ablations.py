@@ -1,0 +1,250 @@
+"""The paper's findings, the controls that it lacks, what of GRPO matters: a table of command lines.
+
+    python ablations.py [paper|controls|grpo|NAME ...] [--seeds 0 1 2] [--suite demo|search] [--quick]
+    python ablations.py --report      runs nothing; one HTML file of what is there (report.py)
+
+A row of ROWS says in which flags of sft.py, rl.py and eval.py it differs from the row `full`, which is always
+run. To try an idea, add a row. A row is a chain of stages; those of the same flags and inputs are made once:
+one cold start serves many rows. A stage's folder is named by the hash of its flags, its seed, the content of
+its data file, and the policy that it takes. Its result.json has the command, commit and seconds once it is
+finished, and it is never run again; one that was stopped goes on by the same command. Code is not in the
+hash: after a change of the method remove the folders of the stages that it concerns.
+
+Writes <runs>/<suite>/<seed>/<row>/result.json, and the tables of all rows there are (findings/compare.py).
+"""
+
+import argparse
+import hashlib
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import eval as evaluation
+import report
+import rl
+import sft
+from common import UserError, fail, open_folder, run_main, write_json
+from demo.tiny_base import TINY_BASE
+from findings import compare, plots
+from findings.stage import Stage
+from training.run_folder import fingerprint, own_folder
+
+
+class Row(NamedTuple):
+    name: str
+    group: str
+    shows: str  # what it is for
+    sft: str | None = ""  # flags; None: the stage is left out
+    rl: str | None = ""
+    rft: str | None = None  # rejection fine-tuning: sft.py on the policy's own successes
+    eval: str = ""
+    of: str | None = None  # the row whose policy is evaluated, with other flags; sft, rl, rft are that row's
+
+
+# {frames}: as many a question as the row `full` looked at; {twice}: twice as many
+ROWS = [
+    Row("full", "paper", "table 3"),
+    Row("no-rl", "paper", "table 3", rl=None),
+    Row("no-bonus", "paper", "table 3, figure 6", rl="--tool_weight 0"),
+    Row("no-cold-start", "paper", "table 3; the base was never shown the tag", sft=None, rl="--steps 8"),
+    Row("no-reflection", "paper", "table 3, figure 6", sft="--kinds exemplar"),
+    *[Row(f"zooms-{n}", "paper", "table 11", of="full", eval=f"--max_zooms {n}") for n in range(4)],
+    *[Row(f"overview-{n}", "paper", "figure 5", of="full", eval=f"--num_frames {n}") for n in (5, 17, 33)],
+    *[Row(f"uniform-{n}", "paper", "figure 5", of="no-rl", eval=f"--mode uniform --num_frames {n}")
+      for n in (9, 17, 33)],
+
+    Row("no-tool", "controls", "RL without the tool, as many frames", sft="--kinds direct",
+        rl="--max_zooms 0 --num_frames {frames}", eval="--max_zooms 0 --num_frames {frames}"),
+    Row("no-tool-twice", "controls", "RL without the tool, twice the frames", sft="--kinds direct",
+        rl="--max_zooms 0 --num_frames {twice}", eval="--max_zooms 0 --num_frames {twice}"),
+    Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
+    *[Row(f"mixed-{n}", "controls", "... at this one", of="mixed", eval=f"--num_frames {n}")
+      for n in (5, 17)],
+    Row("reward-halves", "controls", "reward weights",
+        rl="--accuracy_weight 0.5 --format_weight 0.5 --tool_weight 0.5"),
+    Row("reward-right", "controls", "reward weights",
+        rl="--accuracy_weight 1 --format_weight 0 --tool_weight 0"),
+    Row("reward-hit", "controls", "a reward for zooms that hit", rl="--hit_weight 0.5"),
+    Row("rft", "controls", "fine-tuning on successes in place of RL", rl=None, rft=""),
+    Row("rl-rft", "controls", "... after RL", rft=""),
+    *[Row(f"clips-{how}", "controls", "what the clip is for", of="full", eval=f"--clips {how}")
+      for how in ("grey", "other", "none")],
+    *[Row(f"zoom-{how}", "controls", "when to zoom", of="full", eval=f"--zoom {how}")
+      for how in ("always", "never", "gate")],
+    Row("votes-8", "controls", "majority of 8 samples", of="full", eval="--votes 8"),
+
+    Row("dr-grpo", "grpo", "r - mean", rl="--advantage dr_grpo"),
+    Row("rloo", "grpo", "r - mean of the others", rl="--advantage rloo"),
+    Row("gspo", "grpo", "a sequence's ratio", rl="--ratio sequence --loss_mean episode "
+        "--clip_low 0.0003 --clip_high 0.0004"),
+    Row("no-clip-higher", "grpo", "clip 0.2 / 0.2", rl="--clip_high 0.2"),
+    Row("no-dynamic-sampling", "grpo", "groups without spread stay", rl="--no-dynamic_sampling"),
+    Row("no-kl", "grpo", "", rl="--kl_weight 0"),
+    Row("on-policy", "grpo", "one update a step", rl="--mini_batch_size 16")]
+BY_NAME = {row.name: row for row in ROWS}
+FULL = ROWS[0]
+
+# flags that all rows of a suite have, by stage; --quick adds those of QUICK
+SUITES = {"demo": {}, "search": {"data": "--suite search"}}
+QUICK = {"data": "--train 200 --test 40", "eval": "--max_turn_tokens 80",
+         "rl": "--steps 2 --batch_size 4 --mini_batch_size 2 --group_size 4 --max_draws 1"}
+GUESS_S = {"data": 40, "sft": 80, "rl": 490, "successes": 60, "rft": 80, "eval": 20}  # where none is known
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+class Place(NamedTuple):
+    """Where the rows of one suite and seed are made."""
+
+    suite: str  # with -quick behind it
+    seed: int
+    folder: Path
+
+    def flags(self, kind, own=""):
+        """The words of a stage's flags, its row's own last: these win."""
+        quick = QUICK.get(kind, "") if self.suite.endswith("-quick") else ""
+        return f"{SUITES[self.suite.removesuffix('-quick')].get(kind, '')} {quick} {own}".split()
+
+
+def data_stage(place):
+    flags = ["--out", str(place.folder / "data"), "--seed", str(place.seed), *place.flags("data")]
+    return Stage("data", ["data_prep.py", "synthetic", *flags], "", place.folder / "data")
+
+
+def chain(row, place):
+    """The Stages that lead to a row's numbers, the first one first. The data has to be there."""
+    stages, policy = [], row if row.of is None else BY_NAME[row.of]
+
+    def add(kind, script, flags, inputs, out="", seed=("--seed", str(place.seed))):
+        """Adds a stage. inputs: {flag: (path, key)}. Returns what it writes as such a pair."""
+        words = place.flags(kind, fill(flags, place)) + [*seed]
+        text = json.dumps([kind, place.seed, words, [key for _, key in inputs.values()]])
+        key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        folder = place.folder / "stages" / f"{kind}-{key}"
+        paths = [word for flag, (path, _) in inputs.items() for word in (flag, str(path))]
+        stages.append(Stage(kind, [*script.split(), *paths, "--out", str(folder / out), *words], key, folder))
+        return folder / out, key
+
+    trajectories, questions, test = [(path, fingerprint(path)) for path in (
+        place.folder / "data" / f"{name}.jsonl" for name in ("sft", "train", "test"))]
+    model = TINY_BASE, fingerprint(TINY_BASE)
+    if policy.sft is not None:
+        model = add("sft", "sft.py", policy.sft, {"--model": model, "--data": trajectories})
+    if policy.rl is not None:
+        model = add("rl", "rl.py", policy.rl, {"--model": model, "--data": questions})
+    if policy.rft is not None:
+        own = add("successes", "data_prep.py successes", "", {"--model": model, "--questions": questions},
+                  "sft.jsonl", seed=())
+        model = add("rft", "sft.py", policy.rft, {"--model": model, "--data": own})
+    mode = "" if "--mode" in row.eval else "--mode zoom "
+    add("eval", "eval.py", mode + row.eval, {"--model": model, "--data": test})
+    return stages
+
+
+def fill(flags, place):
+    """Flags with the numbers of frames in them, once the full run is evaluated."""
+    if "{" not in flags or not (full := chain(FULL, place)[-1]).result():
+        return flags
+    frames = compare.summary(full.folder)["figures"]["frames_per_question"]
+    return flags.format(frames=round(frames), twice=round(2 * frames))
+
+
+def make_row(row, place):
+    """Runs what is missing of a row, then writes its result.json."""
+    for stage in chain(row, place):
+        stage.run()
+    stages = chain(row, place)
+    made = [stage.result() for stage in stages]
+    rl_folder = next((stage.folder for stage in stages if stage.kind == "rl"), None)
+    write_json(open_folder(place.folder / row.name) / "result.json", {
+        "row": row.name, "flags": flags_of(row), "suite": place.suite, "seed": place.seed,
+        "commands": [result["command"] for result in made], "torch": made[-1]["torch"],
+        "commits": sorted({str(result["commit"]) for result in made}),
+        "seconds": sum(result["seconds"] for result in made), "data": str(place.folder / "data/test.jsonl"),
+        "stages": [str(stage.folder) for stage in stages]} | compare.summary(stages[-1].folder, rl_folder))
+
+
+# ------------------------------------------------------------------------------------------------- the script
+def flags_of(row):
+    """All flags of its own: a result of others is not this row's."""
+    policy = row if row.of is None else BY_NAME[row.of]
+    return [policy.sft, policy.rl, policy.rft, row.eval]
+
+
+def choose(names):
+    """The rows of these names and groups, and the full run. Raises UserError, also for a flag that a row's
+    script does not have."""
+    for name in {*names} - {*BY_NAME} - {row.group for row in ROWS}:
+        raise UserError(f"there is no row or group {name}; rows are {', '.join(BY_NAME)}")
+    rows = [row for row in ROWS if not names or row is FULL or row.name in names or row.group in names]
+    for row in rows:
+        for script, flags in zip((sft, rl, sft, evaluation), flags_of(row)):
+            known = {field.name for field in fields(script.Config)}
+            for flag in re.findall(r"--(?:no-)?(\w+)", flags or ""):
+                if flag not in known:
+                    raise UserError(f"row {row.name}: {script.__name__}.py has no flag --{flag}")
+    return rows
+
+
+def show_plan(rows, places, runs):
+    """Prints what is missing, and how long it takes by what such stages took before."""
+    total_s, seen = 0.0, set()
+    for place in places:
+        for row in rows:
+            missing = [s for s in chain(row, place) if not s.result() and s.folder not in seen]
+            for stage in missing:
+                before = [json.loads(path.read_text())["seconds"] for path in
+                          runs.glob(f"{place.suite}/*/stages/{stage.kind}-*/result.json")]
+                total_s += mean(before or [GUESS_S[stage.kind]])
+                seen.add(stage.folder)
+            todo = ", ".join(stage.kind for stage in missing) or "-"
+            print(f"{place.suite} {place.seed}  {row.group:9} {row.name:20} {todo:26} {row.shows}")
+    print(f"{len(seen)} stages to run, some {total_s / 60:.0f} minutes", flush=True)
+
+
+def main():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser.add_argument("names", nargs="*", help="groups and rows; else all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--suite", choices=SUITES, default="demo")
+    parser.add_argument("--quick", action="store_true", help="few questions and steps")
+    parser.add_argument("--plan", action="store_true", help="only say what is missing")
+    parser.add_argument("--report", action="store_true", help="only write report.html of what is there")
+    parser.add_argument("--picture", help="only draw the README's picture there, of the first of --seeds")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the results")
+    parser.add_argument("--out", type=Path, help="tables; else docs/ablations.md, of --quick RUNS/quick.md")
+    args = parser.parse_args()
+    flags = {row.name: flags_of(row) for row in ROWS}
+    if args.report:
+        return report.write_report(args.runs, flags)
+    suite = args.suite + "-quick" * args.quick
+    if args.picture:
+        return plots.picture(args.runs / suite / str(args.seeds[0]), args.picture)
+    rows = choose(args.names)
+    own_folder(args.runs)  # a second start waits, then gives up
+    places = [Place(suite, seed, args.runs / suite / str(seed)) for seed in args.seeds]
+    for place in places:
+        data_stage(place).run()  # stages are known by its content
+    show_plan(rows, places, args.runs)
+    if args.plan:
+        return
+    failed = []
+    for place in places:
+        for row in rows:
+            try:
+                make_row(row, place)
+            except UserError as error:  # the others are made all the same
+                print(f"\n{row.name}: {error}", flush=True)
+                failed.append(row.name)
+    out = args.out or (args.runs / "quick.md" if args.quick else Path("docs/ablations.md"))
+    compare.write_tables(args.runs, flags, args.quick, out)
+    if failed:
+        raise UserError(f"not there: {', '.join(failed)}; the same command tries again")
+
+
+if __name__ == "__main__":
+    run_main(main)

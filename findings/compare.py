@@ -1,0 +1,244 @@
+"""What the results of ablations.py say: tables, differences, and whether the paper's findings come out again.
+
+    summary(folder, rl_folder)              what a row's result.json holds of an evaluation and of RL
+    write_tables(runs, flags, quick, out)   the Markdown page, and .json beside it, of the results in `runs`
+
+A difference between two rows is the mean over the questions that both were asked, of all seeds that both
+have; its 95% interval is of 2,000 bootstrap resamples of these questions. A finding agrees if its interval is
+above 0, disagrees if it is below, and else cannot be told.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import numpy as np
+
+from common import open_folder, write_json
+from training.tables import interval, ratio
+from zoom_env import between
+
+RESAMPLES = 2000
+FPS_LIMITS = (1, 2, 4, 8)  # of the paper's table 10: calls at (0, 1], (1, 2], ... frames a second
+CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")  # over RL's steps
+PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
+
+
+class Finding(NamedTuple):
+    """A claim that `row` has more of `field`, in the mean of a question, than the row `other`."""
+
+    claim: str
+    paper: str  # its numbers
+    row: str
+    other: str
+    field: str = "right"
+
+
+FINDINGS = [
+    Finding("RL adds to the cold start", "MLVU dev 68.8, without 56.4; LVBench 41.5, 26.0", "full", "no-rl"),
+    Finding("the tool bonus helps", "MLVU dev 68.8, without 67.5; VideoMME 65.2, 62.5", "full", "no-bonus"),
+    Finding("the tool bonus keeps zooms up", "calls fall towards 0 without it", "full", "no-bonus", "zooms"),
+    Finding("the cold start is needed", "MLVU dev 68.8, without 57.0", "full", "no-cold-start"),
+    Finding("reflection data helps", "MLVU dev 68.8, without 67.0; VideoMME 65.2, 58.7",
+            "full", "no-reflection"),
+    Finding("reflection data brings zooms", "about 2 calls a question, about 1 without",
+            "full", "no-reflection", "zooms"),
+    Finding("a zoom helps", "with 0 and 1: LongVideoReason 64.8, 79.9; MLVU dev 65.0, 66.7",
+            "zooms-1", "zooms-0"),
+    Finding("more zooms help more", "with 1 and 4: MLVU dev 66.7, 68.8; LVBench 39.6, 41.5",
+            "full", "zooms-1"),
+    Finding("zooms beat more uniform frames", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
+            "full", "uniform-33"),
+    Finding("... after the same RL, as many frames", "not shown", "full", "no-tool"),
+    Finding("... after the same RL, twice the frames", "not shown", "full", "no-tool-twice"),
+    Finding("it is what the clip shows that helps", "not shown", "full", "clips-grey"),
+    Finding("never zooming is better than always",
+            "of others, on the released checkpoint: LongVideoReason 77.7 never, 76.9 always",
+            "zoom-never", "zoom-always")]
+
+
+# ------------------------------------------------------------------------------------------- one row's result
+def read_lines(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def summary(folder, rl_folder=None):
+    """What the tables need of an evaluation's folder, and of that of RL, where there was any."""
+    figures, *others = json.loads((folder / "results.json").read_text())
+    episodes = read_lines(folder / "episodes.jsonl")
+    steps = read_lines(rl_folder / "metrics.jsonl") if rl_folder else []
+    return {
+        "figures": figures, "bound": next((o["accuracy"] for o in others if o["mode"] == "bound"), None),
+        "questions": {e["number"]: {name: e[name] for name in ("right", "zooms")} for e in episodes},
+        "fps": fps_counts([text for e in episodes for text in e["turns"]]),
+        "training": [{name: step.get(name) for name in ("step", "accuracy", "zooms", "reward")}
+                     for step in steps]}
+
+
+def fps_counts(texts):
+    """How many calls in the turns ask for each range of frames a second; [int], one above FPS_LIMITS."""
+    counts = [0] * (len(FPS_LIMITS) + 1)
+    for text in texts:
+        for call in between(text.rpartition("</think>")[2], "video_zoom")[0]:
+            try:
+                fps = float(json.loads(call)["fps"])
+            except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+                continue
+            if fps > 0:
+                counts[sum(fps > limit for limit in FPS_LIMITS)] += 1
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------ the figures
+def read_results(runs, flags):
+    """{suite: {row: {seed: result}}} of the results that are there, rows in the order of `flags`, a dict of
+    what each row's flags are now: a result of others is left out."""
+    found = defaultdict(lambda: defaultdict(dict))
+    results = [json.loads(path.read_text()) for path in sorted(Path(runs).glob("*/*/*/result.json"))]
+    results = [result for result in results if flags.get(result.get("row")) == result.get("flags", False)]
+    for result in sorted(results, key=lambda r: (list(flags).index(r["row"]), r["seed"])):
+        found[result["suite"]][result["row"]][result["seed"]] = result
+    return found
+
+
+def difference(row, other, field):
+    """(mean, low, high) of what `row` has more than `other` on the same questions, {seed: result} each; None
+    where no seed is common."""
+    pairs = []
+    for seed in sorted(row.keys() & other.keys()):
+        ours, theirs = row[seed]["questions"], other[seed]["questions"]
+        for number in sorted(ours.keys() & theirs.keys(), key=int):
+            values = ours[number][field], theirs[number][field]
+            if None not in values:
+                pairs.append(values[0] - values[1])
+    if not pairs:
+        return None
+    pairs = np.array(pairs, dtype=float)
+    draws = np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+    low, high = np.percentile(pairs[draws].mean(axis=1), (2.5, 97.5))
+    return pairs.mean().item(), low.item(), high.item()
+
+
+def row_figures(seeds, full):
+    """The numbers of a table's row. seeds, full: {seed: result} of the row and of the full run."""
+    results = list(seeds.values())
+    right = [q["right"] >= 0.5 for r in results for q in r["questions"].values() if q["right"] is not None]
+    low, high = interval(sum(right), len(right)) if right else (None, None)
+    of_seeds = [r["figures"]["accuracy"] for r in results if r["figures"]["accuracy"] is not None]
+
+    def over_seeds(name):
+        values = [r["figures"].get(name) for r in results]
+        values = [value for value in values if value is not None]
+        return mean(values) if values else None
+
+    bounds = [r["bound"] for r in results if r["bound"] is not None]
+    return {
+        "seeds": sorted(seeds), "questions": len(right), "accuracy": ratio(sum(right), len(right)),
+        "low": low, "high": high, "spread": stdev(of_seeds) if len(of_seeds) > 1 else None,
+        "against_full": None if seeds is full else difference(seeds, full, "right"),
+        "zooms": over_seeds("zooms_per_question"), "frames": over_seeds("frames_per_question"),
+        "invalid": over_seeds("invalid_call_rate"), "hits": over_seeds("hit_rate"),
+        "tokens": over_seeds("tokens_per_question"), "bound": mean(bounds) if bounds else None,
+        "seconds": mean(r["seconds"] for r in results)}
+
+
+def verdict(interval_):
+    mean_, low, high = interval_
+    return "agrees" if low > 0 else "disagrees" if high < 0 else "cannot be told"
+
+
+def thirds(seeds, field):
+    """The mean of `field` in the first, middle and last third of RL's steps, over seeds; None without RL."""
+    runs = [[step[field] for step in r["training"] if step[field] is not None] for r in seeds.values()]
+    parts = [np.array_split(run, 3) for run in runs if len(run) >= 3]
+    return [mean(float(part[i].mean()) for part in parts) for i in range(3)] if parts else None
+
+
+# --------------------------------------------------------------------------------------------------- the page
+def percent(value, form="{:.1f}"):
+    return "" if value is None else form.format(100 * value)
+
+
+def number(value, form="{:.2f}"):
+    return "" if value is None else form.format(value)
+
+
+def with_interval(found, scale):
+    return "" if found is None else "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(
+        *[scale * value for value in found], d=1 if scale == 100 else 2)
+
+
+def markdown(head, lines):
+    """A table. Pipes and angle brackets in the cells are texts."""
+    safe = lambda cell: str(cell).replace("|", "\\|").replace("<", "&lt;")
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(map(safe, row)) + " |" for row in rows)
+
+
+def suite_page(suite, rows):
+    """(lines of Markdown, their numbers) of a suite, {row: {seed: result}}."""
+    full = rows.get("full", {})
+    figures = {name: row_figures(seeds, full) for name, seeds in rows.items()}
+    tested = []
+    for finding in FINDINGS:
+        if finding.row in rows and finding.other in rows:
+            found = difference(rows[finding.row], rows[finding.other], finding.field)
+            if found is not None:
+                tested.append(finding._asdict() | {"difference": found, "verdict": verdict(found)})
+    page = [f"## Suite {suite}", markdown(
+        ["row", "seeds", "right %, 95% interval", "spread over seeds", "to the full run, same questions",
+         "frames", "zooms", "invalid %", "hit %", "tokens", "best uniform %", "minutes"],
+        [[name, " ".join(map(str, f["seeds"])),
+          f"{percent(f['accuracy'])} ({percent(f['low'])} - {percent(f['high'])})", percent(f["spread"]),
+          with_interval(f["against_full"], 100), number(f["frames"], "{:.1f}"), number(f["zooms"]),
+          percent(f["invalid"]), percent(f["hits"]), number(f["tokens"], "{:.0f}"), percent(f["bound"]),
+          number(f["seconds"] / 60, "{:.1f}")] for name, f in figures.items()])]
+    if tested:
+        page += ["### Findings", markdown(
+            ["finding", "in the paper", "rows", "difference here, 95% interval", "verdict"],
+            [[t["claim"], t["paper"], f"{t['row']} - {t['other']}, {t['field']}",
+              with_interval(t["difference"], 100 if t["field"] == "right" else 1), t["verdict"]]
+             for t in tested])]
+    shares = {name: [sum(counts) for counts in zip(*[r["fps"] for r in rows[name].values()])]
+              for name in ("no-rl", "full") if name in rows}
+    limits = ["0", *map(str, FPS_LIMITS)]
+    names = [f"({a}, {b}]" for a, b in zip(limits, limits[1:])] + [f"above {limits[-1]}"]
+    page += ["### Frames a second that the calls ask for, %", markdown(
+        ["", *names], [["paper", *map(percent, PAPER_FPS)]] + [
+            [name, *(percent(ratio(count, sum(counts))) for count in counts)]
+            for name, counts in shares.items()])]
+    fields = "zooms", "accuracy"
+    trained = {name: [thirds(seeds, field) for field in fields] for name, seeds in rows.items()}
+    own = {name: both for name, both in trained.items() if name in CURVES and None not in both}
+    if own:
+        page += ["### Over the steps of RL: mean of the first, middle and last third", markdown(
+            ["row", "zooms", "right %, sampled"],
+            [[name, " → ".join(map(number, zooms)), " → ".join(map(percent, right))]
+             for name, (zooms, right) in own.items()])]
+    every = [r for seeds in rows.values() for r in seeds.values()]
+    page.append(f"torch {', '.join(sorted({r['torch'] for r in every}))}; commits "
+                + ", ".join(sorted({commit[:12] for r in every for commit in r["commits"]})))
+    numbers = {"rows": figures, "findings": tested, "fps": shares, "training": trained,
+               "commands": {name: [r["commands"] for r in seeds.values()] for name, seeds in rows.items()}}
+    return page, numbers
+
+
+def write_tables(runs, flags, quick, out):
+    """Prints the page and writes it to `out`, and its numbers to .json beside it. Only --quick's results, or
+    only the others."""
+    pages, numbers = ["# Ablations", "Made by `python ablations.py`, which says what the rows are."], {}
+    if quick:
+        pages.append("**quick**: few questions and steps, these numbers say only that it runs.")
+    for suite, rows in read_results(runs, flags).items():
+        if suite.endswith("-quick") == quick:
+            lines, numbers[suite] = suite_page(suite, rows)
+            pages += lines
+    text = "\n\n".join(pages) + "\n"
+    open_folder(out.parent)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(out)
+    write_json(out.with_suffix(".json"), numbers)
+    print(f"{text}\nwrote {out}")

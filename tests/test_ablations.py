@@ -1,0 +1,281 @@
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ablations
+import findings.stage
+from common import UserError
+from findings import compare
+from findings.stage import Stage
+from training.tables import interval
+
+ROOT = Path(ablations.__file__).parent
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A place with data that nobody plays."""
+    (tmp_path / "data").mkdir()
+    for name in ("sft", "train", "test"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(name)
+    return ablations.Place("demo", 0, tmp_path)
+
+
+def row(name):
+    return ablations.BY_NAME[name]
+
+
+def result(questions, seed=0, **more):
+    """A row's result, of {number: (right, zooms)}."""
+    return {"seed": seed, "questions": {str(n): {"right": right, "zooms": zooms}
+                                        for n, (right, zooms) in questions.items()}} | more
+
+
+# -------------------------------------------------------------------------------------------------- the table
+@pytest.mark.parametrize("name", ablations.BY_NAME)
+def test_each_row_has_flags_that_its_scripts_know(name):
+    assert ablations.choose([name])[-1].name == name
+
+
+def test_every_row_has_a_name_of_its_own_and_every_claim_has_its_rows():
+    assert len(ablations.BY_NAME) == len(ablations.ROWS)
+    for finding in compare.FINDINGS:
+        assert {finding.row, finding.other} <= set(ablations.BY_NAME)
+    for each in ablations.ROWS:
+        assert each.of is None or row(each.of).of is None
+
+
+def test_wrong_names_and_flags_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match="no row or group bogus"):
+        ablations.choose(["bogus"])
+    mine = ablations.Row("mine", "own", "", rl="--cliphigh 1")
+    monkeypatch.setattr(ablations, "ROWS", [ablations.FULL, mine])
+    with pytest.raises(UserError, match="row mine: rl.py has no flag --cliphigh"):
+        ablations.choose([])
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+def test_stages_with_the_same_flags_and_inputs_are_one(place):
+    kinds = lambda name: [stage.kind for stage in ablations.chain(row(name), place)]
+    folders = lambda name: [stage.folder for stage in ablations.chain(row(name), place)]
+    assert kinds("full") == ["sft", "rl", "eval"] and kinds("no-rl") == ["sft", "eval"]
+    assert kinds("no-cold-start") == ["rl", "eval"] and kinds("rft") == ["sft", "successes", "rft", "eval"]
+    assert folders("full")[0] == folders("no-bonus")[0] == folders("no-rl")[0]
+    assert folders("full")[:2] == folders("zooms-0")[:2] and folders("full")[2] != folders("zooms-0")[2]
+    assert folders("full")[1] != folders("no-bonus")[1]
+    assert folders("no-reflection")[0] != folders("full")[0]  # and so is all that comes after it
+    assert not set(folders("no-reflection")) & set(folders("full"))
+    assert not set(folders("full")) & set(
+        stage.folder for stage in ablations.chain(row("full"), place._replace(seed=1)))
+
+
+def test_only_what_hangs_on_changed_data_has_another_key(place):
+    before = ablations.chain(row("full"), place)
+    (place.folder / "data" / "train.jsonl").write_text("other questions")
+    after = ablations.chain(row("full"), place)
+    assert [old.key == new.key for old, new in zip(before, after)] == [True, False, False]
+
+
+def test_a_stage_takes_the_policy_of_the_one_before(place):
+    sft, rl, evaluation = ablations.chain(row("no-bonus"), place)
+    assert rl.command[:3] == ["rl.py", "--model", str(sft.folder)]
+    assert rl.command[-2:] == ["--seed", "0"] and "--tool_weight" in rl.command
+    assert evaluation.command[:3] == ["eval.py", "--model", str(rl.folder)]
+
+
+def script(folder, text):
+    path = folder / "script.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_stage_runs_once_and_one_that_failed_again(tmp_path):
+    text = f"import sys; open({str(tmp_path / 'ran')!r}, 'a').write('x'); sys.exit(len(sys.argv) > 1)"
+    path = str(script(tmp_path, text))
+    failing = Stage("sft", [path, "--fail"], "", tmp_path / "stage")
+    with pytest.raises(UserError, match="status 1, see .*log.txt"):
+        failing.run()
+    assert failing.result() is None
+    stage = Stage("sft", [path], "", tmp_path / "stage")
+    stage.run()
+    stage.run()
+    assert (tmp_path / "ran").read_text() == "xx"
+    assert stage.result()["command"] == f"python {path}"
+
+
+def test_seconds_before_a_kill_count(tmp_path):
+    stage = Stage("sft", [str(script(tmp_path, ""))], "", tmp_path / "stage")
+    stage.folder.mkdir()
+    (stage.folder / "metrics.jsonl").write_text('{"seconds": 40.0}\n{"seconds": 60.0}\n')
+    stage.run()
+    assert stage.result()["seconds"] == 100.0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part")
+def test_a_stage_ends_with_the_script_that_is_killed(tmp_path):
+    pid = tmp_path / "pid"
+    text = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    path = script(tmp_path, text)
+    code = f"from pathlib import Path; from findings.stage import Stage; " \
+           f"Stage('sft', [{str(path)!r}], '', Path({str(tmp_path / 'stage')!r})).run()"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not pid.exists() or not pid.read_text():
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    stat, until = Path("/proc", pid.read_text(), "stat"), time.time() + 10
+    alive = lambda: stat.exists() and ") Z " not in stat.read_text()  # whoever adopts it may not wait for it
+    while alive() and time.time() < until:
+        time.sleep(0.05)
+    assert not alive()
+    assert not (tmp_path / "stage" / "result.json").exists()
+
+
+# ------------------------------------------------------------------------------------------ all of it, played
+class Played:
+    """Stands for the stages: writes what they write. Dies at the start or end of the `dies`-th command."""
+
+    def __init__(self, dies=None, at_end=False):
+        self.dies, self.at_end, self.ran = dies, at_end, []
+
+    def __call__(self, words, **_):
+        if len(self.ran) == self.dies and not self.at_end:
+            raise KeyboardInterrupt
+        words = list(map(str, words))
+        name = next(Path(word).name for word in words if word.endswith(".py"))
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        if name == "data_prep.py":
+            for file in ("sft", "train", "test"):
+                (out / f"{file}.jsonl").write_text(file)
+        elif name == "eval.py":
+            right = [int("--max_zooms" not in words or n % 3 == 0) for n in range(30)]
+            figures = {"mode": "zoom", "accuracy": sum(right) / 30, "frames_per_question": 22.7}
+            (out / "results.json").write_text(json.dumps([figures, {"mode": "bound", "accuracy": 0.5}]))
+            (out / "episodes.jsonl").write_text("".join(json.dumps(
+                {"number": n, "right": r, "zooms": r, "turns": []}) + "\n" for n, r in enumerate(right)))
+        else:
+            (out / "metrics.jsonl").write_text(
+                "".join(json.dumps({"step": n, "seconds": 1e5, "accuracy": 0.5, "zooms": 1.0}) + "\n"
+                        for n in range(3)))
+        if len(self.ran) == self.dies:
+            raise KeyboardInterrupt
+        self.ran.append(" ".join(words[words.index(next(w for w in words if w.endswith(name))):]))
+        return subprocess.CompletedProcess(words, 0)
+
+
+NAMES = "no-rl", "zooms-0", "no-tool", "no-kl"
+
+
+def make_all(monkeypatch, folder, played):
+    monkeypatch.setattr(findings.stage.subprocess, "run", played)
+    monkeypatch.setattr(findings.stage, "code_version", lambda: "0123")
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *NAMES, "--runs", str(folder), "--out",
+                                      str(folder / "page.md")])
+    ablations.main()
+    return re.sub(r"[\d.]+ \|\n", "|\n", (folder / "page.md").read_text())  # without seconds
+
+
+def test_after_a_kill_nothing_finished_runs_twice_and_the_tables_are_the_same(monkeypatch, tmp_path):
+    whole = Played()
+    page = make_all(monkeypatch, tmp_path / "whole", whole)
+    commands = [command.replace(str(tmp_path / "whole"), "") for command in whole.ran]
+    assert len(commands) == len(set(commands)) == 1 + 3 + 1 + 1 + 3 + 2  # data, then the rows in order
+    for dies in range(len(commands)):
+        folder = tmp_path / str(dies)
+        first, then = Played(dies, at_end=dies % 2), Played()
+        with pytest.raises(KeyboardInterrupt):
+            make_all(monkeypatch, folder, first)
+        assert make_all(monkeypatch, folder, then) == page
+        ran = [command.replace(str(folder), "") for command in first.ran + then.ran]
+        assert ran == commands
+        again = Played()
+        assert make_all(monkeypatch, folder, again) == page and not again.ran
+
+
+def test_a_row_takes_its_frames_from_the_full_runs_result(monkeypatch, tmp_path):
+    played = Played()
+    make_all(monkeypatch, tmp_path, played)
+    no_tool = [command for command in played.ran if "--num_frames" in command]
+    assert len(no_tool) == 2 and all("--num_frames 23 " in command for command in no_tool)
+
+
+def test_a_result_of_other_flags_is_in_no_table(monkeypatch, tmp_path):
+    make_all(monkeypatch, tmp_path, Played())
+    flags = {each.name: ablations.flags_of(each) for each in ablations.ROWS}
+    assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES}
+    flags["no-kl"] = ["", "--kl_weight 0.1", None, ""]
+    assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES} - {"no-kl"}
+
+
+def test_a_failed_row_does_not_end_the_others(monkeypatch, tmp_path):
+    played = Played()
+
+    def fails(words, **settings):
+        if "--kl_weight" in words:
+            return subprocess.CompletedProcess(words, 1)
+        return played(words, **settings)
+
+    with pytest.raises(UserError, match="not there: no-kl"):
+        make_all(monkeypatch, tmp_path, fails)
+    assert "| zooms-0 |" in (tmp_path / "page.md").read_text()
+
+
+def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
+    page = make_all(monkeypatch, tmp_path, Played())
+    # 30 right against 10 right, on the same questions
+    assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-83.3 to -50.0\)", page)
+    assert re.search(r"a.* as many frames \| not shown \| full - no-tool, right \| \+66.7 .* \| agrees", page)
+    numbers = json.loads((tmp_path / "page.json").read_text())["demo"]
+    assert numbers["rows"]["full"]["accuracy"] == 1.0 and numbers["rows"]["full"]["bound"] == 0.5
+    assert numbers["training"]["full"] == [[1.0] * 3, [0.5] * 3]
+
+
+# ------------------------------------------------------------------------------------------------ the figures
+def test_a_difference_is_paired():
+    # the same accuracy of 50%: on each question otherwise, and on each the same
+    half = {n: (n % 2, 1) for n in range(40)}
+    other = {n: (1 - n % 2, 0) for n in range(40)}
+    mean, low, high = compare.difference({0: result(half)}, {0: result(other)}, "right")
+    assert mean == 0 and -0.35 < low < -0.2 and 0.2 < high < 0.35
+    assert compare.difference({0: result(half)}, {0: result(half)}, "right") == (0, 0, 0)
+    assert compare.difference({0: result(half)}, {0: result(other)}, "zooms") == (1, 1, 1)
+
+
+def test_a_difference_is_over_the_seeds_and_questions_that_both_have():
+    row = {0: result({0: (1, 0), 1: (1, 0), 2: (None, 0)}), 1: result({0: (1, 0)}, 1)}
+    other = {0: result({1: (0, 0), 2: (1, 0), 3: (1, 0)}), 2: result({0: (1, 0)}, 2)}
+    assert compare.difference(row, other, "right") == (1, 1, 1)
+    assert compare.difference({0: row[0]}, {2: other[2]}, "right") is None
+
+
+@pytest.mark.parametrize("found, verdict", [
+    ((0.2, 0.1, 0.3), "agrees"), ((-0.2, -0.3, -0.1), "disagrees"), ((0.1, -0.1, 0.3), "cannot be told"),
+    ((0, 0, 0), "cannot be told")])
+def test_a_verdict_is_by_the_interval(found, verdict):
+    assert compare.verdict(found) == verdict
+
+
+def test_seeds_are_pooled_and_their_spread_stands_beside():
+    more = lambda accuracy: dict(figures={"accuracy": accuracy, "zooms_per_question": accuracy}, bound=None,
+                                 seconds=1.0)
+    seeds = {0: result({n: (1, 1) for n in range(10)}, 0, **more(1.0)),
+             1: result({n: (n < 5, 1) for n in range(10)}, 1, **more(0.5))}
+    found = compare.row_figures(seeds, {})
+    assert (found["accuracy"], found["low"], found["high"]) == (0.75, *interval(15, 20))
+    assert found["spread"] == pytest.approx(0.3536, abs=1e-4) and found["zooms"] == 0.75
+    assert found["against_full"] is None
+
+
+def test_calls_are_counted_by_the_frames_a_second_that_they_ask_for():
+    call = lambda fps: f'<think>fps 3</think><video_zoom>{{"segment": [0, 1], "fps": {fps}}}</video_zoom>'
+    texts = [call(fps) for fps in (0.5, 1, 1.01, 2, 4, 8, 8.5)]
+    bad = [call(fps) for fps in ("NaN", "-1", '"x"', "[", "null")] + ["<answer>A</answer>", "<video_zoom>[1]"
+                                                                      "</video_zoom>"]
+    assert compare.fps_counts(texts + bad) == [2, 2, 1, 1, 1]
