@@ -23,7 +23,7 @@ from demo.synthetic import (COLOURS, MARGIN_S, NUM_FLASHES, NUM_SLOTS, VIDEO_FPS
                             transcript)
 from protocols import make_env
 
-SLOT_S = (60.0, 63.5)  # a slot's least and greatest length
+SLOT_S = (60.0, 62.4)  # a slot's least and greatest length: 16 frames are 3 a second between two of the first look
 FIRST_FPS, SECOND_FPS = ("0.10", "0.20"), ("1.00", "3.00")  # of the teacher's two looks, hasty and careful
 HASTE = 0.5  # how often it is hasty
 SECOND_LOOK = 0.12  # how often it looks a second time

@@ -20,12 +20,14 @@ evidence, and elsewhere a guess among the options that what they show leaves ope
 the sampling.
 
 The teacher plays through the environment like any policy, and a trajectory is kept only if the environment
-grades it right and well formed. It surveys the overview, zooms from the frame of the scene asked about to the
-next one, writes down what each frame of the clip shows, and answers. It knows where to look but not how
-closely: often it takes half a frame a second, and a flash can fall between two of those. Then it looks again
-or guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there
-are plays whose first zoom goes to a wrong scene (reflection trajectories), and plays without any zoom, which
-show how to answer when none is left.
+grades it right and well formed. Its overview has 5 to 33 frames, drawn for each question, in half of them 9; more
+of them can miss no scene, and happen to show a flash. It surveys the overview and answers where that shows
+all that is asked; else it zooms from the first frame of the scene asked about to the next scene's, writes
+down what each frame of the clip shows, and answers. It knows where to look but not how closely: often it
+takes half of the frames that it may, and a flash can fall between two of those. Then it looks again or
+guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there are
+plays whose first zoom goes to a wrong scene (reflection trajectories), plays in which no zoom is left, and
+plays by the protocol without a tool (direct); of the last two only those that need not guess.
 """
 
 import json

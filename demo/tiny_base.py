@@ -443,7 +443,7 @@ class Lessons:
         frames, step_s = [], rng.choice([rng.uniform(0.125, 0.6), rng.uniform(0.5, 2.2), rng.uniform(2, 12)])
         # other scenes: some frames in front or behind, which may have figures of their own
         number = rng.choice([0, 1, 1, 2, 3, 4]) if num_frames > 5 else 0
-        number = min(number, num_frames - num_flashes)
+        number = max(0, min(number, num_frames - num_flashes))
         others = []
         for _ in range(number):
             other = rng.choice(["grey", *(colour for colour in COLOURS if colour != scene)])
