@@ -456,11 +456,11 @@ def transcript(scene, pictures):
 
 
 def between_cards(scene, i, times_s):
-    """Where a flash can be: between frame i of a clip, an empty card, and the next one. times_s: the clip's.
-    Returns (clause, start_s, end_s)."""
-    i = min(i, len(times_s) - 2)
-    tags = f"{frame_tag(i, times_s[i])} to {frame_tag(i + 1, times_s[i + 1])}"
-    return f"{scene} card{i}: {tags}", times_s[i], times_s[i + 1]
+    """Where a flash can be: between frame i of a clip, an empty card, and the next one; the last one has none,
+    so there it is the one before. times_s: the clip's. Returns (clause, start_s, end_s)."""
+    first = min(i, len(times_s) - 2)
+    start, end = (frame_tag(k, times_s[k]) for k in (first, first + 1))
+    return f"{scene} card{i}: {start} to {end}", times_s[first], times_s[first + 1]
 
 
 def choose(options, right):

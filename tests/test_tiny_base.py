@@ -116,6 +116,7 @@ def test_transcripts_and_answers_follow_from_the_frames(lessons):
                 assert centre == ("black" if entry == "card" else entry.split()[0])
         if place := re.search(r"(\w+) card(\d+): <frame(\d+)_time([\d.]+)s> to <frame(\d+)_time([\d.]+)s>", said):
             assert found[int(place[2])] == "card" and "=" not in entries and int(place[5]) == int(place[3]) + 1
+            assert int(place[3]) == min(int(place[2]), len(frames) - 2)
             assert [f"{frames[int(place[k])].time_s:.2f}" for k in (3, 5)] == [place[4], place[6]]
             cards += 1
         if chosen:
