@@ -127,7 +127,7 @@ def test_transcripts_and_answers_follow_from_the_frames(lessons):
             colour, shape = flashes[0]
             assert option == {"many": str(len(flashes)), "colour": colour, "shape": shape}[asks]
             asked += 1
-    assert asked > 40 and longer > 10 and cards > 5 and others > 5  # a flash that is seen in two frames is one
+    assert asked > 40 and longer > 10 and cards > 2 and others > 5  # a flash that is seen in two frames is one
 
 
 def test_an_overview_shows_scenes_in_order_and_times_that_follow(lessons):
