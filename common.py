@@ -151,7 +151,7 @@ class RunConfig:
     protocol: str | None = None  # name or file of what the policy meets (protocols/); else as trained
     system_prompt: str | None = None  # file with another system prompt
     overview: str | None = None  # uniform, nearest_keyframe, auto, a .json of chosen frames; else as trained
-    num_frames: int | None = None  # frames of the overview; else as trained
+    num_frames: list[int] | None = None  # frames of the overview, of several one a question; else as trained
     max_zooms: int | None = None  # zooms in an episode, 0: no tool; else as trained
     max_bad: float = 0.01  # share of unusable rows above which the run ends
     seed: int = 0  # of the order of the data, and of sampling
@@ -187,8 +187,9 @@ def parse_flags(config_class, description, at_least_one, preset=None, argv=None)
     config = config_class(**(preset(given) if preset else {}) | given)
     for f in fields(config_class):
         value, least = getattr(config, f.name), int(f.name in at_least_one)
-        if isinstance(value, int | float) and not value >= least:  # nan, too
-            fail(f"--{f.name} must be at least {least}, not {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not number >= least:  # nan, too
+                fail(f"--{f.name} must be at least {least}, not {number}")
     return config
 
 

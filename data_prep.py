@@ -6,6 +6,7 @@
     python data_prep.py protocol --official DIR       the released protocol's sentences (sources/official.py)
     python data_prep.py overlap FILE FILE             what two files share (sources/overlap.py)
     python data_prep.py stats FILE                    what a file holds (sources/stats.py)
+    python data_prep.py successes --model DIR ...     its own successes, to train on (sources/successes.py)
 
 sources/rows.py says what a row of questions or of trajectories holds.
 """
@@ -21,6 +22,7 @@ from sources import official
 from sources.benchmarks import FORMATS, convert
 from sources.overlap import overlap
 from sources.stats import stats
+from sources.successes import successes
 
 SUITES = {suite.name: suite for suite in (DEMO, SEARCH)}
 
@@ -58,6 +60,14 @@ def add_commands(commands, show):
     flag = add("stats", run_stats, "what is in a file of questions or trajectories")
     flag("file", help="file of questions or trajectories")
     flag("--model", help="checkpoint folder, for token lengths")
+    flag = add("successes", run_successes, "play questions, and keep what is right and well formed")
+    flag("--model", required=True, help="checkpoint folder or hub name that plays")
+    flag("--questions", required=True, help="question file")
+    flag("--out", required=True, help=".jsonl file of trajectories to write")
+    flag("--samples", type=at_least_one, default=4, help="episodes a question")
+    flag("--keep", type=at_least_one, default=1, help="trajectories a question, at most")
+    flag("--seed", type=int, default=0, help="seed of the sampling")
+    flag("--device", help="cpu, cuda; by default cuda where there is one")
 
 
 def at_least_one(text):
@@ -86,6 +96,10 @@ def run_overlap(args):
 
 def run_stats(args):
     stats(args.file, args.model)
+
+
+def run_successes(args):
+    successes(args.model, args.questions, args.out, args.samples, args.keep, args.seed, args.device)
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,9 +9,17 @@ Modes: `zoom` plays full episodes; `uniform` shows --num_frames uniform frames a
 The demo adds each policy's accuracy with zooming off, and for synthetic data the best that any uniform
 sampler could reach with as many frames as the policy looked at (see demo/synthetic.py).
 
+What are the zooms good for (controls/; several words of a flag are several rows of one table)?
+    --clips grey other none           each clip is grey, another video's, or away, beside the same turns with
+                                      the clip shown: clips.jsonl, clips_by_kind.jsonl
+    --zoom policy always never gate   as the policy likes; no answer before a zoom; no tool; a zoom only where
+                                      --votes direct answers disagree: gate.jsonl
+    --votes K                         the majority of K samples at temperature 1
+
 Each finished question is a line of --out/episodes.jsonl at once, and the tables are made from these lines
 (training/tables.py): results.json (a row for each policy and mode, with the settings), by_kind.jsonl and
-by_duration.jsonl (the same by kind of question and length of video). So a run that was stopped goes on, see
+by_duration.jsonl (the same by kind of question and length of video), zooms.jsonl and zooms_by_number.jsonl
+(where each zoom went against where the evidence is). So a run that was stopped goes on, see
 --resume. A video that is missing or cannot be read ends nothing: it is counted, and named in skipped.jsonl;
 once it can be played the same command plays it and makes the tables anew.
 
@@ -26,6 +34,7 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +45,9 @@ from tqdm import tqdm
 
 from common import (RunConfig, UserError, check_shown, choose_dtype, open_folder, parse_flags, run_main,
                     start_processes, warn, write_json, write_jsonl)
+from controls import altered, effects, modes, places, votes
 from demo import synthetic
+from protocols import protocol_of
 from rollout import RolloutConfig
 from scale.pick import cache_gb
 from sources.read import read_questions
@@ -57,7 +68,10 @@ class Config(RolloutConfig, RunConfig):
     resume: str = "auto"  # auto: an unfinished run in --out goes on; never: it is moved aside
     strict: bool = False  # end with status 3, after the table, if any row or video was bad
     mode: str | None = None  # zoom, uniform (see above); else zoom, of the demo's policies zoom off, too
-    temperature: float = 0.0  # 0 takes the most likely token
+    clips: list[str] | None = None  # shown, grey, other, none: what zooms show; by default shown
+    zoom: list[str] | None = None  # policy, always, never, gate: who decides on zooms; by default policy
+    votes: int | None = None  # samples of a question, whose majority answers; by default one answer
+    temperature: float = 0.0  # 0 takes the most likely token; with --votes 0 is 1
     max_questions: int | None = None  # use only the first questions of the file
     max_turn_tokens: int | None = None  # an assistant turn is cut off here; else as trained
     max_rows: int = 100  # episodes at one time, at most
@@ -68,7 +82,8 @@ class Config(RolloutConfig, RunConfig):
 
 
 MAY_DIFFER = ("strict", "video", "question", "options", "save_frames")  # when a run goes on
-FILES = r"results\.json|(episodes(\.rank\d+)?|by_kind|by_duration|skipped)\.jsonl"  # that it writes
+TABLES = "by_kind", "by_duration", "skipped", "clips", "clips_by_kind", "gate", "zooms", "zooms_by_number"
+FILES = rf"results\.json|(episodes(\.rank\d+)?|{'|'.join(TABLES)})\.jsonl"  # that it writes
 
 
 def environment(name, config):
@@ -78,19 +93,24 @@ def environment(name, config):
     return run_environment(name, config)
 
 
-def load_engine(name, env_config, config, device, rank):
-    """What plays the episodes of a checkpoint, one a question. Raises UserError."""
-    policy = load_policy(name, device, choose_dtype(config.dtype, device), env_config)
+def load(name, env_config, config, device):
+    """The policy of a checkpoint. Raises UserError."""
+    return load_policy(name, device, choose_dtype(config.dtype, device), env_config)
+
+
+def make_engine(policy, mode, config, rank):
+    """What plays a policy's episodes, as many a question as a Mode has votes."""
     turn_tokens = policy.env_config.max_turn_tokens
-    config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=turn_tokens)
+    config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=turn_tokens,
+                     temperature=mode.temperature)
     generator = torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank)
-    return make_player(policy, config, generator)
+    return make_player(policy, config, generator, mode.votes)
 
 
 # ---------------------------------------------------------------------------------------------------- playing
-def evaluate(engine, play, questions, root, env_config, write, show=True):
-    """Plays one episode of each of the {number: question}, for a Play. `write` gets a dict of each as soon as
-    it is over, and at the end one of each question whose video could not be read."""
+def evaluate(engine, play, mode, questions, root, env_config, write, show=True):
+    """Plays each of the {number: question} for a Play, as its Mode says. `write` gets a dict of each as soon
+    as it is over, and at the end one of each question whose video could not be read."""
     there, skipped = {}, []
     for number, question in questions.items():
         reason = missing_file(question, root)
@@ -98,18 +118,24 @@ def evaluate(engine, play, questions, root, env_config, write, show=True):
             skipped.append((question["id"], reason))
         else:
             there[number] = question
-    numbers, last = list(there), time.monotonic()
+    numbers, last, samples = list(there), time.monotonic(), defaultdict(dict)
     with tqdm(total=len(there), desc=" ".join(play), dynamic_ncols=True, leave=False,
               disable=not show) as bar:
         def on_end(episode):
             nonlocal last
-            began, last = last, time.monotonic()
             number = numbers[episode.question_number]
-            write(play._asdict() | {"number": number, "seconds": last - began} | record(episode))
+            samples[number][episode.number] = record(episode)
             episode.forget_frames()
+            if len(samples[number]) < mode.votes:
+                return
+            began, last = last, time.monotonic()
+            said = [sample for _, sample in sorted(samples.pop(number).items())]
+            line = said[0] if mode.votes == 1 else votes.vote(said, there[number])
+            write(play._asdict() | {"number": number, "seconds": last - began} | line)
             bar.update()
 
-        _, unread = engine.play([*there.values()], root, env_config, on_end)
+        make_env = altered.maker(mode)
+        _, unread = engine.play([*there.values()], root, env_config, on_end, make_env)
     for question_id, reason in skipped + unread:
         write(play._asdict() | {"question": question_id, "skipped": reason})
 
@@ -121,14 +147,17 @@ def record(e):
     hits = [call.hit for turn in env.turns for call in turn.calls if call.hit is not None]
     acts = [turn.text.rpartition("</think>")[2] for turn in env.turns]
     calls = sum(any(f"<{tag}>" in act for tag in env.tools) for act in acts)
+    refused = altered.num_refused(env)
     right = None if tables.waits_for_judge(question) else env.rewards["accuracy"]
     return {"question": question["id"], "right": right, "answer": env.answer(),
             "kind": tables.kind_of(question),
             "untagged": any(turn.untagged for turn in env.turns), "frames": env.frames_shown,
             "zooms": env.num_calls(), "hits": sum(hits), "hits_known": len(hits),
-            "invalid": env.num_invalid() if with_tool else None,
+            "invalid": env.num_invalid() - refused if with_tool else None, "refused": refused,
             "calls_without_tool": None if with_tool else calls,
-            "tokens": len(e.dialogue.ids), "turns": [turn.text for turn in env.turns]}
+            "tokens": len(e.dialogue.ids), "generated": sum(e.dialogue.trained),
+            "prompt_tokens": e.dialogue.prompt_length, "overview_frames": len(env.watched[0]),
+            "turns": [turn.text for turn in env.turns], "calls": [*places.calls_of(env)]}
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -137,37 +166,67 @@ def no_question(where, bad):
     return UserError(f"{where}: no question could be played ({first})")
 
 
-def summarise(written, plays, questions, bad, config):
+def summarise(written, names, ways, questions, bad, config):
     """Writes the tables and skipped.jsonl from the lines of all processes, and from run.json what each policy
-    was played with. Raises UserError if no question could be played."""
+    was played with. names: of policies; ways: {name: Mode}. Raises UserError if no question could be
+    played."""
     unread = [line for line in written.read() if "skipped" in line]
     episodes, out = written.merge(), written.out
     skipped = list(dict.fromkeys(bad + [(line["question"], line["skipped"]) for line in unread]))
     if not episodes:
         raise no_question(config.data, skipped)
-    by_kind, by_duration, run = [], [], run_folder.note(out)
-    for play in plays:
-        played = [e for e in episodes if (e["policy"], e["mode"]) == play]
+    by_play, run = defaultdict(list), run_folder.note(out)
+    for e in episodes:
+        by_play[e["policy"], e["mode"]].append(e)
+    found = {name: [] for name in TABLES}
+    found["skipped"] = [{"row": where, "reason": reason} for where, reason in skipped]
+
+    def add_rows(play, played, settings):
         kinds, durations = tables.table_rows(*play, played, questions, len(bad))
-        kinds[0]["settings"] = tables.run_settings(config, run.get(environment_key(play)) or {})
+        kinds[0]["settings"] = settings
         asked = [questions[e["number"]] for e in played]
         synthetic_ones = all("uniform_accuracy" in (q.get("meta") or {}) for q in asked)
-        if asked and play.mode != "zoom off" and synthetic_ones:
+        if asked and play.mode in ("zoom", "uniform") and synthetic_ones:
             kinds.append(synthetic.uniform_bound(kinds[0], asked))
-        by_kind += kinds
-        by_duration += durations
-    write_json(out / "results.json", [row for row in by_kind if row["kind"] == "all"])
-    write_jsonl(out / "by_kind.jsonl", by_kind)
-    write_jsonl(out / "by_duration.jsonl", by_duration)
-    write_jsonl(out / "skipped.jsonl", [{"row": where, "reason": reason} for where, reason in skipped])
+        found["by_kind"] += kinds
+        found["by_duration"] += durations
+
+    for name in names:
+        for mode in ways.values():
+            play = Play(name, mode.name)
+            settings = tables.run_settings(config, run.get(environment_key(play)) or {})
+            add_rows(play, by_play[play], settings | modes.settings(mode))
+            zooms = [row for e in by_play[play] for row in places.zoom_rows(e, questions[e["number"]])]
+            found["zooms"] += zooms
+            found["zooms_by_number"] += places.by_number(zooms)
+            if mode.clips != "shown":
+                rows = effects.effects(by_play[name, "zoom"], by_play[play])
+                found["clips"] += rows
+                found["clips_by_kind"] += effects.effect_rows(rows)
+        if gate := modes.gate_modes(config):
+            play, direct, zoom = (Play(name, mode) for mode in gate)
+            lines, words = votes.gate(by_play[direct], by_play[zoom], play.mode, config.votes)
+            found["gate"] += lines
+            settings = tables.run_settings(config, run.get(environment_key(zoom)) or {})
+            add_rows(play, lines, settings | modes.settings(ways[direct.mode]) | {"gate": words})
+    write_json(out / "results.json", [row for row in found["by_kind"] if row["kind"] == "all"])
+    for name, rows in found.items():
+        if rows or name in ("by_kind", "by_duration", "skipped"):
+            write_jsonl(out / f"{name}.jsonl", rows)
 
 
 def report(out, strict):
     """Prints what a finished run has written. Ends with status 3 if `strict` and any row or video was bad."""
-    read = lambda name: [json.loads(line) for line in open(out / name, encoding="utf-8")]
-    by_duration = read("by_duration.jsonl") if (out / "by_duration.jsonl").exists() else []
-    skipped = read("skipped.jsonl")
-    print(tables.report(read("by_kind.jsonl"), by_duration, skipped))
+    found = {name: [] for name in TABLES}
+    for name in TABLES:
+        if (out / f"{name}.jsonl").exists():  # runs of earlier versions have fewer
+            found[name] = [json.loads(line) for line in open(out / f"{name}.jsonl", encoding="utf-8")]
+    skipped = found["skipped"]
+    print(tables.report(found["by_kind"], found["by_duration"], skipped) + "\n")
+    if any(row["num_with_evidence"] for row in found["zooms_by_number"]):
+        print(places.report(found["zooms_by_number"]) + "\n")
+    if found["clips_by_kind"]:
+        print(effects.report(found["clips_by_kind"]) + "\n")
     print(f"wrote {out / 'results.json'}", flush=True)
     if strict and skipped:
         sys.exit(3)
@@ -180,6 +239,9 @@ def ask(config, world, device):
     config: with video, question, options, save_frames. world: number of processes. Raises UserError."""
     if world > 1 or config.video is None or not (config.question or "").strip():
         raise UserError("to ask about a video give both --video FILE and --question TEXT, to one process")
+    given = [flag for flag in ("clips", "zoom", "votes") if getattr(config, flag)]
+    if given:
+        raise UserError(f"--{given[0]} is for a file of questions, not for one about a video")
     question = {"id": "question", "video": config.video, "question": config.question,
                 "options": config.options, "answer": "A" if config.options else "unknown",
                 "answer_type": "multiple_choice" if config.options else "open_ended"}
@@ -192,7 +254,8 @@ def ask(config, world, device):
     chosen, _ = with_chosen_frames([question], config)
     names = checkpoints(config)
     name = names[0] if config.model else names[-1]
-    engine = load_engine(name, environment(name, config), config, device, 0)
+    mode = modes.Mode("zoom", temperature=config.temperature)
+    engine = make_engine(load(name, environment(name, config), config, device), mode, config, 0)
     groups, skipped = engine.play([*chosen.values()])
     if skipped:
         raise UserError(skipped[0][1])
@@ -220,7 +283,7 @@ def strip(images):
 
 # ------------------------------------------------------------------------------------------- the script
 class Play(NamedTuple):
-    """What is evaluated: a checkpoint's name, and zoom, uniform, or zoom off."""
+    """What is evaluated: a checkpoint's name, and that of a Mode: zoom, uniform, zoom off, .."""
 
     policy: str
     mode: str
@@ -239,36 +302,46 @@ def environment_key(play):
     return f"environment of {play.policy}, {play.mode}"
 
 
-def play_share(name, env_config, modes, questions, done, written, config, rank, world, device):
-    """Plays what is left of this process's share of the questions with one policy, in each of its modes.
+def play_share(name, env_config, ways, questions, done, written, config, rank, world, device):
+    """Plays what is left of this process's share of the questions with one policy, in each of its ways.
     done: {(Play, number)} that other processes or an earlier start have played."""
     left = {}
-    for mode in modes:
+    for mode in ways:
         play = Play(name, mode)
         numbers = [number for number in questions if (play, number) not in done]
         left[play] = {number: questions[number] for number in numbers[rank::world]}
     if not any(left.values()):
         return
-    engine = load_engine(name, env_config, config, device, rank)
-    if rank == 0:
-        print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {engine.policy.dtype}, "
-              f"decode step {engine.decoder.path}", flush=True)
+    policy = load(name, env_config, config, device)
+    engine = sampling = None
     for play, share in left.items():
-        env_config = engine.policy.env_config
-        if play.mode == "zoom off":
+        mode, env_config = ways[play.mode], policy.env_config
+        if (mode.votes, mode.temperature) != sampling:
+            if engine:
+                engine.release()
+            engine, first = make_engine(policy, mode, config, rank), engine is None
+            sampling = mode.votes, mode.temperature
+            if rank == 0 and first:
+                print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {policy.dtype}, "
+                      f"decode step {engine.decoder.path}", flush=True)
+        if mode.zoom == "never":
             env_config = replace(env_config, max_zooms=0)
         if rank == 0:
             run_folder.note(config.out, **{environment_key(play): tables.environment_settings(env_config)})
-        evaluate(engine, play, share, Path(config.data).parent, env_config, written.write, show=rank == 0)
+        root = Path(config.data).parent
+        evaluate(engine, play, mode, share, root, env_config, written.write, show=rank == 0)
 
 
 def main():
-    config = parse_flags(Config, __doc__, ("max_questions", "max_turn_tokens", "max_rows"))
+    config = parse_flags(Config, __doc__, ("max_questions", "max_turn_tokens", "max_rows", "votes"))
     rank, world, device = start_processes(config.device)
+    if len(config.num_frames or []) > 1:
+        raise UserError("--num_frames takes one number here: evaluate each in a run of its own")
     for flag, known in (("mode", (None, "zoom", "uniform")), ("resume", ("auto", "never"))):
         if getattr(config, flag) not in known:
             names = " or ".join(name for name in known if name)
             raise UserError(f"--{flag} must be {names}, not {getattr(config, flag)}")
+    modes.check_flags(config)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     if config.video is not None or config.question is not None:
         return ask(config, world, device)
@@ -278,12 +351,15 @@ def main():
     rows, bad = read_questions(config.data, config.max_bad)
     questions, without = with_chosen_frames(rows[:config.max_questions], config)  # by their place in the file
     environments = {name: environment(name, config) for name in names}
+    for name, env_config in environments.items():
+        modes.check_tool(config, name, env_config, protocol_of(env_config).tools)
+    if "other" in (config.clips or ()):
+        questions = altered.with_other_videos(questions, rows, Path(config.data).parent, config.seed)
 
     # each process plays its share, and writes a line an episode
-    modes = [config.mode or "zoom"]
-    if config.mode is None and all(env_config.preset == "demo" for env_config in environments.values()):
-        modes.append("zoom off")
-    plays = [Play(name, mode) for name in names for mode in modes]
+    is_demo = all(env_config.preset == "demo" for env_config in environments.values())
+    ways = modes.modes_of(config, is_demo)
+    plays = [Play(name, mode) for name in names for mode in ways]
 
     def key(line):
         if "skipped" in line:
@@ -323,11 +399,11 @@ def main():
             warn(f"{len(lacking)} of {len(questions)} questions are without their video or images "
                  f"({missing[lacking[0]]}); the same command plays them once these are there")
         for name in names:
-            play_share(name, environments[name], modes, questions, done, written, config, rank, world, device)
+            play_share(name, environments[name], ways, questions, done, written, config, rank, world, device)
     written.wait()
     if rank == 0:
         if state != "finished":
-            summarise(written, plays, questions, bad + without, replace(config, dtype=dtype))
+            summarise(written, names, ways, questions, bad + without, replace(config, dtype=dtype))
             run_folder.finish_run(config.out)
         report(Path(config.out), config.strict)
 

@@ -14,9 +14,24 @@ tokens of a mini-batch over all processes: not the prompt, tool text and frames.
 equal has no advantages, so no policy gradient: it is dropped, and new questions are drawn until the batch is
 full (dynamic sampling).
 
+Other algorithms differ from that in one place each. With n episodes in a group, T_i sampled tokens in
+episode i, and s_i in place of the ratio of each of its tokens:
+
+    --advantage dr_grpo      A_i = r_i - mean(r)                                (Dr. GRPO, arXiv 2503.20783)
+    --advantage rloo         A_i = r_i - mean of the other n - 1 rewards        (RLOO, arXiv 2402.14740)
+    --ratio sequence         s_i = exp(1/T_i * sum over its tokens of (log pi - log pi_old)), clipped as one;
+                             GSPO (arXiv 2507.18071) has --loss_mean episode, and clips of some 3e-4 and 4e-4
+    --loss_mean episode      1/E * sum over the E episodes of 1/T_i * sum over the tokens of episode i,
+                             in place of 1/N * sum over tokens: GRPO as first published
+    --no-dynamic_sampling    a batch is batch_size questions, groups of equal rewards among them: they have
+                             A_i = 0 and count in N, and their tokens have the KL and entropy terms
+
+Dr. GRPO has no 1/T_i either, so it goes with the default --loss_mean token, in which each token of a
+mini-batch has the same weight; where it divides by a constant, N here is the mini-batch's own.
+
 Metrics `mismatch`, `mismatch_max`: |log pi - log pi as sampled| before a step's first update, see
 training/mismatch.py. --old_log_probs recomputed: pi_old is scored in a pass then, not noted while sampling.
---loss_mean episode: the mean over an episode's tokens comes first, then the one over episodes.
+A line that begins with "alarm" says what goes wrong, and why it may (training/alarms.py).
 
     torchrun --standalone --nproc_per_node=2 rl.py           the demo: goes on from runs/sft, minutes on a CPU
     torchrun --standalone --nproc_per_node=8 rl.py --model runs/sft-3b --data questions.jsonl
@@ -47,8 +62,9 @@ from model import split_by_tokens, token_log_probs
 from rollout import Engine, RolloutConfig
 from scale.pick import cache_gb, check_flags, load_weights, show_plan
 from sources.read import read_questions
+from training.alarms import Alarms
 from training.decoder_check import check_decoder
-from training.environment import run_environment, with_chosen_frames
+from training.environment import run_environment, with_chosen_frames, with_num_frames
 from training.held_out import check_held_out
 from training.memory import out_of_memory
 from training.metrics import UpdateMetrics, episode_metrics, show_step
@@ -69,6 +85,9 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     mini_batch_size: int = 32  # questions an optimizer step
     group_size: int = 16  # episodes a question
     max_draws: int = 4  # draw at most this many times batch_size questions a step
+    dynamic_sampling: bool = True  # groups without a spread of rewards are dropped, and others drawn
+    advantage: str = "grpo"  # of an episode: grpo, dr_grpo (not divided by std), rloo (against the others)
+    ratio: str = "token"  # to the policy that played: of each token, or sequence, one of each episode
     lr: float = 1e-6  # learning rate of AdamW, constant
     lr_warmup_steps: int = 0  # steps in which the learning rate rises
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
@@ -81,6 +100,8 @@ class Config(RolloutConfig, RewardWeights, TrainConfig):
     max_turn_tokens: int | None = None  # an assistant turn is cut off here; else as trained
 
 
+CHOICES = {"advantage": ("grpo", "dr_grpo", "rloo"), "ratio": ("token", "sequence"),
+           "loss_mean": ("token", "episode")}
 PRESETS = {
     "paper": {},
     "demo": dict(steps=24, batch_size=16, mini_batch_size=8, group_size=8, max_draws=2, lr=1e-4,
@@ -110,7 +131,8 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
         unreadable += bad
         for group in groups:
             episodes += group
-            if group and set_advantages(group):
+            has_spread = group and set_advantages(group, config.advantage)
+            if has_spread or group and not config.dynamic_sampling:
                 kept.append(group)
             else:  # the rewards are all equal: the paper's dynamic sampling drops the group
                 for episode in group:
@@ -120,19 +142,24 @@ def play_batch(engine, questions, config, root, rank, world, device, bar):
 
 
 # ------------------------------------------------------------------------------------------ advantages, loss
-def set_advantages(group):
+def set_advantages(group, kind="grpo"):
     """Gives each episode of a group its advantage. Returns whether their rewards differ."""
     rewards = torch.tensor([[episode.env.rewards["reward"] for episode in group]])
-    advantages = group_advantages(rewards)[0].tolist()
+    advantages = group_advantages(rewards, kind)[0].tolist()
     for episode, advantage in zip(group, advantages):
         episode.dialogue.advantage = advantage
     return (rewards.max() - rewards.min()).item() > 1e-6
 
 
-def group_advantages(rewards):
-    """Advantages (G, n) of rewards (G, n): (r - mean) / (std + 1e-6) in each group, 0 where all are equal."""
+def group_advantages(rewards, kind="grpo"):
+    """Advantages (G, n) of rewards (G, n) in each group, 0 where all are equal: (r - mean) / (std + 1e-6), or
+    by another `kind`, see above."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     spread = (rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)) > 1e-6
+    if kind == "dr_grpo":
+        return torch.where(spread, centred, 0.0)
+    if kind == "rloo":  # r - (sum - r) / (n - 1)
+        return torch.where(spread, centred * rewards.shape[1] / (rewards.shape[1] - 1), 0.0)
     return torch.where(spread, centred / (rewards.std(dim=1, keepdim=True) + 1e-6), 0.0)
 
 
@@ -140,8 +167,13 @@ def grpo_loss(log_probs, old_log_probs, advantages, episode, config, ref_log_pro
     """The loss of each token, (N,), and a dict of sums over tokens for the metrics. `advantages` (E,) are of
     the episodes, `episode` (N,) is the episode of each token; the others are (N,)."""
     # the clipped policy gradient
+    log_ratio = log_probs - old_log_probs
+    if config.ratio == "sequence":  # the mean over an episode's tokens, for each of them
+        own = episode.to(log_ratio.device)
+        sums = torch.zeros_like(advantages).index_add(0, own, log_ratio)
+        log_ratio = (sums / torch.bincount(own, minlength=len(sums)).clamp(min=1))[own]
     advantages = advantages[episode]  # (N,)
-    ratio = (log_probs - old_log_probs).exp()
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     stats = {"clipped_low": ((ratio < 1 - config.clip_low) & (advantages < 0)).sum(),
@@ -225,6 +257,7 @@ def train(weights, rows, config, run, rank, world, device, val):
     with weights.gathered():
         check_decoder(engine.decoder)
     weights.gather_metrics()  # that of the check does not count
+    alarms = Alarms(config, weights.player, run.metrics.written())
     if rank == 0:
         print(f"rl: rollouts in {policy.dtype}, decode step {engine.decoder.path}")
     root, skipped, total_drawn = Path(config.data).parent, progress["skipped"], progress["drawn"]
@@ -250,7 +283,9 @@ def train(weights, rows, config, run, rank, world, device, val):
             metrics |= update(weights, kept, optimizer, config, rank, device)
         metrics |= {"seconds_rollout": played - began, "seconds_update": time.time() - played,
                     "seconds": time.time() - began, "lr": lr, "skipped": len(skipped)}
-        show_step(metrics, episodes, config, policy.env_config, run.metrics.print)
+        show_step(metrics, episodes, config, run.metrics.print)
+        for line in alarms.look(metrics):
+            run.metrics.print(line)
         run.end_step(metrics, {"step": step, "drawn": total_drawn, "skipped": skipped})
     return skipped
 
@@ -266,8 +301,9 @@ def main():
     check_flags(config, world)
     if config.group_size < 2:
         raise UserError("--group_size must be at least 2: advantages compare the episodes of a question")
-    if config.loss_mean not in ("token", "episode"):
-        raise UserError(f"--loss_mean must be token or episode, not {config.loss_mean}")
+    for flag, known in CHOICES.items():
+        if getattr(config, flag) not in known:
+            raise UserError(f"--{flag} must be {' or '.join(known)}, not {getattr(config, flag)}")
     if not config.temperature > 0:
         raise UserError("--temperature must be above 0: at 0 all episodes of a question are the same")
     rows, bad = read_questions(config.data, config.max_bad)
@@ -278,6 +314,7 @@ def main():
     val_rows = None
     if config.val:
         val_rows = check_held_out(*read_questions(config.val, config.max_bad), config.val, env_config)
+        val_rows = with_num_frames(val_rows, config)
     run = TrainingRun("rl", config, {"model": config.model, "questions": config.data}, rank, world, device)
     if run.finished:
         return

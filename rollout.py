@@ -139,13 +139,14 @@ class Engine:
         self.steps = steps or (8 if compiled else 1)
 
     @torch.no_grad()
-    def play(self, questions, root=".", env_config=None, on_end=None):
+    def play(self, questions, root=".", env_config=None, on_end=None, make_env=make_env):
         """Plays `group_size` episodes of each question.
 
         Args:
             questions: question rows, their videos relative to `root`.
             env_config: other settings of the environment than the policy's.
             on_end: called with each episode that ended.
+            make_env: what makes the environment of a question, where it is not the protocol's own.
         Returns: (groups, skipped): a list of Episode for each question, empty for one whose video cannot be
             read, and the (question id, reason) of those."""
         self.live, self.decoding, self.outside, self.on_end = [], 0, deque(), on_end
@@ -154,7 +155,8 @@ class Engine:
         with ThreadPoolExecutor(4) as self.video_threads:
             try:
                 env_config = env_config or self.policy.env_config
-                coming = self.groups_to_come(questions, root, env_config, groups, skipped)
+                make = lambda question: make_env(question, env_config, root)
+                coming = self.groups_to_come(questions, make, groups, skipped)
                 new = next(coming, None)
                 while new or self.live or self.outside:
                     # what the environment said, where a turn is over
@@ -174,12 +176,12 @@ class Engine:
                 raise
         return groups, skipped
 
-    def groups_to_come(self, questions, root, env_config, groups, skipped):
-        """Yields the group of each question in turn, once its video is decoded; those of the next questions
-        are decoded meanwhile. Puts it into `groups`, or the reason why the video cannot be read into
-        `skipped`."""
+    def groups_to_come(self, questions, make, groups, skipped):
+        """Yields the group of each question in turn, in the environment that `make` makes of it, once its
+        video is decoded; those of the next questions are decoded meanwhile. Puts it into `groups`, or the
+        reason why the video cannot be read into `skipped`."""
         def begin(question):
-            env = make_env(question, env_config, root)
+            env = make(question)
             try:
                 return env, env.reset(), None
             except VideoError as error:

@@ -35,7 +35,7 @@ from rollout import RolloutConfig
 from scale.pick import check_flags, load_weights, show_plan
 from sources.read import read_questions, read_trajectories
 from sources.released_data import encode_stored
-from training.environment import run_environment, with_chosen_frames
+from training.environment import run_environment, with_chosen_frames, with_num_frames
 from training.held_out import check_held_out
 from training.memory import out_of_memory
 from training.prefetch import in_threads, prefetch
@@ -178,6 +178,7 @@ def main():
     if config.val:
         val_config = RolloutConfig(max_turn_tokens=env_config.max_turn_tokens)
         val_rows = check_held_out(*read_questions(config.val, config.max_bad), config.val, env_config)
+        val_rows = with_num_frames(val_rows, config)
         val = val_rows, Path(config.val).parent, val_config
     inputs = {"model": config.model, "trajectories": config.data}
     run = TrainingRun("sft", config, inputs, rank, world, device)

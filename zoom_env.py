@@ -59,6 +59,7 @@ class RewardWeights:
     accuracy_weight: float = 0.9  # reward for a right answer
     format_weight: float = 0.1  # reward when every turn is well formed and every zoom within the limit
     tool_weight: float = 0.5  # bonus when the answer is right and a zoom was made
+    hit_weight: float = 0.0  # reward for the share of the zooms that hit the question's evidence
 
 
 REWARD_PARTS = tuple(f.name.removesuffix("_weight") for f in fields(RewardWeights))
@@ -461,4 +462,10 @@ def reward_parts(env):
     accuracy = grade(env.answer(), env.question)
     # right from 0.5 on: a time segment may be partly right (grading.py)
     used_tool = accuracy >= 0.5 and env.num_calls() > 0
-    return {"accuracy": accuracy, "format": float(env.is_well_formed()), "tool": float(used_tool)}
+    hits = [bool(call.hit) for turn in env.turns if turn.kind == "call" for call in turn.calls]
+    return {
+        "accuracy": accuracy,
+        "format": float(env.is_well_formed()),
+        "tool": float(used_tool),
+        "hit": sum(hits) / max(1, len(hits)),
+    }

@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from scale import estimates
 from scale.devices import free_bytes
+from training.environment import largest_environment
 
 
 def find_cache_gb(policy, config, weights=None):
@@ -23,7 +24,7 @@ def find_cache_gb(policy, config, weights=None):
     left -= estimates.decode_logits(s, config.max_rows, item)
     if weights is not None:
         left -= to_come(weights, config, s.language * item, frame_tokens * s.hidden * item)
-    longest = estimates.longest_episode(policy.env_config, frame_tokens, config)
+    longest = estimates.longest_episode(largest_environment(policy.env_config, config), frame_tokens, config)
     size = estimates.auto_cache(s, item, left, longest, config.max_rows) / 1e9
     if weights is not None and dist.is_initialized():
         smallest = torch.tensor(size, device=policy.device)
@@ -45,5 +46,6 @@ def to_come(weights, config, language_bytes, frame_bytes):
         size += language_bytes
     if "features" not in config.offload:
         processes = dist.get_world_size() if dist.is_initialized() else 1
-        size += estimates.episodes_of(config, weights.policy.env_config, processes).all_frames * frame_bytes
+        env_config = largest_environment(weights.policy.env_config, config)
+        size += estimates.episodes_of(config, env_config, processes).all_frames * frame_bytes
     return size

@@ -25,7 +25,7 @@ from scale import estimates
 from scale.estimates import FLOAT, RESERVE
 from scale.pick import check_flags, shard_of_run
 from training.checkpoints import EXPORT_BYTES, config_fault, loading, object_fault
-from training.environment import run_environment
+from training.environment import largest_environment, run_environment
 
 GPUS_A_MACHINE = 8
 RESERVE_SMALL = 2e9  # in place of RESERVE, of a GPU of up to 24 GB
@@ -257,7 +257,7 @@ def plan_main(name, config):
     """Prints the plan of a run and ends the process, with status 0 if it fits, else 1. Raises UserError."""
     gpus, gpu_bytes, host_bytes = read_machines(config.plan)
     check_flags(config, gpus)
-    env_config = run_environment(config.model, config)
+    env_config = largest_environment(run_environment(config.model, config), config)
     plan = make_plan(name, config, read_model_config(config.model), env_config, gpus, gpu_bytes, host_bytes)
     print(plan.text())
     sys.exit(0 if plan.fits else 1)

@@ -25,7 +25,8 @@ and a trajectory, which is what a teacher said on such a question:
     {"question": {...}, "kind": "exemplar", "turns": ["<think>...</think><video_zoom>...</video_zoom>", ...],
      "learn": [true, true], "provenance": {"teacher": "scripted", "seed": 0}}
 
-    kind              exemplar, or reflection: it first looks in a wrong place, and mends it
+    kind              exemplar; reflection: it first looks in a wrong place, and mends it; success: a policy's
+                      own play (sources/successes.py)
     turns             the assistant's texts; what it saw is replayed from the video
     learn             for each turn, whether it is in the loss
     provenance        how it was made; "max_zooms" in it is how many zooms the episode allows

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import random_policy as make_policy
 
 import eval as evaluation
+from controls import modes
 from demo import synthetic
 from model import encode
 from rollout import Episode
@@ -72,9 +73,9 @@ class Known:
     def __init__(self, policy, texts, limit):
         self.policy, self.texts, self.limit = policy, texts, limit
 
-    def play(self, questions, root, env_config, on_end):
+    def play(self, questions, root, env_config, on_end, make_env):
         for number, (question, turns) in enumerate(zip(questions, self.texts)):
-            env = ZoomEnv(question, env_config, root)
+            env = make_env(question, env_config, root)
             e = Episode(encode(self.policy, env.reset()), env=env, question_number=number)
             for text in turns:
                 encode(self.policy, [Message("assistant", [text])], e.dialogue)
@@ -99,8 +100,8 @@ def detail(folder):
 def play_known(folder, question, texts, limit=10**6, **env):
     policy, written = make_policy(layers=1), []
     config, questions = replace(policy.env_config, **env), {n: dict(question) for n in range(len(texts))}
-    engine, play = Known(policy, texts, limit), evaluation.Play("p", "zoom")
-    evaluation.evaluate(engine, play, questions, folder, config, written.append)
+    engine, play, mode = Known(policy, texts, limit), evaluation.Play("p", "zoom"), modes.Mode("zoom")
+    evaluation.evaluate(engine, play, mode, questions, folder, config, written.append)
     return written, tables.table_rows("p", "zoom", written, questions, 3)[0]
 
 
@@ -507,7 +508,8 @@ def test_wrong_input_gives_one_line_and_status_2(folder, tmp_path, monkeypatch, 
         (["--model", policy, "--video", video], "--question"),
         (["--model", tmp_path, "--video", video, "--question", "q"], "config.json"),
         ([*data, "--mode", "sideways"], "sideways"),
-        ([*data, "--num_frames", "0"], "overview_max_frames"),
+        ([*data, "--num_frames", "0"], "--num_frames must be at least 1"),
+        ([*data, "--num_frames", "5", "9"], "--num_frames takes one number"),
         ([*data, "--temperature", "-1"], "--temperature"),
         ([*data, "--max_bad", "nan"], "--max_bad"),
         ([*data, "--dtype", "float16"], "--dtype"),

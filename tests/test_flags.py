@@ -21,6 +21,7 @@ from training.checkpoints import save_policy
 SCRIPTS = {"sft": sft, "rl": rl, "eval": evaluation, "data_prep": data_prep}
 WRONG_WORDS = {
     "device": ["gpu", "cuda:x", "meta"], "dtype": ["float16", "x"], "mode": ["x"], "resume": ["x", "always"],
+    "clips": ["x"], "zoom": ["x", "Never"],
     "loss_mean": ["x"], "old_log_probs": ["x", "Sampled"], "offload": ["x", "Reference"], "preset": ["x"],
     "plan": ["x", "8", "x80"], "shard": ["x", "All"], "kinds": ["x"],
     "protocol": ["x", "missing.json", "folder.json", "bytes.json"],
@@ -36,7 +37,12 @@ MORE = {
     "rl": [*TRAINING, "--offload reference", "--max_mismatch 0.1", "--temperature 0", "--group_size 1",
            "--max_mismatch 0.1 --old_log_probs sampled", "--steps 0"],
     "eval": ["--options one --question What?", "--question What?", "--options a a --question What?",
-             "--num_frames 0", "--max_rows 0"],
+             "--num_frames 0", "--max_rows 0", "--votes 0", "--zoom gate",
+             "--votes 3 --question What? --video data/test.jsonl", "--zoom gate --votes 2",
+             "--clips grey --mode uniform", "--zoom never --mode uniform", "--clips grey --temperature 1",
+             "--clips grey --zoom always", "--clips none --votes 3", "--clips grey --max_zooms 0",
+             "--clips other --max_zooms 0", "--zoom always --protocol direct",
+             "--zoom gate --votes 3 --max_zooms 0"],
     "data_prep": ["", "x", "synthetic --train 0", "synthetic --test x", "synthetic --seed x",
                   "synthetic --out rows", "tiny_base --steps x", "tiny_base --steps 0",
                   "tiny_base --init missing", "tiny_base --out rows"]}

@@ -15,7 +15,6 @@ from tiny import DEVICE
 import common
 from common import UserError
 from training.metrics import Metrics, UpdateMetrics, check_installed, show_step
-from zoom_env import EnvConfig
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
@@ -242,22 +241,21 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_what_is_said_of_a_step():
-    """One line, and warnings; a policy to which no zoom is allowed has not stopped zooming."""
+    """One line, and what was not learned."""
     from rl import Config
 
     metrics = {"step": 2, "reward": 0.5, "groups": 1, "zooms": 0.0, "updates": 1}
 
-    def said(env_config=EnvConfig(), **more):
+    def said(**more):
         lines = []
-        show_step(metrics | more, [], Config(steps=3), env_config, lines.append)
+        show_step(metrics | more, [], Config(steps=3), lines.append)
         return lines
 
-    assert said(zooms=1.0)[0].startswith("step 2/3  reward 0.500") and len(said(zooms=1.0)) == 1
-    assert "stopped zooming" in said()[1] and len(said(EnvConfig(max_zooms=0))) == 1
-    assert "no group had a spread" in said(zooms=1.0, groups=0)[1]
-    left_out = said(zooms=1.0, episodes_left_out=9)
+    assert said()[0].startswith("step 2/3  reward 0.500") and len(said()) == 1
+    assert "no group had a spread" in said(groups=0)[1]
+    left_out = said(episodes_left_out=9)
     assert "9 episodes" in left_out[1] and "--max_mismatch" in left_out[1] and "nothing learned" not in left_out[1]
-    assert "nothing learned" in said(zooms=1.0, episodes_left_out=9, updates=0)[1]
+    assert "nothing learned" in said(episodes_left_out=9, updates=0)[1]
 
 
 @pytest.mark.device

@@ -316,7 +316,7 @@ def test_replay_writes_what_the_checkpoint_was_trained_on(folder, policy):
     assert said == f"{zoom}<|im_end|>{answer}<|im_end|>"
     between = "</video_zoom><|im_end|><|im_start|>user\n<tool_response>\nHere it is {so}:\n<frame0_at1.00>"
     assert between in policy.tokenizer.decode(dialogue.ids)
-    assert env.rewards == {"reward": 1.5, "accuracy": 1.0, "format": 1.0, "tool": 1.0}
+    assert env.rewards == {"reward": 1.5, "accuracy": 1.0, "format": 1.0, "tool": 1.0, "hit": 0.0}
 
 
 class Scripted(Released):
@@ -431,7 +431,7 @@ def test_frames_and_pixels_stay_where_a_protocol_names_none(script):
     direct = with_flags(demo, script.Config, protocol="direct")
     words = {"protocol": "direct", "max_zooms": 0, "system_prompt": "You are a helpful assistant."}
     assert direct == replace(demo, **words)
-    given = with_flags(demo, script.Config, protocol="direct", num_frames=23, max_zooms=1, overview="uniform")
+    given = with_flags(demo, script.Config, protocol="direct", num_frames=[23], max_zooms=1, overview="uniform")
     assert (given.overview_max_frames, given.max_zooms, given.overview) == (23, 1, "uniform")
     assert given.max_pixels == 12_544 and len(overview_times(0.5, given)) == 23
     longvt = with_flags(demo, script.Config, protocol="longvt")

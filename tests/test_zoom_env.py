@@ -461,7 +461,7 @@ def test_a_fifth_zoom_ends_the_episode_without_an_answer(folder):
     env, messages = play(folder, [zoom(0, 4, 1)] * 5)
     assert env.done and messages[-1] == [] and env.answer() is None
     assert env.num_calls() == 4 and env.num_invalid() == 1
-    assert env.rewards == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "tool": 0.0}
+    assert env.rewards == dict.fromkeys(["reward", *REWARD_PARTS], 0.0)
 
 
 def test_an_error_costs_a_round(folder):
@@ -655,13 +655,32 @@ def test_reward_weights_and_partly_right_segments(folder):
         assert env.rewards["reward"] == pytest.approx(reward)
 
 
+def test_the_share_of_zooms_that_hit_is_a_part_of_the_reward(folder):
+    """Of those that were carried out: not a call that was refused, or whose reply was not shown."""
+    hit, miss = zoom(4, 8, 1), zoom(12, 16, 1)
+    wrong = ANSWER.replace("B</answer>", "A</answer>")
+
+    def has_share(turns, evidence, share):
+        env, _ = play(folder, turns, EnvConfig(hit_weight=2.0), evidence=evidence)
+        env.end()
+        parts = env.rewards
+        others = 0.9 * parts["accuracy"] + 0.1 * parts["format"] + 0.5 * parts["tool"]
+        assert parts["hit"] == pytest.approx(share) and parts["reward"] == pytest.approx(others + 2 * share)
+
+    all_hold(has_share, [
+        ([hit, ANSWER], [[5, 6]], 1), ([hit, miss, wrong], [[5, 6]], 1 / 2), ([miss, ANSWER], [[5, 6]], 0),
+        ([miss, hit, miss, ANSWER], [[5, 6]], 1 / 3), ([TOO_MUCH, hit, ANSWER], [[5, 6]], 1),
+        ([miss, hit], [[5, 6]], 0),  # cut off before the second one's reply was seen
+        ([ANSWER], [[5, 6]], 0), ([hit, ANSWER], None, 0)])
+
+
 def test_rewards_are_computed_once_when_the_episode_ends(folder, monkeypatch):
     graded = []
     monkeypatch.setattr(zoom_env, "grade", lambda *args: graded.append(args) or grade(*args))
     env, _ = play(folder, [LOOK])
     assert env.rewards == {} and not graded
     env.step(ANSWER)
-    assert env.rewards == {"reward": 1.5, "accuracy": 1.0, "format": 1.0, "tool": 1.0}
+    assert env.rewards == {"reward": 1.5, "accuracy": 1.0, "format": 1.0, "tool": 1.0, "hit": 0.0}
     assert list(env.rewards) == ["reward", *REWARD_PARTS] and len(graded) == 1
     before = env.rewards
     env.end()
@@ -675,7 +694,7 @@ def test_an_episode_that_is_cut_off(folder):
         env, _ = play(folder, turns)
         other = env.fork()
         env.end()
-        assert env.done and env.rewards == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "tool": 0.0}
+        assert env.done and env.rewards == dict.fromkeys(["reward", *REWARD_PARTS], 0.0)
         assert len(env.turns) == len(turns) and env.answer() is None and env.describe()
         assert not other.done and other.rewards == {}
         other.step(ANSWER)
@@ -690,7 +709,7 @@ def test_settings_of_an_old_checkpoint_are_read():
                system_prompt="You see a video.")
     config = EnvConfig(**json.loads(json.dumps(old)))
     assert isinstance(config, RewardWeights) and config.tool_weight == 0.25 and config.frame_unit == 28
-    assert REWARD_PARTS == ("accuracy", "format", "tool")
+    assert REWARD_PARTS == ("accuracy", "format", "tool", "hit") and config.hit_weight == 0
 
 
 def test_frames_have_the_policys_unit(folder):

@@ -7,13 +7,15 @@ file is taken for the paper's.
     flag                           what it changes
     --protocol                     the rules and words; frames and pixels stay where the protocol names none
     --system_prompt                the system prompt
-    --overview, --num_frames       how the first look chooses its frames, and how many it takes
+    --overview, --num_frames       how the first look chooses its frames, and how many it takes; of several
+                                   numbers each question gets one, and the checkpoint keeps its own
     --max_zooms                    how many zooms an episode has; 0: no tool
     --max_turn_tokens              tokens after which an assistant turn is cut off
     --accuracy_weight, ... (RL)    the weights of the reward's parts
 """
 
 import functools
+import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -91,8 +93,10 @@ def run_environment(model, config):
         changes["system_prompt"] = read_text(config.system_prompt).strip()
     if config.overview is not None and not chosen_by_file(config):
         changes["overview"] = config.overview
-    if config.num_frames is not None:
-        changes |= {"overview_max_frames": config.num_frames, "overview_fps": ANY_FPS}
+    if config.num_frames is not None and min(config.num_frames) < 1:
+        raise UserError(f"--num_frames must be at least 1, not {min(config.num_frames)}")
+    if config.num_frames is not None and len(config.num_frames) == 1:  # several: `with_num_frames`
+        changes |= {"overview_max_frames": config.num_frames[0], "overview_fps": ANY_FPS}
     if config.max_zooms is not None:
         changes["max_zooms"] = config.max_zooms
     if getattr(config, "max_turn_tokens", None) is not None:
@@ -147,14 +151,39 @@ def read_protocol_file(path):
     return file
 
 
-# ------------------------------------------------------------------------- frames of another selector
+# ------------------------------------------------------------------------------- frames of a question
+def with_num_frames(questions, config):
+    """Questions whose overview has as many frames as --num_frames says, in place of their own number. Where
+    it names several each question gets one of them, by a hash of its id and --seed: in every epoch, and on
+    every process, the same."""
+    numbers = config.num_frames
+    if numbers is None:
+        return questions
+
+    def drawn(question):
+        digest = hashlib.sha256(f"{config.seed} {question['id']}".encode()).digest()
+        return numbers[int.from_bytes(digest[:8]) % len(numbers)]
+
+    return [q | {"num_frames": drawn(q)} if len(numbers) > 1 or "num_frames" in q else q for q in questions]
+
+
+def largest_environment(env_config, config):
+    """An EnvConfig with the largest overview of a run, which --num_frames may draw for each question: what
+    memory has to be there for."""
+    numbers = getattr(config, "num_frames", None) or []  # RolloutConfig alone has none
+    if len(numbers) < 2:
+        return env_config
+    return replace(env_config, overview_max_frames=max(numbers), overview_fps=ANY_FPS)
+
+
 def chosen_by_file(config):
     """Whether --overview names a file of chosen frames."""
     return (config.overview or "").endswith(".json")
 
 
 def with_chosen_frames(questions, config):
-    """Gives questions the frames that another selector chose, where --overview names a file of them.
+    """Gives questions the number of frames of --num_frames, and the frames that another selector chose, where
+    --overview names a file of them.
 
     Such a file is a list of {"video_name", "question", "frame_idx"} (TSPO's format). A row belongs to the
     question with the same file name and the same first line, which gets it as overview_frames.
@@ -162,6 +191,7 @@ def with_chosen_frames(questions, config):
     also when more than the share --max_bad has none."""
     if config.overview is not None and not all("video" in question for question in questions):
         raise UserError("--overview chooses frames of videos; these rows hold image files")
+    questions = with_num_frames(questions, config)
     if not chosen_by_file(config):
         return dict(enumerate(questions)), []
 

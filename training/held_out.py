@@ -56,9 +56,10 @@ def check_held_out(rows, bad, path, env_config):
 
 
 # ------------------------------------------------------------------------------------------------- playing
-def make_player(policy, config, generator=None):
-    """An Engine that plays one episode a question, as eval.py does too; its decode step is checked."""
-    engine = Engine(policy, 1, config, generator)
+def make_player(policy, config, generator=None, group_size=1):
+    """An Engine that plays a question's episodes, one by default, as eval.py does too; its decode step is
+    checked."""
+    engine = Engine(policy, group_size, config, generator)
     check_decoder(engine.decoder)
     return engine
 

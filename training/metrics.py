@@ -82,6 +82,13 @@ class Metrics:
             tqdm.write(text)
             sys.stdout.flush()
 
+    def written(self):
+        """The numbers of the steps that are done, of the first process; none of the others."""
+        path = self.out / "metrics.jsonl"
+        if self.rank > 0 or not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
     def close(self):
         """The run has ended."""
         self.bar.close()
@@ -143,10 +150,17 @@ def begin_wandb(out, project, name, done):
 
 # -------------------------------------------------------------------------------- what rl.py says of a step
 def episode_metrics(episodes, num_kept, group_size, device):
-    """Means over the episodes of all processes."""
+    """Means over the episodes of all processes. episodes: group after group. num_kept: groups to train on."""
     keys = ("reward", *REWARD_PARTS, "zooms", "invalid", "turns", "truncated", "frames", "response_tokens",
             "sampled_tokens")  # the same on all processes, in the same order
-    sums = Counter(dict.fromkeys(keys, 0), episodes=len(episodes), groups_kept=num_kept)
+    sums = Counter(dict.fromkeys(keys, 0), episodes=len(episodes), groups_kept=num_kept, spread=0, stuck=0)
+    for first in range(0, len(episodes), group_size):
+        rewards = [e.env.rewards for e in episodes[first:first + group_size]]
+        totals = [r["reward"] for r in rewards]
+        if max(totals) - min(totals) > 1e-6:
+            sums["spread"] += 1
+        elif sum(r["accuracy"] for r in rewards) < len(rewards) / 2:
+            sums["stuck"] += 1
     for e in episodes:
         sums.update(e.env.rewards)
         invalid = e.env.num_invalid() if e.env.config.max_zooms else 0  # without a tool there are no calls
@@ -156,8 +170,10 @@ def episode_metrics(episodes, num_kept, group_size, device):
     total = sum_over_processes(sums, device)
     count = max(1.0, total.pop("episodes"))
     groups, invalid = total.pop("groups_kept"), total.pop("invalid")
+    spread, stuck = total.pop("spread"), total.pop("stuck")
     return {k: v / count for k, v in total.items()} | {
-        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - groups * group_size / count,
+        "invalid": invalid / max(1.0, invalid + total["zooms"]), "no_spread": 1 - spread * group_size / count,
+        "no_spread_wrong": stuck * group_size / count,  # ... where fewer than half of the answers are right
         "groups": groups, "episodes": count}
 
 
@@ -196,8 +212,8 @@ class UpdateMetrics:
             "grad_norm": self.norm_sum / max(1, self.updates - self.bad_steps)}
 
 
-def show_step(metrics, episodes, config, env_config, say):
-    """One line a step, an episode now and then, a warning when the tool is no longer used."""
+def show_step(metrics, episodes, config, say):
+    """One line a step, and an episode now and then."""
     m = Counter(metrics)
     parts = ", ".join(f"{part} {m[part]:.2f}" for part in REWARD_PARTS)
     say(f"step {m['step']}/{config.steps}  reward {m['reward']:.3f} ({parts})  zooms {m['zooms']:.2f}  "
@@ -210,7 +226,5 @@ def show_step(metrics, episodes, config, env_config, say):
     if m["episodes_left_out"]:
         say(f"  {m['episodes_left_out']:.0f} episodes of a mismatch above --max_mismatch left out"
             + ", all there were: nothing learned in this step" * (not m["updates"]))
-    if m["zooms"] < 0.05 and env_config.max_zooms > 0:
-        say("  warning: the policy has stopped zooming (see --tool_weight)")
     if episodes and (m["step"] - 1) % SHOW_EVERY == 0:
         say(f"{episodes[0].env.describe()}\n  reward {episodes[0].env.rewards}")

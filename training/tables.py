@@ -29,12 +29,14 @@ COLUMNS = {
     "95% interval": "{accuracy_low:.1%} - {accuracy_high:.1%}", "skips wrong": "{accuracy_skipped_wrong:.1%}",
     "frames": "{frames_per_question:.1f}", "zooms": "{zooms_per_question:.2f}", "hit": "{hit_rate:.1%}",
     "invalid": "{invalid_call_rate:.1%}", "no tool": "{calls_without_tool:d}",
-    "untagged": "{untagged:d}", "tokens": "{tokens_per_question:.0f}", "s": "{seconds_per_question:.3f}"}
+    "refused": "{refused:d}", "untagged": "{untagged:d}", "said": "{generated_per_question:.0f}",
+    "tokens": "{tokens_per_question:.0f}", "s": "{seconds_per_question:.3f}"}
 SETTINGS = {
     "policy": "{policy}", "mode": "{mode}", "protocol": "{settings[protocol]}",
     "overview": "{settings[overview]}", "frames": "{settings[overview_max_frames]:d}",
     "fps": "{settings[overview_fps]:g}", "zooms": "{settings[max_zooms]:d} x {settings[zoom_max_frames]:d}",
     "pixels": "{settings[min_pixels]:d} - {settings[max_pixels]:d}",
+    "clips": "{settings[clips]}", "votes": "{settings[votes]:d}", "gate": "{settings[gate]}",
     "temperature": "{settings[temperature]:g}", "dtype": "{settings[dtype]}", "seed": "{settings[seed]:d}",
     "videos missing": "{missing_videos:d}", "evidence": "{num_with_evidence:d}",
     "questions": "{questions_sha256:.12}", "played": "{played_sha256:.12}"}
@@ -158,11 +160,13 @@ def figures(episodes, skipped, num_bad, seconds):
         "accuracy": ratio(sum(graded), len(graded)), "accuracy_low": low, "accuracy_high": high,
         "invalid_call_rate": None if invalid is None else invalid / max(1, invalid + zooms),
         "hit_rate": ratio(known_sum(episodes, "hits"), known_sum(episodes, "hits_known")),
+        "refused": known_sum(episodes, "refused") or None,
         "untagged": known_sum(episodes, "untagged"),
         "calls_without_tool": known_sum(episodes, "calls_without_tool"),
         "seconds_per_question": seconds if episodes else None,
         "frames_per_question": ratio(known_sum(episodes, "frames"), len(episodes)),
         "zooms_per_question": ratio(zooms, len(episodes)),
+        "generated_per_question": ratio(known_sum(episodes, "generated"), len(episodes)),
         "tokens_per_question": ratio(known_sum(episodes, "tokens"), len(episodes)),
         "waits_for_judge": len(episodes) - len(graded),
         "accuracy_skipped_wrong": ratio(sum(graded), len(graded) + skipped_wrong)}
@@ -174,7 +178,7 @@ def known(values):
 
 def known_sum(episodes, key):
     """The sum over the episodes that have a number there; None where none has."""
-    values = known(e[key] for e in episodes)
+    values = known(e.get(key) for e in episodes)
     return sum(values) if values else None
 
 
@@ -185,8 +189,8 @@ def mean(values):
 
 
 def ratio(part, whole):
-    """None where nothing is divided by."""
-    return part / whole if whole else None
+    """None where nothing is divided by, or there is nothing to divide."""
+    return part / whole if whole and part is not None else None
 
 
 # -------------------------------------------------------------------------------------------------- settings
