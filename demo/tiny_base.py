@@ -1,7 +1,7 @@
 """Stage 0 of the demo: the tiny base model, as the paper starts from Qwen2.5-VL-7B.
 
     python data_prep.py tiny_base --out tiny_base
-    torchrun --standalone --nproc_per_node=2 data_prep.py tiny_base     three quarters of an hour on two cores
+    torchrun --standalone --nproc_per_node=2 data_prep.py tiny_base     an hour and a half on two cores
 
 Nobody has to run this: the folder demo/tiny_base/ holds the checkpoint that it made. It is a Qwen2.5-VL by
 transformers' own classes, with 1.1 M parameters and a tokenizer of its own.
@@ -52,7 +52,7 @@ from video import Frame, read_frames
 from zoom_env import LAST_TURN, MAY_ZOOM, Message
 
 TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))  # the shipped checkpoint
-BASE_STEPS = 3000  # optimizer steps of the curriculum
+BASE_STEPS = 5000  # optimizer steps of the curriculum
 BASE_PROMPT = "You are a helpful assistant."
 
 
@@ -66,13 +66,17 @@ class Stage(NamedTuple):
     most_steps: float = math.inf
 
 
-# Short and single skills first: a look-up by content in a long dialogue is not found from scratch.
-LAST_STAGE = Stage({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 7,
-                    ("whole", 2): 2, ("direct", 2): 2}, 6144)
+# Short and single skills first: a look-up by content in a long dialogue is not found from scratch. Then the
+# demo's overviews and clips, and last those of any size with anything in them.
+LAST_STAGE = Stage({("repeat", 0): 1, ("letter", 0): 1, ("clip", 2): 1, ("clip", 3): 3, ("where", 2): 1,
+                    ("where", 3): 3, ("visit", 2): 2, ("visit", 3): 6, ("whole", 2): 1, ("whole", 3): 2,
+                    ("direct", 3): 3}, 6144)
 CURRICULUM = [
     Stage({("repeat", 0): 1, ("caption", 0): 2}, 3072, 0.4, 300),
     Stage({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2},
           3072, 0.6, 250),
+    Stage({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6,
+           ("whole", 2): 3, ("direct", 2): 1}, 6144, 0.5, 1200),
     LAST_STAGE,
 ]
 
@@ -218,6 +222,7 @@ class Lessons:
 
     def __init__(self, bank, seed):
         self.bank, self.rng = bank, random.Random(seed)
+        self.anything = True  # whether overviews and clips have any size and show anything: see `lesson`
         self.in_tags = False  # whether thoughts and answers stand in their tags
         self.amid_text = False  # whether random text stands around the lesson
 
@@ -236,10 +241,12 @@ class Lessons:
 
     def lesson(self, kind, level):
         """One lesson, a list of Exchange. kind: the skill; level: 0 short, 1 any length, 2 as long as
-        in the demo."""
+        in the demo, 3 with overviews of any size, and anything that there is in overviews and clips."""
         rng = self.rng
+        self.anything = level == 3
+        level = min(level, 2)
         num_slots = (4, rng.randint(4, NUM_SLOTS), NUM_SLOTS)[level]
-        num_frames = (4, rng.randint(3, 8), rng.choice([3, 5, 6, 6, 7, 7, 10, 12, 13, 14, 15]))[level]  # of a clip
+        num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 12, 13, 14, 15]))[level]  # of a clip
         return getattr(self, f"{kind}_lesson")(num_slots, num_frames)
 
     # The skills, in the order of the module's docstring.
@@ -338,7 +345,7 @@ class Lessons:
         rng = self.rng
         overview = self.draw_overview(num_slots)
         named = self.draw_named(overview)
-        if all(overview.figure_in(scene) for scene in named) and rng.random() < 0.8:
+        if all(overview.figure_in(scene) for scene in named):
             question, said = self.answer_shown(overview, named)
             return [Exchange(self.opening(question, overview), said)]
         order_clauses, visits = overview.order_visits(named)
@@ -362,7 +369,7 @@ class Lessons:
             exchanges.append(Exchange(user, "; ".join(clauses + there)))
             how = rng.random()
             if how < 0.35:  # a clip that shows nothing comes first, or empty cards: look again, or between them
-                first = draw_clip(visit.scene, 0, cards=how < 0.2)
+                first = draw_clip(visit.scene, 0, cards=self.anything and how < 0.2)
                 again = [first.said] if first.cards else [first.clause, "not found", *self.locate(overview, visit)]
                 exchanges.append(Exchange(first.items, "; ".join(again)))
             user, clauses = clip.items, [clip.clause]
@@ -399,11 +406,11 @@ class Lessons:
         return image.clamp(0, 255).to(torch.uint8)
 
     def draw_overview(self, num_slots, numbered=True):
-        """The Overview of a random video: short ones with a frame for each scene, those of NUM_SLOTS with any
+        """The Overview of a random video: with a frame for each scene, or, where there is anything, with any
         number, so that scenes are shown more than once, or not at all, and some frames show a figure."""
         rng = self.rng
         number, chance = num_slots, 0.0
-        if num_slots == NUM_SLOTS:
+        if self.anything:
             number = rng.choice([9, 9, 9, 9, 9, 5, 17, 33, rng.randint(4, 48)])
             chance = rng.choice([0.0, 0.15, 0.3])
         slot_s = rng.choice([rng.uniform(7, 25), rng.uniform(7, 70)])  # no digit of a time can be guessed
@@ -432,7 +439,7 @@ class Lessons:
         """One or two of the coloured scenes, as a question names them; one alone may be not shown."""
         scenes = [scene for scene in overview.scenes if scene != "grey"]
         unseen = [colour for colour in COLOURS if colour not in scenes]
-        if unseen and len(overview.pictures) < NUM_SLOTS and self.rng.random() < 0.2:
+        if unseen and len(overview.pictures) < NUM_SLOTS and self.rng.random() < 0.1:
             return [self.rng.choice(unseen)]
         return self.rng.sample(scenes, self.rng.randint(1, 2))
 
@@ -440,15 +447,18 @@ class Lessons:
         """A Clip that shows a scene and flashes in it, often with other scenes before or after, at any frame
         rate. cards: whether some of its frames are empty cards, by default at random."""
         rng = self.rng
-        frames, step_s = [], rng.choice([rng.uniform(0.125, 0.6), rng.uniform(0.5, 2.2), rng.uniform(2, 12)])
-        # other scenes: some frames in front or behind, which may have figures of their own
+        step_s = rng.uniform(0.5, 2.2)
+        if self.anything:
+            step_s = rng.choice([rng.uniform(0.125, 0.6), step_s, rng.uniform(2, 12)])
+        # other scenes: some frames behind or in front, which may have figures of their own
         number = rng.choice([0, 1, 1, 2, 3, 4]) if num_frames > 5 else 0
         number = max(0, min(number, num_frames - num_flashes))
         others = []
         for _ in range(number):
             other = rng.choice(["grey", *(colour for colour in COLOURS if colour != scene)])
-            others.append(self.draw_picture(other) if rng.random() < 0.15 else Picture(other))
-        in_front = rng.choice([0, 0, number // 2])
+            shows = self.anything and rng.random() < 0.15
+            others.append(self.draw_picture(other) if shows else Picture(other))
+        in_front = rng.choice([0, 0, number // 2]) if self.anything else 0
         # the scene: flashes that are seen in one frame or in several, at random places
         length = num_frames - number
         frames = [Picture(scene)] * length
@@ -457,12 +467,13 @@ class Lessons:
         for start, following in zip(starts, [*starts[1:], length]):
             figure = draw_figure(rng, scene, before)
             before = figure.colour
-            seen = min(rng.choice([1, 1, 1, 1, 2, 2, 3, 4, 8]), following - start)
+            seen = rng.choice([1, 1, 1, 1, 2, 2, 3, 4, 8]) if self.anything else rng.choice([1, 1, 2])
+            seen = min(seen, following - start)
             frames[start:start + seen] = [Picture(scene, figure)] * seen
         # empty cards around the flashes or alone, and figures without a card
         empty = [i for i, picture in enumerate(frames) if not picture.figure]
         if cards is None:
-            cards = rng.random() < 0.3
+            cards = self.anything and rng.random() < 0.3
         if cards and empty:
             first = starts[0] if starts else rng.choice(empty)
             last = starts[-1] if starts else first + rng.choice([0, 1, 1, 1, 1, 2])
@@ -471,7 +482,7 @@ class Lessons:
                 if first - around <= i <= last + around:
                     frames[i] = Picture(scene, cue=True)
         for i in empty:
-            if not frames[i].cue and rng.random() < 0.05:
+            if self.anything and not frames[i].cue and rng.random() < 0.05:
                 frames[i] = Picture(scene, draw_figure(rng, scene), card=False)
         pictures = others[:in_front] + frames + others[in_front:]
         times_s = [round((start_s + (i + 0.5) * step_s) * 8) / 8 for i in range(num_frames)]
@@ -536,7 +547,7 @@ def tokenizer_texts(lessons):
     skills = ("clip", "letter", "where", "visit", "whole", "direct")
     texts = []
     for i in range(2000):
-        for user, said in lessons.lesson(skills[i % len(skills)], 2):
+        for user, said in lessons.lesson(skills[i % len(skills)], 3):
             texts += [item for item in user if isinstance(item, str)] + [said]
     protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n",
                 "system\nuser\nassistant\n",
