@@ -15,13 +15,16 @@ import argparse
 import sys
 
 from common import check_shown, fail, open_folder, run_main
-from demo.synthetic import NUM_TEST, NUM_TRAIN, synthetic
+from demo.search import SEARCH
+from demo.synthetic import DEMO, NUM_TEST, NUM_TRAIN, synthetic
 from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
 from sources import official
 from sources.benchmarks import FORMATS, convert
 from sources.overlap import overlap
 from sources.stats import stats
 from sources.successes import successes
+
+SUITES = {suite.name: suite for suite in (DEMO, SEARCH)}
 
 
 def add_commands(commands, show):
@@ -33,6 +36,7 @@ def add_commands(commands, show):
 
     flag = add("synthetic", run_synthetic, "videos, questions and trajectories of the demo")
     flag("--out", default="runs/data", help="folder to write")
+    flag("--suite", choices=SUITES, default="demo", help="kind of videos and questions (demo/search.py)")
     flag("--train", type=at_least_one, default=NUM_TRAIN, help="number of training questions")
     flag("--test", type=at_least_one, default=NUM_TEST, help="number of held-out questions")
     flag("--seed", type=int, default=0, help="seed of videos, questions and the teacher")
@@ -74,7 +78,7 @@ def at_least_one(text):
 
 
 def run_synthetic(args):
-    synthetic(args.out, args.train, args.test, args.seed)
+    synthetic(args.out, args.train, args.test, args.seed, SUITES[args.suite])
 
 
 def run_tiny_base(args):

@@ -34,7 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from common import UserError
-from protocols import make_env, protocol_of
+from protocols import make_env, protocol_of, with_settings
 from video import Frame
 from zoom_env import Message
 
@@ -310,11 +310,12 @@ def encode(policy, messages, dialogue=None, learn=True, rules=None):
 
 def replay(policy, row, root="."):
     """A trajectory row, for SFT, as a Dialogue: what the policy said is in the row, what it saw is replayed
-    by the environment (with the `max_zooms` of the row's provenance, where it names one).
+    by the environment (with `max_zooms` and `protocol` of the row's provenance, where it names them).
 
     Returns (dialogue, env). Raises VideoError, and ValueError if the turns do not fit the episode."""
-    max_zooms = (row.get("provenance") or {}).get("max_zooms", policy.env_config.max_zooms)
-    env = make_env(row["question"], replace(policy.env_config, max_zooms=max_zooms), root)
+    made = row.get("provenance") or {}
+    settings = {name: made[name] for name in ("max_zooms", "protocol") if name in made}
+    env = make_env(row["question"], with_settings(policy.env_config, settings), root)
     dialogue = encode(policy, env.reset(), rules=env)
     for i, (text, is_learned) in enumerate(zip(row["turns"], row["learn"], strict=True)):
         if env.done:

@@ -20,12 +20,14 @@ evidence, and elsewhere a guess among the options that what they show leaves ope
 the sampling.
 
 The teacher plays through the environment like any policy, and a trajectory is kept only if the environment
-grades it right and well formed. It surveys the overview, zooms from the frame of the scene asked about to the
-next one, writes down what each frame of the clip shows, and answers. It knows where to look but not how
-closely: often it takes half a frame a second, and a flash can fall between two of those. Then it looks again
-or guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there
-are plays whose first zoom goes to a wrong scene (reflection trajectories), and plays without any zoom, which
-show how to answer when none is left.
+grades it right and well formed. Its overview has 5 to 33 frames, drawn for each question, in half of them 9; more
+of them can miss no scene, and happen to show a flash. It surveys the overview and answers where that shows
+all that is asked; else it zooms from the first frame of the scene asked about to the next scene's, writes
+down what each frame of the clip shows, and answers. It knows where to look but not how closely: often it
+takes half of the frames that it may, and a flash can fall between two of those. Then it looks again or
+guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there are
+plays whose first zoom goes to a wrong scene (reflection trajectories), plays in which no zoom is left, and
+plays by the protocol without a tool (direct); of the last two only those that need not guess.
 """
 
 import json
@@ -34,6 +36,7 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -44,14 +47,16 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError, read_text, write_jsonl
+from protocols import make_env, with_settings
 from training.run_folder import disown_folder, own_folder
-from zoom_env import EnvConfig, ZoomEnv
+from zoom_env import EnvConfig
 
 NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
 MADE = "data.json"  # file of a data folder that remembers its seed and numbers
 QUESTIONS_PER_VIDEO = 5  # two details, a count, an order, a holistic one
 UNIFORM_FRAMES = (8, 16, 32, 64, 128, 256)  # for which meta has a uniform_accuracy
-HASTE = 0.75  # how often the teacher zooms at 0.5 frames a second instead of 1
+HASTE = 0.75  # how often the teacher zooms at half of the frames a second that it may
+FPS = "0.25", "0.50", "1.00", "2.00"  # that it asks for
 
 PALETTE = {"red": (215, 40, 40), "green": (30, 160, 60), "blue": (45, 75, 225), "yellow": (235, 220, 60),
            "purple": (140, 40, 180), "orange": (240, 130, 20), "cyan": (70, 210, 220),
@@ -60,7 +65,8 @@ GREY = (105, 105, 105)
 COLOURS, SHAPES = list(PALETTE), ["circle", "square", "triangle", "cross"]
 SIDE = 28  # pixels; a frame of 28x28 is one visual token
 VIDEO_FPS = 8
-NUM_SLOTS = len(COLOURS) + 1  # equal slices of a video; the overview has one frame of each
+NUM_SLOTS = len(COLOURS) + 1  # equal slices of a video; the demo's overview has one frame of each
+NUM_FRAMES = 9, 9, 9, 9, 9, 5, 17, 17, 33, 33  # of the teacher's overviews, drawn for each question
 SLOT_S = (13.5, 15.5)  # a slot's least and greatest length
 FLASH_S = 1.25  # a flash's length: above 1, so that 1 frame a second shows each
 NUM_FLASHES = (1, 1, 1, 1, 1, 2, 3, 4)  # of the coloured scenes, in some order
@@ -85,7 +91,9 @@ class Picture(NamedTuple):
 
     background: str  # a colour
     figure: Figure | None = None
-    offset: tuple = (0, 0)  # of the figure from the frame's middle, pixels right and down
+    offset: tuple = (0, 0)  # of card and figure from the frame's middle, pixels right and down
+    card: bool = True  # whether the figure is on a black card; such a one is asked about
+    cue: bool = False  # a card without a figure
 
 
 class Flash(NamedTuple):
@@ -97,7 +105,8 @@ class Flash(NamedTuple):
 class Scene(NamedTuple):
     colour: str  # of the background; "grey" at the end
     start_s: float
-    flashes: list  # of Flash, in order of time
+    flashes: list  # of Flash, in order of time, that questions are about
+    others: list = []  # of Flash: what else is to be seen, behind these (the suite "search")
 
 
 def make_scenes(rng):
@@ -146,18 +155,19 @@ def paint(picture):
     """A Picture as a frame, (28, 28, 3) uint8 RGB, which the caller must not change."""
     image = np.empty((SIDE, SIDE, 3), np.uint8)
     image[:] = PALETTE.get(picture.background, GREY)
+    right, down = picture.offset
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    x, y = x - right, y - down
+    nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
+    if picture.cue or picture.figure and picture.card:
+        image[farther <= 11] = 0  # a black card, on which shapes are easy to tell apart
     if picture.figure:
-        right, down = picture.offset
-        y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
-        x, y = x - right, y - down
-        nearer, farther = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
         inside = {
             "circle": x * x + y * y <= 64,
             "square": farther <= 8,
             "triangle": (y <= 8) & (abs(x) <= (y + 8) / 1.8),
             "cross": (nearer <= 2.5) & (farther <= 9),
         }[picture.figure.shape]
-        image[farther <= 11] = 0  # a black card, on which shapes are easy to tell apart
         image[inside] = PALETTE[picture.figure.colour]
     return image
 
@@ -165,7 +175,7 @@ def paint(picture):
 def on_screen(scenes, time_s):
     """What a video shows at a time, a Picture."""
     scene = [s for s in scenes if s.start_s <= time_s][-1]
-    for flash in scene.flashes:
+    for flash in [*scene.flashes, *scene.others]:
         if flash.start_s <= time_s < flash.end_s:
             return flash.picture
     return Picture(scene.colour)
@@ -203,25 +213,26 @@ class Draft(NamedTuple):
     wrong: list  # at least three wrong ones
 
 
-def ask_colour(scene, colour):
-    """scene: the name of its background colour, as in all of these."""
-    text = f"What colour is the shape that flashes in the {scene} scene?"
+def ask_colour(scene, colour, on=""):
+    """scene: the name of its background colour, and on: words that say where the shapes are, as in all of
+    these."""
+    text = f"What colour is the shape that flashes{on} in the {scene} scene?"
     return Draft(text, colour, [c for c in COLOURS if c not in (colour, scene)])
 
 
-def ask_shape(scene, shape):
-    return Draft(f"Which shape flashes in the {scene} scene?", shape, [s for s in SHAPES if s != shape])
+def ask_shape(scene, shape, on=""):
+    return Draft(f"Which shape flashes{on} in the {scene} scene?", shape, [s for s in SHAPES if s != shape])
 
 
-def ask_count(scene, n):
-    text = f"How many shapes flash in the {scene} scene?"
+def ask_count(scene, n, on=""):
+    text = f"How many shapes flash{on} in the {scene} scene?"
     return Draft(text, str(n), [str(k) for k in range(1, 5) if k != n])
 
 
-def ask_order(rng, named, first, second):
+def ask_order(rng, named, first, second, on=""):
     """named: the two scenes as the question names them; first, second: the colours of their flashes in order
     of time. Either flash alone leaves two options open."""
-    text = (f"One shape flashes in the {named[0]} scene and one in the {named[1]} scene. "
+    text = (f"One shape flashes{on} in the {named[0]} scene and one in the {named[1]} scene. "
             "Which colours, in order of time?")
     c, d = rng.sample([x for x in COLOURS if x not in (first, second)], 2)
     swapped = f"{second} then {first}"
@@ -245,8 +256,9 @@ def draw_options(rng, draft):
     return rng.sample([draft.right, *rng.sample(draft.wrong, 3)], 4)
 
 
-def make_questions(rng, video, duration_s, scenes):
-    """QUESTIONS_PER_VIDEO question rows about one video. video: its path relative to the question file."""
+def make_questions(rng, video, duration_s, scenes, on=""):
+    """QUESTIONS_PER_VIDEO question rows about one video. video: its path relative to the question file. on:
+    words that say where the shapes are."""
     rows = []
 
     def add(kind, about, draft):
@@ -266,14 +278,15 @@ def make_questions(rng, video, duration_s, scenes):
     coloured = [scene for scene in scenes if scene.colour != "grey"]
     single = [scene for scene in coloured if len(scene.flashes) == 1]
     first, second = rng.sample(single, 2)
-    add("detail", [first], ask_colour(first.colour, figure_of(first).colour))
-    add("detail", [second], ask_shape(second.colour, figure_of(second).shape))
+    add("detail", [first], ask_colour(first.colour, figure_of(first).colour, on))
+    add("detail", [second], ask_shape(second.colour, figure_of(second).shape, on))
     n = rng.randint(1, 4)
     scene = rng.choice([scene for scene in coloured if len(scene.flashes) == n])
-    add("count", [scene], ask_count(scene.colour, n))
+    add("count", [scene], ask_count(scene.colour, n, on))
     first, second = draw_pair(rng, single)
     named = rng.sample([first.colour, second.colour], 2)
-    add("order", [first, second], ask_order(rng, named, figure_of(first).colour, figure_of(second).colour))
+    colours = figure_of(first).colour, figure_of(second).colour
+    add("order", [first, second], ask_order(rng, named, *colours, on))
     names = [scene.colour for scene in coloured]
     k = rng.randrange(len(names) - 1)
     add("holistic", [], rng.choice(ask_scene(names, k, names)))
@@ -336,30 +349,86 @@ class Visit(NamedTuple):
     ordinal: str  # "first" or "second" in order of time; "" for a wrong scene
 
 
-def survey(colours):
-    """All of the overview."""
-    return "scenes " + " ".join(f"{colour}{i}" for i, colour in enumerate(colours))
+class Overview:
+    """What the first look at a video shows: a Picture and a time for each frame. numbered: whether frames
+    have tags, so that a thought can name them by number."""
+
+    def __init__(self, pictures, times_s, duration_s, numbered=True):
+        self.pictures, self.times_s, self.duration_s, self.numbered = pictures, times_s, duration_s, numbered
+        self.scenes = {}  # {colour: the number of its first frame}, in order of time
+        for i, picture in enumerate(pictures):
+            self.scenes.setdefault(picture.background, i)
+
+    def name(self, i):
+        """What a thought calls frame i: its scene's colour, and its number."""
+        return f"{self.pictures[i].background}{i}" if self.numbered else self.pictures[i].background
+
+    def survey(self):
+        """All of it: each scene where it begins, and each frame with a shape."""
+        firsts, said = set(self.scenes.values()), []
+        for i, picture in enumerate(self.pictures):
+            if figure := figure_on_card(picture):
+                said.append(f"{self.name(i)} {figure.colour} {figure.shape}")
+            elif i in firsts:
+                said.append(self.name(i))
+        return "scenes " + " ".join(said)
+
+    def order_visits(self, named):
+        """Which scenes to look at, in order of time, for the one or two that a question names, of which two
+        are shown: (clauses that find this order, [Visit, ...])."""
+        if len(named) == 1:
+            return [], [Visit(named[0], "first")]
+        first, second = sorted(named, key=self.scenes.get)
+        name = lambda scene: self.name(self.scenes[scene])
+        clauses = [" and ".join(map(name, named)), f"second {name(second)}"]
+        return clauses, [Visit(first, "first"), Visit(second, "second")]
+
+    def answer_whole(self, question):
+        """(the part of the survey that answers a holistic question, the scene that is the answer), or None
+        where it does not show that."""
+        scenes = list(self.scenes)
+        coloured = [scene for scene in scenes if scene != "grey"]
+        if "first" in question:
+            asked = coloured[:1]
+        elif "last" in question:
+            asked = scenes[scenes.index(coloured[-1]):]
+        else:
+            named = [word for word in question.split() if word in COLOURS][0]
+            asked = scenes[scenes.index(named):][:2] if named in scenes else []
+            if len(asked) < 2:
+                return None
+        right = asked[1] if "right after" in question else asked[0]
+        return " ".join(self.name(self.scenes[scene]) for scene in asked), right
+
+    def figure_in(self, scene):
+        """(the clause that names it, the Figure) of the first shape that is shown in a scene, or None."""
+        for i, picture in enumerate(self.pictures):
+            figure = figure_on_card(picture)
+            if figure and picture.background == scene:
+                first = self.name(self.scenes[scene])
+                return f"{first}: {self.name(i)} {figure.colour} {figure.shape}", figure
+        return None
+
+    def place(self, visit, rng):
+        """Where to look for a scene: from its first frame to that of the next scene; where it is not shown,
+        between any two frames. Returns (clause, start_s, end_s)."""
+        if visit.scene in self.scenes:
+            i = self.scenes[visit.scene]
+            j = min((number for number in self.scenes.values() if number > i), default=len(self.pictures))
+            clause = f"{visit.ordinal} {self.name(i)}".strip()
+        else:
+            i = rng.randrange(len(self.pictures) - 1)
+            j, clause = i + 1, f"unseen {visit.scene}"
+        if j < len(self.pictures):
+            end_s, end = self.times_s[j], frame_tag(j, self.times_s[j])
+        else:
+            end_s, end = self.duration_s, f"end {self.duration_s:.2f}"
+        return f"{clause}: {frame_tag(i, self.times_s[i])} to {end}", self.times_s[i], end_s
 
 
-def order_visits(colours, named):
-    """Which scenes to look at, in order of time, for the one or two that a question names: (clauses that find
-    this order, [Visit, ...])."""
-    if len(named) == 1:
-        return [], [Visit(named[0], "first")]
-    first, second = sorted(named, key=colours.index)
-    both = " and ".join(f"{colour}{colours.index(colour)}" for colour in named)
-    return [both, f"second {second}{colours.index(second)}"], [Visit(first, "first"), Visit(second, "second")]
-
-
-def neighbours(colours, right, question):
-    """The part of the survey that answers which scene comes first, last or after another."""
-    i = colours.index(right)
-    numbers = [i]
-    if "right after" in question:
-        numbers = [i - 1, i]
-    elif "last" in question:
-        numbers = [i, i + 1]
-    return " ".join(f"{colours[k]}{k}" for k in numbers)
+def figure_on_card(picture):
+    """The Figure that a question can be about, or None."""
+    return picture.figure if picture.card else None
 
 
 def frame_tag(i, time_s):
@@ -367,29 +436,31 @@ def frame_tag(i, time_s):
     return f"<frame{i}_time{time_s:.2f}s>"
 
 
-def place(colours, visit, times_s):
-    """Where a scene's flashes are: between two frames of the overview. times_s: theirs."""
-    i = colours.index(visit.scene)
-    tags = f"{frame_tag(i, times_s[i])} to {frame_tag(i + 1, times_s[i + 1])}"
-    return f"{visit.ordinal} {visit.scene}{i}: {tags}".strip()
+def transcript(scene, pictures):
+    """What each frame of a clip shows of a scene: (clause, the figures of the flashes, each flash once).
 
-
-def transcript(scene, figures):
-    """What each frame of a clip shows: (clause, the figures of the flashes, each flash once).
-
-    figures: for each frame a Figure, or None. A flash is counted where it begins, as in
-    "red circle4=1", the first flash in frame 4; the next frame that shows it says "same5"."""
+    A flash is counted where it begins, as in "red circle4=1", the first flash in frame 4; the next frame
+    that shows it says "same5", a card without a shape is "card6", and all else "-7"."""
     said, flashes, before = [], [], None
-    for i, figure in enumerate(figures):
-        if figure is None:
-            said.append(f"-{i}")
-        elif figure == before:
+    for i, picture in enumerate(pictures):
+        figure = figure_on_card(picture) if picture.background == scene else None
+        if figure and figure == before:
             said.append(f"same{i}")
-        else:
+        elif figure:
             flashes.append(figure)
             said.append(f"{figure.colour} {figure.shape}{i}={len(flashes)}")
+        else:
+            said.append(f"card{i}" if picture.cue and picture.background == scene else f"-{i}")
         before = figure
     return f"{scene}: " + " ".join(said), flashes
+
+
+def between_cards(scene, i, times_s):
+    """Where a flash can be: between frame i of a clip, an empty card, and the next one; the last one has none,
+    so there it is the one before. times_s: the clip's. Returns (clause, start_s, end_s)."""
+    first = min(i, len(times_s) - 2)
+    start, end = (frame_tag(k, times_s[k]) for k in (first, first + 1))
+    return f"{scene} card{i}: {start} to {end}", times_s[first], times_s[first + 1]
 
 
 def choose(options, right):
@@ -410,46 +481,84 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
 
     wrong_first: whether its first zoom goes to a wrong scene. settings: of the environment, in place of
     TINY_ENV's; they stand in the row so that a replay has them, too.
-    Returns a trajectory row, or None if the environment does not grade it right and well formed."""
-    env = ZoomEnv(question, replace(TINY_ENV, **settings), root)
+    Returns a trajectory row, or None if the environment does not grade it right and well formed, or where it
+    could only guess without a zoom."""
+    env = make_env(question, with_settings(TINY_ENV, settings), root)
     env.reset()
-    colours = [scene.colour for scene in scenes]
-    times_s = [frame.time_s for frame in env.watched[0]]  # of the overview's frames
-    turns, thoughts = [], [survey(colours)]  # thoughts: clauses of the next turn
+    overview = overview_of(env, scenes)
+    turns, thoughts = [], [overview.survey()]  # thoughts: clauses of the next turn
     to_visit, found = [], []  # found: for each scene that was visited, its flashes' figures
-    if question["evidence"] and env.config.max_zooms > 0:
-        named = [word for word in question["question"].replace("?", "").split() if word in COLOURS]
-        order_clauses, to_visit = order_visits(colours, named)
-        thoughts += order_clauses
+    if question["evidence"]:
+        named = named_scenes(question)
+        if not all(scene in overview.scenes for scene in named) and (len(named) > 1 or not env.tools):
+            return None
+        clauses, visits = overview.order_visits(named)
+        thoughts += clauses
+        shown = [overview.figure_in(visit.scene) for visit in visits]
+        if question["meta"]["kind"] != "count" and all(shown):
+            thoughts += [f"{visit.ordinal} {clause}" for visit, (clause, _) in zip(visits, shown)]
+            found = [[figure] for _, figure in shown]
+        elif env.config.max_zooms == 0:
+            return None
+        else:
+            to_visit = visits
     while to_visit:
         # look at the next scene, or at a wrong one
         visit = to_visit[0]
-        fps = "0.50" if rng.random() < HASTE else "1.00"  # 0.5 frames a second can miss a flash, 1 cannot
         if wrong_first and not turns:
             right = ["grey", *(visit.scene for visit in to_visit)]
-            visit = Visit(rng.choice([colour for colour in colours if colour not in right]), "")
-        thoughts.append(place(colours, visit, times_s))
-        i = colours.index(visit.scene)
-        call = f'{{"segment": [{times_s[i]:.2f}, {times_s[i + 1]:.2f}], "fps": {fps}}}'
-        turns.append(f"<think>{'; '.join(thoughts)}</think><video_zoom>{call}</video_zoom>")
-        env.step(turns[-1])
+            visit = Visit(rng.choice([colour for colour in overview.scenes if colour not in right]), "")
+        clause, start_s, end_s = overview.place(visit, rng)
+        pictures = look(env, turns, thoughts + [clause], start_s, end_s, choose_fps(rng, end_s - start_s), scenes)
         if env.done:  # no zoom was left
             return None
         # write down what the clip shows; where a right scene shows nothing, look again or let it be
-        figures = [on_screen(scenes, frame.time_s).figure for frame in env.watched[-1]]
-        clause, flashes = transcript(visit.scene, figures)
+        clause, flashes = transcript(visit.scene, pictures)
         thoughts = [clause]
         if visit in to_visit and (flashes or rng.random() < 0.5):
             found.append(flashes)
             to_visit.pop(0)
         else:
             thoughts.append("not found")
-    # answer what was found, or guess
+    kind = "direct" if not env.tools else "reflection" if wrong_first and env.num_calls() else "exemplar"
+    return answer(question, env, rng, turns, thoughts, found, overview, kind, settings)
+
+
+def overview_of(env, scenes):
+    """The Overview that an environment has shown of a video with these scenes."""
+    frames = env.watched[0]
+    pictures = [on_screen(scenes, frame.time_s) for frame in frames]
+    return Overview(pictures, [frame.time_s for frame in frames], env.duration_s, numbered=bool(env.tools))
+
+
+def named_scenes(question):
+    """The scenes that a question is about, as it names them."""
+    return [word for word in question["question"].replace("?", "").split() if word in COLOURS]
+
+
+def choose_fps(rng, length_s):
+    """How closely the teacher looks: as closely as it may, or more often half so."""
+    *_, less, most = [fps for fps in FPS if length_s * float(fps) <= TINY_ENV.zoom_max_frames]
+    return less if rng.random() < HASTE else most
+
+
+def look(env, turns, thoughts, start_s, end_s, fps, scenes):
+    """Says a turn that zooms, appended to `turns`. Returns the Pictures of the clip, [] once it is over."""
+    call = f'{{"segment": [{start_s:.2f}, {end_s:.2f}], "fps": {fps}}}'
+    turns.append(f"<think>{'; '.join(thoughts)}</think><video_zoom>{call}</video_zoom>")
+    env.step(turns[-1])
+    return [] if env.done else [on_screen(scenes, frame.time_s) for frame in env.watched[-1]]
+
+
+def answer(question, env, rng, turns, thoughts, found, overview, row_kind, settings):
+    """Says the last turn: the answer that was found, or a guess. Returns the row, or None, as `teach`."""
     kind, options = question["meta"]["kind"], question["options"]
     text = None
     if kind == "holistic":
-        text = options["ABCD".index(question["answer"])]
-        thoughts.append(neighbours(colours, text, question["question"]))
+        clause, text = overview.answer_whole(question["question"]) or ("", None)
+        if text not in options:
+            return None
+        thoughts.append(clause)
     elif found and all(found):
         text = conclude(kind, options, found)
         if kind == "order":
@@ -462,8 +571,8 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
     env.step(turns[-1])
     if env.rewards["accuracy"] < 1 or env.rewards["format"] < 1:
         return None
-    return {"question": question, "kind": "reflection" if wrong_first else "exemplar", "turns": turns,
-            "learn": [True] * len(turns), "provenance": {"teacher": "scripted", **settings}}
+    return {"question": question, "kind": row_kind, "turns": turns, "learn": [True] * len(turns),
+            "provenance": {"teacher": "scripted", **settings}}
 
 
 def conclude(kind, options, found):
@@ -480,21 +589,41 @@ def conclude(kind, options, found):
 def teach_all(questions, scenes, rng, root, seed):
     """The trajectory rows of a video's questions: each plain, about half of them in another way, too."""
     trajectories = []
+
+    def play(question, num_frames, **how):
+        if num_frames != NUM_SLOTS:
+            question = question | {"num_frames": num_frames}
+        row = teach(question, scenes, rng, root, **how)
+        if row is not None:
+            row["provenance"]["seed"] = seed
+            trajectories.append(row)
+        return row
+
     for question in questions:
-        plays = [{}]
+        num_frames = rng.choice(NUM_FRAMES)
+        play(question, num_frames)
         if question["evidence"] and rng.random() < 0.5:
-            plays.append({"wrong_first": True})
-        if rng.random() < 0.5:
-            plays.append({"max_zooms": 0})
-        for play in plays:
-            row = teach(question, scenes, rng, root, **play)
-            if row is not None:
-                row["provenance"]["seed"] = seed
-                trajectories.append(row)
+            play(question, num_frames, wrong_first=True)
+        # without the tool, of an overview that shows what is asked for
+        for how in ({"max_zooms": 0}, {"max_zooms": 0, "protocol": "direct"}):
+            if rng.random() < 0.5:
+                any(play(question, n, **how) for n in rng.sample(range(NUM_SLOTS, 49), 3))
     return trajectories
 
 
-def synthetic(out, num_train, num_test, seed):
+class Suite(NamedTuple):
+    """A kind of synthetic videos and questions."""
+
+    name: str
+    make_scenes: Callable  # rng -> (duration in seconds, Scenes)
+    make_questions: Callable  # as `make_questions`
+    teach_all: Callable  # as `teach_all`
+
+
+DEMO = Suite("demo", make_scenes, make_questions, teach_all)
+
+
+def synthetic(out, num_train, num_test, seed, suite=DEMO):
     """Writes the files that the module's docstring names into the folder `out`, and prints what it wrote. The
     numbers are of questions; the last video of a split may have fewer than others. Raises UserError where the
     folder cannot be written to, or another process makes data there and does not end in time."""
@@ -509,22 +638,24 @@ def synthetic(out, num_train, num_test, seed):
         num_videos = math.ceil(total / QUESTIONS_PER_VIDEO)
         for v in tqdm(range(num_videos), desc=f"{split} videos", unit="video", dynamic_ncols=True):
             rng = random.Random(f"{seed} {split} {v}")
-            duration_s, scenes = make_scenes(rng)
+            duration_s, scenes = suite.make_scenes(rng)
             name = f"videos/{split}_{v:04d}.mp4"
             write_video(out / name, render(duration_s, scenes))
-            questions = make_questions(rng, name, duration_s, scenes)[: total - len(rows)]
+            questions = suite.make_questions(rng, name, duration_s, scenes)[: total - len(rows)]
             rows += questions
             if split == "train":
-                trajectories += teach_all(questions, scenes, rng, out, seed)
+                trajectories += suite.teach_all(questions, scenes, rng, out, seed)
         write_jsonl(out / f"{split}.jsonl", rows)
     random.Random(seed).shuffle(trajectories)
     # which data this is; then the file whose being there says that the data is whole
-    (out / MADE).write_text(json.dumps({"seed": seed, "train": num_train, "test": num_test}))
+    made = {"suite": suite.name, "seed": seed, "train": num_train, "test": num_test}
+    (out / MADE).write_text(json.dumps(made))
     write_jsonl(out / "sft.jsonl", trajectories)
     kinds = Counter(row["kind"] for row in trajectories)
     disown_folder(out)
-    print(f"{out}: {num_train} train and {num_test} test questions, {kinds['exemplar']} exemplar and "
-          f"{kinds['reflection']} reflection trajectories, {time.time() - began:.0f} s")
+    told = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    print(f"{out}: {num_train} train and {num_test} test questions, {len(trajectories)} trajectories ({told}), "
+          f"{time.time() - began:.0f} s")
 
 
 def ensure_demo(data, seed):

@@ -1,7 +1,7 @@
 """Stage 0 of the demo: the tiny base model, as the paper starts from Qwen2.5-VL-7B.
 
     python data_prep.py tiny_base --out tiny_base
-    torchrun --standalone --nproc_per_node=2 data_prep.py tiny_base     three quarters of an hour on two cores
+    torchrun --standalone --nproc_per_node=2 data_prep.py tiny_base     an hour and a half on two cores
 
 Nobody has to run this: the folder demo/tiny_base/ holds the checkpoint that it made. It is a Qwen2.5-VL by
 transformers' own classes, with 1.1 M parameters and a tokenizer of its own.
@@ -11,11 +11,13 @@ What it learns are skills that the demo's stages build on, as dialogues over fra
     repeat    say a text again
     letter    find an option's letter
     caption   name the background and the figure of each frame
-    scenes    name the scenes of an overview
+    scenes    name the scenes of an overview, and the figures in it
     where     find one or two scenes in an overview, their tags and their seconds
     whole     tell which scene of an overview comes first, last or after another
     clip      write down what flashes in a clip, and answer a question on it
-    visit     all of it: the question, an overview, where to look; then a clip, what flashes in it, the answer
+    visit     all of it: the question, an overview, where to look; then a clip, what flashes in it, the answer;
+              or the answer at once, where the overview shows it
+    direct    the answer from an overview whose frames have no tags
 
 Questions and thoughts are worded as in synthetic.py. It never sees a call of the tool, nor the system prompt
 that asks for one: that is left to the later stages.
@@ -30,7 +32,6 @@ import os
 import random
 import tempfile
 from collections import defaultdict, deque
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -41,17 +42,17 @@ from tqdm import tqdm
 
 from common import start_processes, sum_over_processes
 from demo.synthetic import (COLOURS, NUM_SLOTS, SHAPES, SIDE, TINY_ENV, TINY_PROMPT, VIDEO_FPS, Draft, Figure,
-                            Picture, ask_colour, ask_count, ask_order, ask_scene, ask_shape, choose, chosen,
-                            draw_figure, draw_options, frame_tag, neighbours, order_visits, paint, place,
-                            survey, transcript, write_video)
+                            Overview, Picture, Visit, ask_colour, ask_count, ask_order, ask_scene, ask_shape,
+                            between_cards, choose, chosen, draw_figure, draw_options, frame_tag, paint, transcript, write_video)
 from model import Policy, encode, frame_features, token_log_probs
+from protocols.direct import ASKS
 from training.checkpoints import save_policy
 from training.weights import MasterWeights
 from video import Frame, read_frames
 from zoom_env import LAST_TURN, MAY_ZOOM, Message
 
 TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))  # the shipped checkpoint
-BASE_STEPS = 3000  # optimizer steps of the curriculum
+BASE_STEPS = 5000  # optimizer steps of the curriculum
 BASE_PROMPT = "You are a helpful assistant."
 
 
@@ -65,13 +66,17 @@ class Stage(NamedTuple):
     most_steps: float = math.inf
 
 
-# Short and single skills first: a look-up by content in a long dialogue is not found from scratch.
-LAST_STAGE = Stage({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6,
-                    ("whole", 2): 3}, 6144)
+# Short and single skills first: a look-up by content in a long dialogue is not found from scratch. Then the
+# demo's overviews and clips, and last those of any size with anything in them.
+LAST_STAGE = Stage({("repeat", 0): 1, ("letter", 0): 1, ("clip", 2): 1, ("clip", 3): 3, ("where", 2): 1,
+                    ("where", 3): 3, ("visit", 2): 2, ("visit", 3): 6, ("whole", 2): 1, ("whole", 3): 2,
+                    ("direct", 3): 3}, 6144)
 CURRICULUM = [
     Stage({("repeat", 0): 1, ("caption", 0): 2}, 3072, 0.4, 300),
     Stage({("repeat", 0): 1, ("letter", 0): 1, ("scenes", 1): 2, ("clip", 0): 1, ("where", 0): 2},
           3072, 0.6, 250),
+    Stage({("repeat", 0): 1, ("letter", 0): 2, ("clip", 2): 3, ("where", 2): 3, ("visit", 2): 6,
+           ("whole", 2): 3, ("direct", 2): 1}, 6144, 0.5, 1200),
     LAST_STAGE,
 ]
 
@@ -165,16 +170,17 @@ def prepare_for_look_ups(language_model, strength=6.0):
 # ---------------------------------------------------------------------------------------------------- lessons
 def make_frame_bank():
     """{Picture: frames}, (3, 28, 28) uint8 each: what every scene looks like after H.264, 24 frames without a
-    figure and 3 of each figure, which lie at various offsets and are kept under none."""
+    figure, 12 of an empty card and 3 of each figure, on a card and without, which lie at various offsets and
+    are kept under none."""
     rng, pictures = random.Random(0), []
     for background in ["grey", *COLOURS]:
-        figures = [None] * 8
+        kinds = [Picture(background)] * 8 + [Picture(background, cue=True)] * 4
         for colour, shape in product(COLOURS, SHAPES):
             if background not in ("grey", colour):
-                figures.append(Figure(colour, shape))
-        for figure in figures:
+                kinds += [Picture(background, Figure(colour, shape), card=card) for card in (True, False)]
+        for kind in kinds:
             for _ in range(3):
-                pictures.append(Picture(background, figure, (rng.randint(-2, 2), rng.randint(-2, 2))))
+                pictures.append(kind._replace(offset=(rng.randint(-2, 2), rng.randint(-2, 2))))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "bank.mp4")
         write_video(path, map(paint, pictures))
@@ -182,7 +188,7 @@ def make_frame_bank():
         frames = read_frames(path, times_s, TINY_ENV.min_pixels, TINY_ENV.max_pixels, SIDE)
     bank = defaultdict(list)
     for picture, frame in zip(pictures, frames, strict=True):
-        bank[Picture(picture.background, picture.figure)].append(frame.image)
+        bank[picture._replace(offset=(0, 0))].append(frame.image)
     return bank
 
 
@@ -193,33 +199,19 @@ class Exchange(NamedTuple):
     said: str  # by the assistant
 
 
-class Clip(NamedTuple):
-    """Frames of one scene."""
+class Clip:
+    """Frames of one scene, and of its neighbours: what they show, as `transcript` says it; cards: the numbers
+    of those with an empty card of the scene; said: what to say of it where it does not answer."""
 
-    items: list  # tags and Frames, as in a Message
-    clause: str  # what they show, and the flashes' figures: see `transcript`
-    flashes: list
+    numbered = True
 
-
-@dataclass
-class Overview:
-    """A random video as one frame a slot."""
-
-    colours: list  # of the scenes, by name, in order of time; the last is grey
-    times_s: list  # of the frames
-    items: list  # tags and Frames, as in a Message
-
-    def after(self, question):
-        """A user's items: the question, and the frames, as the environment has them."""
-        duration_s = self.times_s[-1] + self.times_s[0]
-        head = f"\nThe video lasts {duration_s:.2f} seconds. {len(self.times_s)} frames of it:\n"
-        return [question + head, *self.items]
-
-    def locate(self, visit):
-        """Where a scene's flashes are, in two clauses: as tags, in seconds."""
-        i = self.colours.index(visit.scene)
-        return [place(self.colours, visit, self.times_s),
-                f"from [{self.times_s[i]:.2f}, {self.times_s[i + 1]:.2f}]"]
+    def __init__(self, pictures, times_s, clause, flashes, scene):
+        self.pictures, self.times_s, self.clause, self.flashes = pictures, times_s, clause, flashes
+        self.cards = [i for i, picture in enumerate(pictures) if picture.cue and picture.background == scene]
+        self.said = clause
+        if self.cards and not flashes:
+            place, start_s, end_s = between_cards(scene, self.cards[0], times_s)
+            self.said = f"{clause}; {place}; from [{start_s:.2f}, {end_s:.2f}]"
 
 
 class Lessons:
@@ -230,6 +222,7 @@ class Lessons:
 
     def __init__(self, bank, seed):
         self.bank, self.rng = bank, random.Random(seed)
+        self.anything = True  # whether overviews and clips have any size and show anything: see `lesson`
         self.in_tags = False  # whether thoughts and answers stand in their tags
         self.amid_text = False  # whether random text stands around the lesson
 
@@ -248,10 +241,12 @@ class Lessons:
 
     def lesson(self, kind, level):
         """One lesson, a list of Exchange. kind: the skill; level: 0 short, 1 any length, 2 as long as
-        in the demo."""
+        in the demo, 3 with overviews of any size, and anything that there is in overviews and clips."""
         rng = self.rng
+        self.anything = level == 3
+        level = min(level, 2)
         num_slots = (4, rng.randint(4, NUM_SLOTS), NUM_SLOTS)[level]
-        num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 13, 14, 15]))[level]  # of a clip
+        num_frames = (4, rng.randint(3, 8), rng.choice([5, 6, 6, 7, 7, 10, 12, 13, 14, 15]))[level]  # of a clip
         return getattr(self, f"{kind}_lesson")(num_slots, num_frames)
 
     # The skills, in the order of the module's docstring.
@@ -278,52 +273,86 @@ class Lessons:
         rng = self.rng
         pictures = [rng.choice(list(self.bank)) for _ in range(num_frames)]
         times_s = [round((i + rng.random()) * 80) / 8 for i in range(num_frames)]
-        captions = []
+        shown, captions = Overview(pictures, times_s, times_s[-1]), []
         for picture in pictures:
-            figure = " ".join(picture.figure) if picture.figure else "-"
-            captions.append(f"{picture.background} {figure}.")
-        return [Exchange(["Describe each frame.\n", *self.show(pictures, times_s)], " ".join(captions))]
+            figure = " ".join(picture.figure) if picture.figure else "card" if picture.cue else "-"
+            captions.append(f"{picture.background} {'' if picture.card else 'loose '}{figure}.")
+        return [Exchange(["Describe each frame.\n", *self.show(shown)], " ".join(captions))]
 
     def scenes_lesson(self, num_slots, num_frames):
         overview = self.draw_overview(num_slots)
-        return [Exchange(["Name the scene of each frame.\n", *overview.items], survey(overview.colours))]
+        return [Exchange(["Name the scene of each frame.\n", *self.show(overview)], overview.survey())]
 
     def where_lesson(self, num_slots, num_frames):
         overview = self.draw_overview(num_slots)
         named = self.draw_named(overview)
-        order_clauses, visits = order_visits(overview.colours, named)
-        clauses = [survey(overview.colours), *order_clauses]
+        order_clauses, visits = overview.order_visits(named)
+        clauses = [overview.survey(), *order_clauses]
         for visit in visits:
-            clauses += overview.locate(visit)
+            clauses += self.locate(overview, visit)
         scenes = " and ".join(f"the {scene} scene" for scene in named)
-        return [Exchange(overview.after(f"Where is {scenes}?"), "; ".join(clauses))]
+        return [Exchange(self.opening(f"Where is {scenes}?", overview), "; ".join(clauses))]
 
     def whole_lesson(self, num_slots, num_frames):
         overview = self.draw_overview(num_slots)
-        colours = overview.colours
-        first, last, after = ask_scene(colours[:-1], self.rng.randrange(len(colours) - 2), COLOURS)
+        question, said = self.answer_whole(overview)
+        return [Exchange(self.opening(question, overview), said)]
+
+    def answer_whole(self, overview):
+        """(a holistic question, the thoughts that answer it)."""
+        scenes = [scene for scene in overview.scenes if scene != "grey"]
+        first, last, after = ask_scene(scenes, self.rng.randrange(len(scenes) - 1), COLOURS)
         draft = self.rng.choice([first, last, after, after])
         question, choice = self.pose(draft)
-        said = f"{survey(colours)}; {neighbours(colours, draft.right, draft.text)}{choice}"
-        return [Exchange(overview.after(question), said)]
+        clause, _ = overview.answer_whole(draft.text)
+        return question, f"{overview.survey()}; {clause}{choice}"
+
+    def direct_lesson(self, num_slots, num_frames):
+        overview = self.draw_overview(num_slots, numbered=False)
+        shown = [scene for scene in overview.scenes if overview.figure_in(scene)]
+        if not shown or self.rng.random() < 0.4:
+            question, said = self.answer_whole(overview)
+        else:
+            named = self.rng.sample(shown, min(len(shown), self.rng.randint(1, 2)))
+            question, said = self.answer_shown(overview, named)
+        return [Exchange([*self.show(overview), question], said)]
+
+    def answer_shown(self, overview, named):
+        """(a question on figures that the overview shows, the thoughts that answer it)."""
+        clauses, visits = overview.order_visits(named)
+        shown = [overview.figure_in(visit.scene) for visit in visits]
+        clauses = [overview.survey(), *clauses]
+        clauses += [f"{visit.ordinal} {clause}" for visit, (clause, _) in zip(visits, shown)]
+        figures = [figure for _, figure in shown]
+        if len(named) == 2:
+            draft = ask_order(self.rng, named, *(figure.colour for figure in figures), self.draw_on())
+            clauses.append(draft.right)
+        else:
+            draft = self.draw_draft(named[0], figures, count=False)
+        question, choice = self.pose(draft)
+        return question, "; ".join(clauses) + choice
 
     def clip_lesson(self, num_slots, num_frames):
         rng = self.rng
         scene = rng.choice(COLOURS)
-        clip = self.draw_clip(scene, rng.uniform(0, 180), rng.choice([0, 1, 1, 1, 2, 3, 4]), num_frames)
+        clip = self.draw_clip(scene, rng.uniform(0, 600), rng.choice([0, 1, 1, 1, 2, 3, 4]), num_frames)
         if not clip.flashes or rng.random() < 0.3:
-            return [Exchange([f"What flashes in the {scene} scene?\n", *clip.items], clip.clause)]
+            return [Exchange([f"What flashes in the {scene} scene?\n", *clip.items], clip.said)]
         question, choice = self.pose(self.draw_draft(scene, clip.flashes))
         return [Exchange([question + "\n", *clip.items], clip.clause + choice)]
 
     def visit_lesson(self, num_slots, num_frames):
         rng = self.rng
         overview = self.draw_overview(num_slots)
-        colours, named = overview.colours, self.draw_named(overview)
-        order_clauses, visits = order_visits(colours, named)
+        named = self.draw_named(overview)
+        if all(overview.figure_in(scene) for scene in named):
+            question, said = self.answer_shown(overview, named)
+            return [Exchange(self.opening(question, overview), said)]
+        order_clauses, visits = overview.order_visits(named)
 
-        def draw_clip(scene, num_flashes):
-            return self.draw_clip(scene, overview.times_s[colours.index(scene)], num_flashes, num_frames)
+        def draw_clip(scene, num_flashes, **how):
+            start_s = overview.times_s[overview.scenes.get(scene, 0)]
+            return self.draw_clip(scene, start_s, num_flashes, num_frames, **how)
 
         # a clip of each scene, and the question on them
         if len(named) == 1:
@@ -331,16 +360,18 @@ class Lessons:
             draft = self.draw_draft(named[0], clips[0].flashes)
         else:
             clips = [draw_clip(visit.scene, 1) for visit in visits]
-            draft = ask_order(rng, named, *(clip.flashes[0].colour for clip in clips))
+            draft = ask_order(rng, named, *(clip.flashes[0].colour for clip in clips), self.draw_on())
         question, choice = self.pose(draft)
         # a turn says what the frames before it show, and where to look next
-        exchanges, user, clauses = [], overview.after(question), [survey(colours), *order_clauses]
+        exchanges, user, clauses = [], self.opening(question, overview), [overview.survey(), *order_clauses]
         for visit, clip in zip(visits, clips):
-            there = overview.locate(visit)
+            there = self.locate(overview, visit)
             exchanges.append(Exchange(user, "; ".join(clauses + there)))
-            if rng.random() < 0.2:  # a clip that shows nothing comes first: look again
-                empty = draw_clip(visit.scene, 0)
-                exchanges.append(Exchange(empty.items, "; ".join([empty.clause, "not found", *there])))
+            how = rng.random()
+            if how < 0.35:  # a clip that shows nothing comes first, or empty cards: look again, or between them
+                first = draw_clip(visit.scene, 0, cards=self.anything and how < 0.2)
+                again = [first.said] if first.cards else [first.clause, "not found", *self.locate(overview, visit)]
+                exchanges.append(Exchange(first.items, "; ".join(again)))
             user, clauses = clip.items, [clip.clause]
         # the last one answers
         if len(named) == 2:
@@ -348,13 +379,25 @@ class Lessons:
         return [*exchanges, Exchange(user, "; ".join(clauses) + choice)]
 
     # What lessons are made of.
-    def show(self, pictures, times_s):
-        """Message items: tagged frames as the environment writes them, one of the bank for each Picture."""
+    def show(self, shown):
+        """Message items: tagged frames as the environment writes them, one of the bank for each Picture of
+        an Overview or a Clip; of an Overview that is not numbered without tags."""
         items = []
-        for i, (picture, time_s) in enumerate(zip(pictures, times_s)):
-            tag = frame_tag(i, time_s)
-            items += ["\n" + tag if i else tag, Frame(time_s, self.draw_frame(picture))]
+        for i, (picture, time_s) in enumerate(zip(shown.pictures, shown.times_s)):
+            tag = frame_tag(i, time_s) if shown.numbered else ""
+            items += ["\n" + tag if i and tag else tag, Frame(time_s, self.draw_frame(picture))]
         return items
+
+    def opening(self, question, overview):
+        """A user's items: the question, and the frames, as the environment has them."""
+        number = len(overview.times_s)
+        head = f"\nThe video lasts {overview.duration_s:.2f} seconds. {number} frames of it:\n"
+        return [question + head, *self.show(overview)]
+
+    def locate(self, overview, visit):
+        """Where a scene's flashes are, in two clauses: as tags, in seconds."""
+        clause, start_s, end_s = overview.place(visit, self.rng)
+        return [clause, f"from [{start_s:.2f}, {end_s:.2f}]"]
 
     def draw_frame(self, picture):
         """(3, 28, 28) uint8: a frame of the bank, with noise in its colour and in each pixel."""
@@ -362,41 +405,100 @@ class Lessons:
         image = self.rng.choice(self.bank[picture]).int() + noise
         return image.clamp(0, 255).to(torch.uint8)
 
-    def draw_overview(self, num_slots):
-        slot_s = self.rng.uniform(7, 25)  # far from the demo's: no digit of a time can be guessed
-        colours = [*self.rng.sample(COLOURS, num_slots - 1), "grey"]
-        times_s = [round((i + 0.5) * slot_s * 8) / 8 for i in range(num_slots)]
-        return Overview(colours, times_s, self.show([Picture(colour) for colour in colours], times_s))
+    def draw_overview(self, num_slots, numbered=True):
+        """The Overview of a random video: with a frame for each scene, or, where there is anything, with any
+        number, so that scenes are shown more than once, or not at all, and some frames show a figure."""
+        rng = self.rng
+        number, chance = num_slots, 0.0
+        if self.anything:
+            number = rng.choice([9, 9, 9, 9, 9, 5, 17, 33, rng.randint(4, 48)])
+            chance = rng.choice([0.0, 0.15, 0.3])
+        slot_s = rng.choice([rng.uniform(7, 25), rng.uniform(7, 70)])  # no digit of a time can be guessed
+        duration_s = round(slot_s * num_slots * 8) / 8
+        # a frame in the middle of each slice; a scene begins before the middle of its slot
+        starts = [(i + rng.uniform(0.1, 0.48)) / num_slots for i in range(num_slots)]
+        colours = [*rng.sample(COLOURS, num_slots - 1), "grey"]
+        pictures, times_s = [], []
+        for k in range(number):
+            at = (k + 0.5) / number
+            colour = colours[max(0, sum(start <= at for start in starts) - 1)]
+            pictures.append(self.draw_picture(colour) if rng.random() < chance else Picture(colour))
+            times_s.append(round(at * duration_s * 8) / 8)
+        return Overview(pictures, times_s, duration_s, numbered)
+
+    def draw_picture(self, scene):
+        """Something in a scene: mostly a figure on a card; else an empty card, or a figure without one."""
+        if scene == "grey":
+            return Picture(scene)
+        kind = self.rng.random()
+        if kind < 0.15:
+            return Picture(scene, cue=True)
+        return Picture(scene, draw_figure(self.rng, scene), card=kind > 0.3)
 
     def draw_named(self, overview):
-        """One or two of the coloured scenes, as a question names them."""
-        return self.rng.sample(overview.colours[:-1], self.rng.randint(1, 2))
+        """One or two of the coloured scenes, as a question names them; one alone may be not shown."""
+        scenes = [scene for scene in overview.scenes if scene != "grey"]
+        unseen = [colour for colour in COLOURS if colour not in scenes]
+        if unseen and len(overview.pictures) < NUM_SLOTS and self.rng.random() < 0.1:
+            return [self.rng.choice(unseen)]
+        return self.rng.sample(scenes, self.rng.randint(1, 2))
 
-    def draw_clip(self, background, start_s, num_flashes, num_frames):
-        """A Clip of a scene with flashes in it, often with the next scene's beginning, at any frame rate."""
+    def draw_clip(self, scene, start_s, num_flashes, num_frames, cards=None):
+        """A Clip that shows a scene and flashes in it, often with other scenes before or after, at any frame
+        rate. cards: whether some of its frames are empty cards, by default at random."""
         rng = self.rng
-        after = rng.choice([0, 1, 1, 2, 3]) if num_frames > 5 else 0  # frames of the next scene
-        length = num_frames - after
-        # a flash is seen in one frame or in two
-        figures, colour = [None] * length, background
-        starts = sorted(rng.sample(range(length), min(num_flashes, length)))
-        for start in starts:
-            figures[start] = draw_figure(rng, background, colour)
-            colour = figures[start].colour
-            if rng.random() < 0.4 and start + 1 < length and start + 1 not in starts:
-                figures[start + 1] = figures[start]
         step_s = rng.uniform(0.5, 2.2)
+        if self.anything:
+            step_s = rng.choice([rng.uniform(0.125, 0.6), step_s, rng.uniform(2, 12)])
+        # other scenes: some frames behind or in front, which may have figures of their own
+        number = rng.choice([0, 1, 1, 2, 3, 4]) if num_frames > 5 else 0
+        number = max(0, min(number, num_frames - num_flashes))
+        others = []
+        for _ in range(number):
+            other = rng.choice(["grey", *(colour for colour in COLOURS if colour != scene)])
+            shows = self.anything and rng.random() < 0.15
+            others.append(self.draw_picture(other) if shows else Picture(other))
+        in_front = rng.choice([0, 0, number // 2]) if self.anything else 0
+        # the scene: flashes that are seen in one frame or in several, at random places
+        length = num_frames - number
+        frames = [Picture(scene)] * length
+        starts = sorted(rng.sample(range(length), min(num_flashes, length)))
+        before = scene
+        for start, following in zip(starts, [*starts[1:], length]):
+            figure = draw_figure(rng, scene, before)
+            before = figure.colour
+            seen = rng.choice([1, 1, 1, 1, 2, 2, 3, 4, 8]) if self.anything else rng.choice([1, 1, 2])
+            seen = min(seen, following - start)
+            frames[start:start + seen] = [Picture(scene, figure)] * seen
+        # empty cards around the flashes or alone, and figures without a card
+        empty = [i for i, picture in enumerate(frames) if not picture.figure]
+        if cards is None:
+            cards = self.anything and rng.random() < 0.3
+        if cards and empty:
+            first = starts[0] if starts else rng.choice(empty)
+            last = starts[-1] if starts else first + rng.choice([0, 1, 1, 1, 1, 2])
+            around = rng.choice([0, 1, num_frames]) if starts else 0
+            for i in empty:
+                if first - around <= i <= last + around:
+                    frames[i] = Picture(scene, cue=True)
+        for i in empty:
+            if self.anything and not frames[i].cue and rng.random() < 0.05:
+                frames[i] = Picture(scene, draw_figure(rng, scene), card=False)
+        pictures = others[:in_front] + frames + others[in_front:]
         times_s = [round((start_s + (i + 0.5) * step_s) * 8) / 8 for i in range(num_frames)]
-        next_scene = rng.choice(["grey", *(c for c in COLOURS if c != background)])
-        pictures = [Picture(background, figure) for figure in figures] + [Picture(next_scene)] * after
-        clause, flashes = transcript(background, figures + [None] * after)
-        return Clip(self.show(pictures, times_s), clause, flashes)
+        clip = Clip(pictures, times_s, *transcript(scene, pictures), scene)
+        clip.items = self.show(clip)
+        return clip
 
-    def draw_draft(self, scene, flashes):
-        """A Draft on one clip. flashes: its figures."""
-        colour, shape = flashes[0]
-        return self.rng.choice([
-            ask_count(scene, len(flashes)), ask_colour(scene, colour), ask_shape(scene, shape)])
+    def draw_on(self):
+        """Where a question says that the shapes are."""
+        return self.rng.choice(["", " on the card"])
+
+    def draw_draft(self, scene, flashes, count=True):
+        """A Draft on one clip. flashes: its figures; count: whether it may ask how many."""
+        (colour, shape), on = flashes[0], self.draw_on()
+        drafts = [ask_colour(scene, colour, on), ask_shape(scene, shape, on)]
+        return self.rng.choice([ask_count(scene, len(flashes), on), *drafts] if count else drafts)
 
     def pose(self, draft):
         """(the question with its options, the thoughts that choose the right one)."""
@@ -442,14 +544,14 @@ def tiny_base(out, steps, seed):
 def tokenizer_texts(lessons):
     """What the tokenizer is trained on: texts of lessons, and words of the environment, so that prompts are
     not spelled out in bytes."""
-    skills = ("clip", "letter", "where", "visit", "whole")
+    skills = ("clip", "letter", "where", "visit", "whole", "direct")
     texts = []
     for i in range(2000):
-        for user, said in lessons.lesson(skills[i % 5], 2):
+        for user, said in lessons.lesson(skills[i % len(skills)], 3):
             texts += [item for item in user if isinstance(item, str)] + [said]
     protocol = [TINY_PROMPT, LAST_TURN, MAY_ZOOM, BASE_PROMPT, "<tool_response>\n</tool_response>\n",
                 "system\nuser\nassistant\n",
-                "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
+                ASKS["multiple_choice"], "The video lasts 1 seconds. frames of it:\n; not found; so; One shape flashes in the and one"]
     return texts + protocol * 300
 
 

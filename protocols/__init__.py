@@ -11,6 +11,8 @@ line in PROTOCOLS. A checkpoint keeps the name and the texts of the one that it 
 (zoom_config.json); `--protocol` takes another (training/environment.py).
 """
 
+from dataclasses import replace
+
 from protocols.direct import Direct
 from protocols.longvt import LongVT
 from protocols.released import Released
@@ -32,6 +34,13 @@ def check_protocol(env_config):
     missing = [name for name in needed if not isinstance(env_config.texts.get(name), str)]
     if missing:
         raise ValueError(f"the protocol {env_config.protocol} lacks its texts {', '.join(missing[:2])}, ..")
+
+
+def with_settings(env_config, settings):
+    """An EnvConfig with other settings, a dict; where they name another protocol, with those of that, too."""
+    name = settings.get("protocol", env_config.protocol)
+    of_protocol = {} if name == env_config.protocol else PROTOCOLS[name].settings
+    return replace(env_config, **of_protocol | settings)
 
 
 def make_env(question, env_config, root="."):

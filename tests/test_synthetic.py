@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from launcher import launch
 
 from common import UserError
 from demo import synthetic
+from demo.search import SEARCH
 from demo.tiny_base import TINY_BASE
 from model import replay
 from sources.rows import question_error
@@ -148,6 +150,7 @@ def test_trajectories_verify_and_reflections_start_wrong(made):
         elif any(call.hit for turn in env.turns for call in turn.calls):
             turned_back += "not found" in row["turns"][1]
         assert ("max_zooms" in row["provenance"]) <= (env.num_calls() == 0)
+        assert len(row["turns"]) == len(env.turns)
     zooms = lambda kind: sum(n for (k, q, z), n in kinds.items() if q == kind and z)
     assert zooms("detail") and zooms("count") and zooms("order") and not zooms("holistic")
     assert any(k == "reflection" for k, _, _ in kinds)
@@ -178,10 +181,97 @@ def test_uniform_accuracy_equals_a_simulation(made):
 
 
 def test_careless_teacher_leaves_something_to_learn(made):
-    """It chooses between 0.5 and 1 frame a second, and only the denser one always shows a flash."""
-    folder, train, _, rows = made
-    fps = Counter(t.split('"fps": ')[1][:4] for row in rows for t in row["turns"] if "fps" in t)
-    assert set(fps) == {"0.50", "1.00"} and fps["0.50"] > fps["1.00"]
+    """It takes as many frames as it may or half of them, mostly half; only the denser look always shows a flash."""
+    _, _, _, rows = made
+    shares = Counter()
+    for row in rows:
+        for turn in row["turns"]:
+            if "fps" in turn:
+                start, end, fps = map(float, re.search(r"\[([\d.]+), ([\d.]+)\], .fps.: ([\d.]+)", turn).groups())
+                most = max(f for f in (0.25, 0.5, 1.0, 2.0) if f * (end - start) <= 16)
+                shares[fps / most] += 1
+    assert set(shares) == {0.5, 1.0} and shares[0.5] > shares[1.0]
+
+
+def test_who_cannot_zoom_does_not_guess(made):
+    """Rows without a zoom: the overview shows all of the evidence, whatever its size; some are by the protocol without
+    a tool, and of any number of frames."""
+    folder, _, _, rows = made
+    policy = load_policy(TINY_BASE)
+    kinds, sizes = Counter(), {"direct": set(), "other": set()}
+    for row in rows:
+        _, env = replay(policy, row, folder)
+        question = row["question"]
+        assert len(env.watched[0]) == question.get("num_frames", 9)
+        direct = row["kind"] == "direct"
+        sizes["direct" if direct else "other"].add(len(env.watched[0]))
+        assert direct == (env.protocol == "direct")
+        if not env.num_calls():
+            times = [frame.time_s for frame in env.watched[0]]
+            assert all(any(start <= t < end for t in times) for start, end in question["evidence"] or [])
+            kinds[direct, question["meta"]["kind"]] += 1
+    assert min(kinds[True, "holistic"], kinds[False, "holistic"], kinds[True, "detail"], kinds[False, "detail"]) > 0
+    assert sizes["other"] >= {5, 9, 17, 33} and len(sizes["direct"]) > 3
+
+
+# ------------------------------------------------------------------------------------------------ the suite search
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    synthetic.synthetic(folder, 60, 5, seed=3, suite=SEARCH)
+    read = lambda name: [json.loads(line) for line in open(folder / name)]
+    return folder, read("train.jsonl"), read("sft.jsonl")
+
+
+def card_and_figure(image):
+    """Whether a frame shows a card, and whether a shape on it."""
+    inside = {nearest(image[:, y, x]) for y in range(6, 22, 3) for x in range(6, 22, 3)}
+    return "black" in inside, "black" in inside and len(inside) > 1
+
+
+def test_one_look_finds_the_card_and_a_second_one_the_flash(searched):
+    """As the policy sees it: the overview shows scenes alone; 12 frames of a scene have two with the card, around the
+    flash, and none with a shape on it; 3 frames a second between these two show each flash."""
+    folder, train, _ = searched
+    seen = Counter()
+    for q in train:
+        env = ZoomEnv(q, synthetic.TINY_ENV, folder)
+        env.reset()
+        assert 540 <= env.duration_s < 600 and len(env.watched[0]) == 9
+        assert not any(card_and_figure(frame.image)[0] for frame in env.watched[0])
+        overview = {nearest(f.image[:, 1, 1]): f.time_s for f in env.watched[0]}
+        times = [*overview.values(), env.duration_s]
+        for scene in synthetic.named_scenes(q) if q["evidence"] else ():
+            start = overview[scene]
+            end = times[times.index(start) + 1]
+            env.step(f'<video_zoom>{{"segment": [{start:.2f}, {end:.2f}], "fps": 0.2}}</video_zoom>')
+            looks = [card_and_figure(frame.image) for frame in env.watched[-1]]
+            assert len(looks) == 12 and sum(card for card, _ in looks) == 2 and not any(figure for _, figure in looks)
+            first, second = [f.time_s for f, (card, _) in zip(env.watched[-1], looks) if card]
+            inside = [span for span in q["evidence"] if first < span[0] and span[1] < second]
+            assert inside
+            env.step(f'<video_zoom>{{"segment": [{first:.2f}, {second:.2f}], "fps": 3}}</video_zoom>')
+            shown = [frame.time_s for frame in env.watched[-1]]
+            assert all(any(a - 1e-3 <= t < b + 1e-3 for t in shown) for a, b in inside), (inside, shown)
+            assert any(figure for _, figure in (card_and_figure(frame.image) for frame in env.watched[-1]))
+            seen[q["meta"]["kind"]] += 1
+        assert env.num_invalid() == 0 and env.num_calls() <= 4
+        if q["evidence"]:
+            assert synthetic.uniform_accuracy(q, 128) < 0.6
+    assert min(seen["detail"], seen["count"], seen["order"]) > 3
+
+
+def test_looking_twice_is_rare_in_what_is_learned_first(searched):
+    folder, _, rows = searched
+    policy = load_policy(TINY_BASE)
+    twice = asked = 0
+    for row in rows:
+        dialogue, env = replay(policy, row, folder)
+        assert env.rewards["accuracy"] == env.rewards["format"] == 1
+        assert max(len(policy.tokenize(turn)) for turn in row["turns"]) < 160
+        asked += bool(row["question"]["evidence"])
+        twice += any("card" in turn.partition(";")[2].partition("<video_zoom>")[0] for turn in row["turns"])
+    assert 0 < twice <= asked / 3
 
 
 def test_data_of_another_seed_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tiny import DEVICE
 from training.checkpoints import load_policy
 from video import Frame
 
-SKILLS = ("repeat", "letter", "caption", "scenes", "where", "whole", "clip", "visit")
+SKILLS = ("repeat", "letter", "caption", "scenes", "where", "whole", "clip", "visit", "direct")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_the_trained_tokens_of_a_lesson_are_its_texts(shipped, lessons):
     """Each turn's, with the token that ends it; in tags or not, amid random text or not."""
     drawn, draw, wrong = [], lessons.lesson, []
     lessons.lesson = lambda *args: drawn.append(draw(*args)) or drawn[-1]
-    skills = [(kind, level) for kind in SKILLS for level in (0, 1, 2)]
+    skills = [(kind, level) for kind in SKILLS for level in (0, 1, 2, 3)]
     for in_tags, amid_text in ((False, False), (True, False), (True, True)):
         lessons.in_tags, lessons.amid_text = in_tags, amid_text
         for kind, level in skills * 3:
@@ -57,7 +58,7 @@ def test_the_trained_tokens_of_a_lesson_are_its_texts(shipped, lessons):
             right = said == "".join(text + "<|im_end|>" for text in texts) and len(said) > 10
             if not right or not len(dialogue.frames) == len(shown(drawn[-1])) == sum(dialogue.is_image):
                 wrong.append((kind, level, in_tags, amid_text, said))
-    assert not wrong and len(drawn) == 3 * 3 * 24
+    assert not wrong and len(drawn) == 3 * 3 * 36
 
 
 def test_every_skill_of_the_curriculum_can_be_drawn_and_none_knows_the_tool(lessons):
@@ -70,38 +71,61 @@ def test_every_skill_of_the_curriculum_can_be_drawn_and_none_knows_the_tool(less
             assert len(text) > 20 and "zoom" not in text and "fps" not in text
 
 
+def scene_in(frame):
+    """The colour of most corners: a card lies near one or two of them."""
+    return Counter(nearest(frame.image[:, y, x]) for y in (0, 27) for x in (0, 27)).most_common(1)[0][0]
+
+
+def has_card(frame):
+    return "black" in {nearest(frame.image[:, y, x]) for y in range(5, 23, 2) for x in range(5, 23, 2)}
+
+
 def test_captions_say_what_the_frames_show(lessons):
     figures = 0
     for _ in range(40):
-        lesson = lessons.lesson("caption", 2)
+        lesson = lessons.lesson("caption", 3)
         captions = lesson[0][1].rstrip(".").split(". ")
         for caption, frame in zip(captions, shown(lesson), strict=True):
             background, _, figure = caption.partition(" ")
-            assert nearest(frame.image[:, 0, 0]) == background
+            assert scene_in(frame) == background
             centre = nearest(frame.image[:, 14, 14])
-            if figure == "-":
-                assert centre == background
+            if figure in ("-", "card"):
+                assert centre == (background if figure == "-" else "black")
             else:
-                colour, shape = figure.split()
-                assert centre == colour and shape in SHAPES
+                colour, shape = figure.removeprefix("loose ").split()
+                around = {nearest(frame.image[:, y, x]) for y in range(11, 18) for x in range(11, 18)}
+                assert colour in around and shape in SHAPES
+                assert ("loose" not in figure) == has_card(frame)
                 figures += 1
     assert figures > 100
 
 
 def test_transcripts_and_answers_follow_from_the_frames(lessons):
-    """A clip's flashes are where its pictures have them, and support the option whose letter is said."""
-    asked, longer = 0, 0
-    for _ in range(60):
-        (user, said), = lesson = lessons.lesson("clip", 2)
+    """A clip's flashes are where its pictures have them, on a card in the scene, and support the option whose letter
+    is said; where only empty cards are shown, the place between two of them is."""
+    asked, longer, cards, others = 0, 0, 0, 0
+    for _ in range(150):
+        (user, said), = lesson = lessons.lesson("clip", 3)
         transcript, _, chosen = said.partition("\nso ")
-        entries = transcript.partition("\n")[0].partition(": ")[2]
-        found = re.findall(r"(-|same|[a-z]+ [a-z]+)\d+", entries)
-        for i, (entry, frame) in enumerate(zip(found, shown(lesson), strict=True)):
+        scene, _, entries = transcript.partition("\n")[0].partition("; ")[0].partition(": ")
+        found = re.findall(r"(-|same|card|[a-z]+ [a-z]+)\d+", entries)
+        frames = shown(lesson)
+        for i, (entry, frame) in enumerate(zip(found, frames, strict=True)):
             if entry == "same":
                 longer += 1
-                entry = found[i - 1]
-            expected = nearest(frame.image[:, 0, 0]) if entry == "-" else entry.split()[0]
-            assert nearest(frame.image[:, 14, 14]) == expected
+                entry = found[i] = found[i - 1]
+            centre, background = nearest(frame.image[:, 14, 14]), scene_in(frame)
+            if entry == "-":
+                assert background != scene or centre == scene or not has_card(frame)
+                others += background != scene and centre != background
+            else:
+                assert background == scene and has_card(frame)
+                assert centre == ("black" if entry == "card" else entry.split()[0])
+        if place := re.search(r"(\w+) card(\d+): <frame(\d+)_time([\d.]+)s> to <frame(\d+)_time([\d.]+)s>", said):
+            assert found[int(place[2])] == "card" and "=" not in entries and int(place[5]) == int(place[3]) + 1
+            assert int(place[3]) == min(int(place[2]), len(frames) - 2)
+            assert [f"{frames[int(place[k])].time_s:.2f}" for k in (3, 5)] == [place[4], place[6]]
+            cards += 1
         if chosen:
             option, letter = chosen[:-2], chosen[-1]
             assert f"\n{letter}. {option}\n" in user[0]
@@ -110,42 +134,90 @@ def test_transcripts_and_answers_follow_from_the_frames(lessons):
             colour, shape = flashes[0]
             assert option == {"many": str(len(flashes)), "colour": colour, "shape": shape}[asks]
             asked += 1
-    assert asked > 20 and longer > 10  # a flash that is seen in two frames is one
+    assert asked > 40 and longer > 10 and cards > 2 and others > 5  # a flash that is seen in two frames is one
 
 
-def test_an_overview_has_each_scene_once_and_times_that_follow(lessons):
-    for _ in range(20):
-        overview = lessons.draw_overview(9)
-        assert sorted(overview.colours) == sorted([*COLOURS, "grey"]) and overview.colours[-1] == "grey"
-        frames = [item for item in overview.items if isinstance(item, Frame)]
-        assert [nearest(f.image[:, 3, 3]) for f in frames] == overview.colours
-        assert [f.time_s for f in frames] == overview.times_s == sorted(overview.times_s)
-        tags = [item.strip() for item in overview.items if isinstance(item, str)]
+def test_an_overview_shows_scenes_in_order_and_times_that_follow(lessons):
+    """Short ones each scene once; long ones in any number of frames, with shapes in some."""
+    sizes, unseen, figures = set(), 0, 0
+    for level in (0, 1, 2) * 20:
+        lessons.anything = level == 2
+        overview = lessons.draw_overview((4, 7, 9)[level])
+        frames = [item for item in lessons.show(overview) if isinstance(item, Frame)]
+        colours = [scene_in(f) for f in frames]
+        assert colours == [picture.background for picture in overview.pictures]
+        assert list(overview.scenes) == sorted(overview.scenes, key=colours.index)
+        assert [colours.index(colour) for colour in overview.scenes] == list(overview.scenes.values())
+        assert overview.times_s == sorted(overview.times_s) and overview.times_s[-1] < overview.duration_s
+        assert [f.time_s for f in frames] == overview.times_s
+        tags = [item.strip() for item in lessons.show(overview) if isinstance(item, str)]
         assert tags == [f"<frame{i}_time{t:.2f}s>" for i, t in enumerate(overview.times_s)]
+        if level < 2:
+            assert len(set(colours)) == len(colours) == (4, 7)[level]
+        else:
+            sizes.add(len(frames))
+            unseen += len(overview.scenes) < 9
+        figures += sum(has_card(frame) for frame in frames)
+    assert {5, 9, 17} <= sizes and unseen and figures > 10
+
+
+def scenes_of(frames):
+    """{scene: the number of its first frame}."""
+    colours = [scene_in(frame) for frame in frames]
+    return {colour: colours.index(colour) for colour in colours}
 
 
 def test_where_scenes_are_and_which_comes_first(lessons):
     """What "where" and "whole" say follows from the tags and pictures of the overview."""
-    for _ in range(30):
-        (user, said), = lesson = lessons.lesson("where", 2)
-        scenes = [nearest(frame.image[:, 3, 3]) for frame in shown(lesson)]
-        seconds = [f"{frame.time_s:.2f}" for frame in shown(lesson)]
+    missed = 0
+    for _ in range(150):
+        (user, said), = lesson = lessons.lesson("where", 3)
+        frames, scenes = shown(lesson), scenes_of(shown(lesson))
+        duration = re.search(r"lasts ([\d.]+) seconds", user[0])[1]
+        seconds = [f"{frame.time_s:.2f}" for frame in frames] + [duration]
         named = [c for c in COLOURS if f"the {c} scene" in user[0]]
-        found = re.findall(r"(first|second) (\w+)(\d): <frame\d_time([\d.]+)s> to <frame\d_time([\d.]+)s>; "
+        found = re.findall(r"(first|second|unseen) (\w+?)(\d*): <frame(\d+)_time([\d.]+)s> to (?:<frame\d+_time|end )([\d.]+)s?>?; "
                            r"from \[([\d.]+), ([\d.]+)\]", said)
-        assert [f[0] for f in found] == ["first", "second"][:len(named)] and {f[1] for f in found} == set(named)
-        assert [int(f[2]) for f in found] == sorted(scenes.index(c) for c in named)
-        for _, scene, number, *span in found:
-            i = int(number)
-            assert scenes[i] == scene and span == [seconds[i], seconds[i + 1]] * 2
-    for _ in range(30):
-        (user, said), = lesson = lessons.lesson("whole", 2)
-        scenes = [nearest(frame.image[:, 3, 3]) for frame in shown(lesson)][:-1]
-        question, letter = user[0].split("\n")[0], said[-1]
+        assert {f[1] for f in found} == set(named)
+        if found[0][0] == "unseen":
+            assert len(named) == 1 and named[0] not in scenes
+            missed += 1
+        else:
+            assert [f[0] for f in found] == ["first", "second"][:len(named)]
+            assert [int(f[2]) for f in found] == sorted(scenes[c] for c in named)
+        for order, scene, number, start, *span in found:
+            i = int(start)
+            later = [n for n in scenes.values() if n > i] if order != "unseen" else [i + 1]
+            j = min(later, default=len(frames))
+            assert order == "unseen" or scenes[scene] == i == int(number)
+            assert span == [seconds[i], seconds[j]] * 2
+    assert missed
+    for kind in ("whole", "direct") * 30:
+        (user, said), = lesson = lessons.lesson(kind, 3)
+        scenes = [scene for scene in scenes_of(shown(lesson)) if scene != "grey"]
+        text = "".join(item for item in user if isinstance(item, str))
+        question, letter = text.split("\n")[0], said[-1]
+        if "flash" in question:
+            continue
         right = scenes[0] if "first" in question else scenes[-1] if "last" in question else None
         if right is None:
             right = scenes[scenes.index(re.search(r"after the (\w+) scene", question)[1]) + 1]
-        assert f"\n{letter}. {right}\n" in user[0] and said.endswith(f"so {right} {letter}")
+        assert f"\n{letter}. {right}" in text and said.endswith(f"so {right} {letter}")
+
+
+def test_a_question_on_what_the_overview_shows_is_answered_at_once(lessons):
+    answered = 0
+    for _ in range(200):
+        exchanges = lessons.lesson("direct", 3)
+        (user, said), frames = exchanges[0], shown(exchanges)
+        text = "".join(item for item in user if isinstance(item, str))
+        if "colour is the shape" in text:
+            scene = re.search(r"in the (\w+) scene", text)[1]
+            colours = [nearest(f.image[:, 14, 14]) for f in frames if scene_in(f) == scene and has_card(f)]
+            assert re.search(r"so (\w+) \w$", said)[1] == next(c for c in colours if c != "black")
+            assert "frame" not in text + said
+            answered += 1
+    assert answered > 5
 
 
 def test_the_same_seed_draws_the_same_lessons(bank):

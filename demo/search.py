@@ -1,0 +1,147 @@
+"""The suite in which the place must be found: no one zoom shows what is asked for.
+
+    python data_prep.py synthetic --suite search --out runs/search
+
+Videos are those of synthetic.py with nine scenes of a minute each, nine to ten minutes in all (below ten, so
+that the overview is of uniform frames). In each coloured scene an empty black card, the cue, stands for 11
+seconds at a place that nobody can know, and what is asked for flashes on it for 0.75 seconds, about in the
+middle (several of 0.375 seconds where they are to be counted). Elsewhere in the scene a shape without a card
+flashes, which nobody asks about.
+
+A zoom over the scene has 16 frames at most: at 0.2 frames a second 12, about 5 seconds apart, of which two
+show the cue, one before the flash and one after it, and none the flash. A second zoom from the one to the other, at 3
+frames a second, shows it. Zooms at 3 frames a second that know nothing would need a dozen for a scene.
+
+The teacher is careless in both steps: often it takes half of the frames that it may, and mostly it does not
+look a second time, but guesses. So looking twice is in a minority of its trajectories, and using it is left
+for RL to find out.
+"""
+
+from demo import synthetic
+from demo.synthetic import (COLOURS, MARGIN_S, NUM_FLASHES, NUM_SLOTS, VIDEO_FPS, Flash, Picture, Scene, Suite,
+                            Visit, answer, between_cards, draw_figure, look, named_scenes, overview_of,
+                            transcript)
+from protocols import make_env
+
+SLOT_S = (60.0, 62.4)  # a slot's least and greatest length: 16 frames are 3 a second between two of the first look
+FIRST_FPS, SECOND_FPS = ("0.10", "0.20"), ("1.00", "3.00")  # of the teacher's two looks, hasty and careful
+HASTE = 0.5  # how often it is hasty
+SECOND_LOOK = 0.12  # how often it looks a second time
+TRIES = 2  # plays of a question
+FIRST_FRAMES = 12  # of a careful first look at a scene
+CUE_S = 11.0
+FLASH_S = 0.75  # a flash's length where it is alone
+SHORT_S, PAUSE_S = 0.375, 0.25  # ... and where there are several, with the time between two
+APART_S = 0.5  # least time between a flash and a frame of the first look
+ON = " on the card"  # where a question says that the shapes are
+
+
+def make_scenes(rng):
+    """A random video: (duration in seconds, its NUM_SLOTS scenes in order of time). Scenes begin as in the
+    demo; a scene's cue and flashes come after its frame in the overview and before the next scene."""
+    duration_s = round(rng.uniform(*SLOT_S) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
+    slot_s = duration_s / NUM_SLOTS
+    starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
+    colours = [*rng.sample(COLOURS, len(COLOURS)), "grey"]
+    num_flashes = rng.sample(NUM_FLASHES, len(COLOURS))
+    scenes = []
+    for i, colour in enumerate(colours):
+        start_s = 0.0 if i == 0 else starts[i]
+        if colour == "grey":
+            scenes.append(Scene(colour, start_s, []))
+        else:
+            first_s, last_s = (i + 0.5) * slot_s + MARGIN_S, starts[i + 1] - MARGIN_S
+            scenes.append(make_scene(rng, colour, start_s, num_flashes[i], first_s, last_s, slot_s))
+    return duration_s, scenes
+
+
+def make_scene(rng, colour, start_s, number, first_s, last_s, slot_s):
+    """A scene with a cue, `number` flashes on it, and a shape without a card, all between two times."""
+    # the flashes lie between two frames of a careful first look
+    flash_s = FLASH_S if number == 1 else SHORT_S
+    length_s = number * flash_s + (number - 1) * PAUSE_S
+    step_s = slot_s / FIRST_FRAMES
+    while True:
+        frame_s = first_s - MARGIN_S + (rng.randrange(FIRST_FRAMES) + 0.5) * step_s
+        flashes_s = frame_s + rng.uniform(APART_S, step_s - APART_S - length_s)
+        cue_s = flashes_s + length_s / 2 - CUE_S / 2
+        if first_s <= cue_s and cue_s + CUE_S <= last_s:
+            break
+    offset = (rng.randint(-2, 2), rng.randint(-2, 2))
+    flashes, before = [], colour
+    for k in range(number):
+        figure = draw_figure(rng, colour, before)
+        before = figure.colour
+        flash_start_s = flashes_s + k * (flash_s + PAUSE_S)
+        picture = Picture(colour, figure, offset)
+        flashes.append(Flash(flash_start_s, flash_start_s + flash_s, picture))
+    cue = Flash(cue_s, cue_s + CUE_S, Picture(colour, offset=offset, cue=True))
+    # a shape without a card, away from the cue
+    while True:
+        loose_s = rng.uniform(first_s, last_s - FLASH_S)
+        if loose_s + FLASH_S + 1 < cue_s or loose_s > cue_s + CUE_S + 1:
+            break
+    loose = Flash(loose_s, loose_s + FLASH_S, Picture(colour, draw_figure(rng, colour), offset, card=False))
+    return Scene(colour, start_s, flashes, [cue, loose])
+
+
+def make_questions(rng, video, duration_s, scenes):
+    return synthetic.make_questions(rng, video, duration_s, scenes, ON)
+
+
+def teach(question, scenes, rng, root, wrong_first=False):
+    """Plays a question through the environment, see the module's docstring. As `synthetic.teach`."""
+    env = make_env(question, synthetic.TINY_ENV, root)
+    env.reset()
+    overview = overview_of(env, scenes)
+    turns, thoughts, found, visits = [], [overview.survey()], [], []
+    if question["evidence"]:
+        clauses, visits = overview.order_visits(named_scenes(question))
+        thoughts += clauses
+    if wrong_first:
+        right = ["grey", *(visit.scene for visit in visits)]
+        visits = [Visit(rng.choice([colour for colour in overview.scenes if colour not in right]), ""), *visits]
+    for visit in visits:
+        # where the card is
+        clause, start_s, end_s = overview.place(visit, rng)
+        fps = FIRST_FPS[rng.random() >= HASTE]
+        pictures = look(env, turns, [*thoughts, clause], start_s, end_s, fps, scenes)
+        if env.done:  # no zoom was left
+            return None
+        clause, flashes = transcript(visit.scene, pictures)
+        thoughts = [clause]
+        if not visit.ordinal:  # a wrong scene
+            thoughts.append("not found")
+            continue
+        # what is on it
+        cards = [i for i, picture in enumerate(pictures) if picture.cue and picture.background == visit.scene]
+        if cards and not flashes and rng.random() < SECOND_LOOK:
+            times_s = [frame.time_s for frame in env.watched[-1]]
+            clause, start_s, end_s = between_cards(visit.scene, cards[0], times_s)
+            may_be_careful = (end_s - start_s) * float(SECOND_FPS[1]) <= env.config.zoom_max_frames
+            fps = SECOND_FPS[may_be_careful and rng.random() >= HASTE]
+            pictures = look(env, turns, [*thoughts, clause], start_s, end_s, fps, scenes)
+            if env.done:
+                return None
+            clause, flashes = transcript(visit.scene, pictures)
+            thoughts = [clause]
+        found.append(flashes)
+    kind = "reflection" if wrong_first else "exemplar"
+    return answer(question, env, rng, turns, thoughts, found, overview, kind, {})
+
+
+def teach_all(questions, scenes, rng, root, seed):
+    """The trajectory rows of a video's questions: what is right of TRIES plays of each, a quarter of them with
+    a first zoom to a wrong scene."""
+    trajectories = []
+    for question in questions:
+        for _ in range(TRIES if question["evidence"] else 1):
+            wrong_first = bool(question["evidence"]) and rng.random() < 0.25
+            row = teach(question, scenes, rng, root, wrong_first)
+            if row is not None:
+                row["provenance"]["seed"] = seed
+                trajectories.append(row)
+    return trajectories
+
+
+SEARCH = Suite("search", make_scenes, make_questions, teach_all)
