@@ -27,6 +27,7 @@ import report
 import rl
 import sft
 from common import UserError, fail, open_folder, run_main, write_json
+from controls.modes import CLIPS, ZOOM
 from demo.tiny_base import TINY_BASE
 from findings import compare, plots
 from findings.stage import Stage
@@ -41,9 +42,11 @@ class Row(NamedTuple):
     rl: str | None = ""
     rft: str | None = None  # rejection fine-tuning: sft.py on the policy's own successes
     eval: str = ""
+    mode: str = "zoom"  # of eval.py's results, whose numbers are the row's
     of: str | None = None  # the row whose policy is evaluated, with other flags; sft, rl, rft are that row's
 
 
+DIRECT = "--kinds direct --protocol direct"
 # {frames}: as many a question as the row `full` looked at; {twice}: twice as many
 ROWS = [
     Row("full", "paper", "table 3"),
@@ -53,13 +56,13 @@ ROWS = [
     Row("no-reflection", "paper", "table 3, figure 6", sft="--kinds exemplar"),
     *[Row(f"zooms-{n}", "paper", "table 11", of="full", eval=f"--max_zooms {n}") for n in range(4)],
     *[Row(f"overview-{n}", "paper", "figure 5", of="full", eval=f"--num_frames {n}") for n in (5, 17, 33)],
-    *[Row(f"uniform-{n}", "paper", "figure 5", of="no-rl", eval=f"--mode uniform --num_frames {n}")
-      for n in (9, 17, 33)],
+    *[Row(f"uniform-{n}", "paper", "figure 5", of="no-rl", eval=f"--mode uniform --num_frames {n}",
+          mode="uniform") for n in (9, 17, 33)],
 
-    Row("no-tool", "controls", "RL without the tool, as many frames", sft="--kinds direct",
-        rl="--max_zooms 0 --num_frames {frames}", eval="--max_zooms 0 --num_frames {frames}"),
-    Row("no-tool-twice", "controls", "RL without the tool, twice the frames", sft="--kinds direct",
-        rl="--max_zooms 0 --num_frames {twice}", eval="--max_zooms 0 --num_frames {twice}"),
+    *[Row(name, "controls", f"RL without the tool, {shows} the frames", sft=DIRECT,
+          rl=f"--num_frames {number}", eval=f"--num_frames {number}")
+      for name, shows, number in (("no-tool", "all of", "{frames}"), ("no-tool-twice", "twice", "{twice}"))],
+    Row("fixed-fps", "controls", "RL at 1 frame a second in each zoom", rl="--zoom_fps 1"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
     *[Row(f"mixed-{n}", "controls", "... at this one", of="mixed", eval=f"--num_frames {n}")
       for n in (5, 17)],
@@ -70,11 +73,13 @@ ROWS = [
     Row("reward-hit", "controls", "a reward for zooms that hit", rl="--hit_weight 0.5"),
     Row("rft", "controls", "fine-tuning on successes in place of RL", rl=None, rft=""),
     Row("rl-rft", "controls", "... after RL", rft=""),
-    *[Row(f"clips-{how}", "controls", "what the clip is for", of="full", eval=f"--clips {how}")
-      for how in ("grey", "other", "none")],
-    *[Row(f"zoom-{how}", "controls", "when to zoom", of="full", eval=f"--zoom {how}")
-      for how in ("always", "never", "gate")],
-    Row("votes-8", "controls", "majority of 8 samples", of="full", eval="--votes 8"),
+    *[Row(f"clips-{how}", "controls", "what the clip is for", of="full", eval=f"--clips {how}",
+          mode=CLIPS[how]) for how in ("grey", "other", "none")],
+    *[Row(f"zoom-{how}", "controls", "when to zoom", of="full", eval=f"--zoom {how}", mode=ZOOM[how])
+      for how in ("always", "never")],
+    Row("zoom-gate", "controls", "... where 5 direct answers disagree", of="full",
+        eval="--zoom gate --votes 5", mode="gate x5"),
+    Row("votes-8", "controls", "majority of 8 samples", of="full", eval="--votes 8", mode="zoom x8"),
 
     Row("dr-grpo", "grpo", "r - mean", rl="--advantage dr_grpo"),
     Row("rloo", "grpo", "r - mean of the others", rl="--advantage rloo"),
@@ -147,7 +152,7 @@ def fill(flags, place):
     """Flags with the numbers of frames in them, once the full run is evaluated."""
     if "{" not in flags or not (full := chain(FULL, place)[-1]).result():
         return flags
-    frames = compare.summary(full.folder)["figures"]["frames_per_question"]
+    frames = compare.summary(full.folder, FULL.mode)["figures"]["frames_per_question"]
     return flags.format(frames=round(frames), twice=round(2 * frames))
 
 
@@ -163,7 +168,7 @@ def make_row(row, place):
         "commands": [result["command"] for result in made], "torch": made[-1]["torch"],
         "commits": sorted({str(result["commit"]) for result in made}),
         "seconds": sum(result["seconds"] for result in made), "data": str(place.folder / "data/test.jsonl"),
-        "stages": [str(stage.folder) for stage in stages]} | compare.summary(stages[-1].folder, rl_folder))
+        "stages": [str(stage.folder) for stage in stages]} | compare.summary(stages[-1].folder, row.mode, rl_folder))
 
 
 # ------------------------------------------------------------------------------------------------- the script

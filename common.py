@@ -152,6 +152,7 @@ class RunConfig:
     system_prompt: str | None = None  # file with another system prompt
     overview: str | None = None  # uniform, nearest_keyframe, auto, a .json of chosen frames; else as trained
     num_frames: list[int] | None = None  # frames of the overview, of several one a question; else as trained
+    zoom_fps: float | None = None  # frames a second of all zooms, 0: as a call asks; else as trained
     max_zooms: int | None = None  # zooms in an episode, 0: no tool; else as trained
     max_bad: float = 0.01  # share of unusable rows above which the run ends
     seed: int = 0  # of the order of the data, and of sampling

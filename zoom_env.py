@@ -73,6 +73,7 @@ class EnvConfig(RewardWeights):
     overview_max_frames: int = 64  # ... and at most so many over the whole video
     overview: str = "auto"  # uniform; nearest_keyframe: the key frame within half a step, where there is one;
     # auto: that for videos of more than 10 minutes, of which an exact overview would decode nearly everything
+    zoom_fps: float = 0.0  # frames a second of each zoom, whatever its call asks for; 0: what it asks for
     zoom_max_frames: int = 16  # a call may ask for (end - start) * fps up to this
     max_zooms: int = 4  # rounds before the last one, which has to answer; a failed call uses one up, too
     min_pixels: int = 25_088  # a frame is scaled up to at least 32 tokens of 28x28 pixels
@@ -91,8 +92,9 @@ class EnvConfig(RewardWeights):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.overview not in ("auto", "uniform", "nearest_keyframe"):
             raise ValueError(f"overview must be auto, uniform or nearest_keyframe, not {self.overview}")
-        if self.max_zooms < 0:
-            raise ValueError(f"max_zooms must not be negative, not {self.max_zooms}")
+        for name in ("max_zooms", "zoom_fps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
 
@@ -434,6 +436,7 @@ def parse_zoom(text, duration_s, config):
         raise ValueError("the numbers must be finite")
     if fps <= 0:
         raise ValueError("fps must be above 0")
+    fps = config.zoom_fps or fps
     if not 0 <= start_s < end_s:
         raise ValueError("the segment must start at 0 or later and end after its start")
     if start_s >= duration_s:

@@ -1,6 +1,6 @@
 """What the results of ablations.py say: tables, differences, and whether the paper's findings come out again.
 
-    summary(folder, rl_folder)              what a row's result.json holds of an evaluation and of RL
+    summary(folder, mode, rl_folder)        what a row's result.json holds of an evaluation and of RL
     write_tables(runs, flags, quick, out)   the Markdown page, and .json beside it, of the results in `runs`
 
 A difference between two rows is the mean over the questions that both were asked, of all seeds that both
@@ -64,13 +64,16 @@ def read_lines(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-def summary(folder, rl_folder=None):
-    """What the tables need of an evaluation's folder, and of that of RL, where there was any."""
-    figures, *others = json.loads((folder / "results.json").read_text())
-    episodes = read_lines(folder / "episodes.jsonl")
+def summary(folder, mode, rl_folder=None):
+    """What the tables need of an evaluation's folder, of one mode in it, and of that of RL, where there was
+    any."""
+    results = json.loads((folder / "results.json").read_text())
+    figures = next(row for row in results if row["mode"] == mode)
+    files = folder / "episodes.jsonl", folder / "gate.jsonl"
+    episodes = [e for file in files if file.exists() for e in read_lines(file) if e["mode"] == mode]
     steps = read_lines(rl_folder / "metrics.jsonl") if rl_folder else []
     return {
-        "figures": figures, "bound": next((o["accuracy"] for o in others if o["mode"] == "bound"), None),
+        "figures": figures, "bound": next((row["accuracy"] for row in results if row["mode"] == "bound"), None),
         "questions": {e["number"]: {name: e[name] for name in ("right", "zooms")} for e in episodes},
         "fps": fps_counts([text for e in episodes for text in e["turns"]]),
         "training": [{name: step.get(name) for name in ("step", "accuracy", "zooms", "reward")}

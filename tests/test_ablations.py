@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 import ablations
+import eval as evaluation
 import findings.stage
-from common import UserError
+import rl
+import sft
+from common import UserError, parse_flags
+from controls import modes
 from findings import compare
 from findings.stage import Stage
 from training.tables import interval
@@ -38,8 +42,17 @@ def result(questions, seed=0, **more):
 
 # -------------------------------------------------------------------------------------------------- the table
 @pytest.mark.parametrize("name", ablations.BY_NAME)
-def test_each_row_has_flags_that_its_scripts_know(name):
+def test_each_row_has_flags_that_its_scripts_take_and_a_mode_that_is_evaluated(name):
     assert ablations.choose([name])[-1].name == name
+    each = row(name)
+    filled = lambda flags: (flags or "").format(frames=20, twice=40).split()
+    for script, flags in ((sft, each.sft), (rl, each.rl), (sft, each.rft)):
+        parse_flags(script.Config, "", (), argv=filled(flags))
+    config = parse_flags(evaluation.Config, "", (), argv=filled(each.eval))
+    modes.check_flags(config)
+    names = [*modes.modes_of(config, is_demo=False)]
+    gate, *_ = modes.gate_modes(config) or [names[-1]]
+    assert each.mode == gate
 
 
 def test_every_row_has_a_name_of_its_own_and_every_claim_has_its_rows():
@@ -155,11 +168,14 @@ class Played:
             for file in ("sft", "train", "test"):
                 (out / f"{file}.jsonl").write_text(file)
         elif name == "eval.py":
-            right = [int("--max_zooms" not in words or n % 3 == 0) for n in range(30)]
-            figures = {"mode": "zoom", "accuracy": sum(right) / 30, "frames_per_question": 22.7}
-            (out / "results.json").write_text(json.dumps([figures, {"mode": "bound", "accuracy": 0.5}]))
+            limited = {"--max_zooms", "--num_frames"} & set(words)
+            right = [int(not limited or n % 3 == 0) for n in range(30)]
+            figures = [{"mode": mode, "accuracy": sum(right) / 30, "frames_per_question": 22.7}
+                       for mode in ("zoom off", "zoom")]
+            (out / "results.json").write_text(json.dumps([*figures, {"mode": "bound", "accuracy": 0.5}]))
             (out / "episodes.jsonl").write_text("".join(json.dumps(
-                {"number": n, "right": r, "zooms": r, "turns": []}) + "\n" for n, r in enumerate(right)))
+                {"mode": mode, "number": n, "right": r, "zooms": r, "turns": []}) + "\n"
+                for mode, rights in (("zoom", right), ("zoom off", [0] * 30)) for n, r in enumerate(rights)))
         else:
             (out / "metrics.jsonl").write_text(
                 "".join(json.dumps({"step": n, "seconds": 1e5, "accuracy": 0.5, "zooms": 1.0}) + "\n"

@@ -13,6 +13,7 @@ from common import UserError
 from demo.synthetic import TINY_ENV
 from eval import record
 from findings import compare, plots
+from model import Dialogue
 from rollout import Episode
 from training import tables
 from zoom_env import ZoomEnv
@@ -22,17 +23,13 @@ FLAGS = {row.name: ablations.flags_of(row) for row in ablations.ROWS}
 EVIL = "<script>alert(1)</script>"
 
 
-class Dialogue:
-    ids = [0] * 7
-
-
 def play(question, root, texts):
     """What eval.py writes of an episode of these turns."""
     env = ZoomEnv(question, TINY_ENV, root)
     env.reset()
     for text in texts:
         env.step(text)
-    return record(Episode(Dialogue(), env=env))
+    return record(Episode(Dialogue(ids=[0] * 7), env=env))
 
 
 def make_row(runs, name, root, questions, turns):
@@ -51,7 +48,7 @@ def make_row(runs, name, root, questions, turns):
     (runs / "demo/0" / name / "result.json").write_text(json.dumps({
         "row": name, "flags": FLAGS[name], "suite": "demo", "seed": 0, "commands": ["python eval.py"],
         "commits": ["0123"], "torch": "2", "seconds": 60.0, "data": str(root / "test.jsonl"),
-        "stages": [str(folder)]} | compare.summary(folder, folder)))
+        "stages": [str(folder)]} | compare.summary(folder, "zoom", folder)))
 
 
 @pytest.fixture

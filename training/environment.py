@@ -9,6 +9,7 @@ file is taken for the paper's.
     --system_prompt                the system prompt
     --overview, --num_frames       how the first look chooses its frames, and how many it takes; of several
                                    numbers each question gets one, and the checkpoint keeps its own
+    --zoom_fps                     frames a second of all zooms, in place of what a call asks for
     --max_zooms                    how many zooms an episode has; 0: no tool
     --max_turn_tokens              tokens after which an assistant turn is cut off
     --accuracy_weight, ... (RL)    the weights of the reward's parts
@@ -97,10 +98,9 @@ def run_environment(model, config):
         raise UserError(f"--num_frames must be at least 1, not {min(config.num_frames)}")
     if config.num_frames is not None and len(config.num_frames) == 1:  # several: `with_num_frames`
         changes |= {"overview_max_frames": config.num_frames[0], "overview_fps": ANY_FPS}
-    if config.max_zooms is not None:
-        changes["max_zooms"] = config.max_zooms
-    if getattr(config, "max_turn_tokens", None) is not None:
-        changes["max_turn_tokens"] = config.max_turn_tokens
+    for name in ("max_zooms", "zoom_fps", "max_turn_tokens"):
+        if getattr(config, name, None) is not None:
+            changes[name] = getattr(config, name)
     try:
         return replace(env_config, **changes)
     except ValueError as error:
