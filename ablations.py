@@ -8,9 +8,8 @@ run. To try an idea, add a row. A row is a chain of stages; those of the same fl
 one cold start serves many rows. A stage's folder is named by the hash of its flags, its seed, the content of
 its data file, and the policy that it takes. Its result.json has the command, commit and seconds once it is
 finished, and it is never run again; one that was stopped goes on by the same command. Code is not in the
-hash: after a change of the method remove the folders of the stages that it concerns.
-
-Writes <runs>/<suite>/<seed>/<row>/result.json, and the tables of all rows there are (findings/compare.py).
+hash: after a change of the method remove the folders of the stages that it concerns. Writes
+<runs>/<suite>/<seed>/<row>/result.json, and the tables of all rows there are (findings/compare.py).
 """
 
 import argparse
@@ -27,7 +26,7 @@ import report
 import rl
 import sft
 from common import UserError, fail, open_folder, run_main, write_json
-from controls.modes import CLIPS, ZOOM
+from controls.modes import CLIPS
 from demo.tiny_base import TINY_BASE
 from findings import compare, plots
 from findings.stage import Stage
@@ -64,8 +63,7 @@ ROWS = [
       for name, shows, number in (("no-tool", "all of", "{frames}"), ("no-tool-twice", "twice", "{twice}"))],
     Row("fixed-fps", "controls", "RL at 1 frame a second in each zoom", rl="--zoom_fps 1"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
-    *[Row(f"mixed-{n}", "controls", "... at this one", of="mixed", eval=f"--num_frames {n}")
-      for n in (5, 17)],
+    *[Row(f"mixed-{n}", "controls", "", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
     Row("reward-halves", "controls", "reward weights",
         rl="--accuracy_weight 0.5 --format_weight 0.5 --tool_weight 0.5"),
     Row("reward-right", "controls", "reward weights",
@@ -75,11 +73,11 @@ ROWS = [
     Row("rl-rft", "controls", "... after RL", rft=""),
     *[Row(f"clips-{how}", "controls", "what the clip is for", of="full", eval=f"--clips {how}",
           mode=CLIPS[how]) for how in ("grey", "other", "none")],
-    *[Row(f"zoom-{how}", "controls", "when to zoom", of="full", eval=f"--zoom {how}", mode=ZOOM[how])
-      for how in ("always", "never")],
-    Row("zoom-gate", "controls", "... where 5 direct answers disagree", of="full",
-        eval="--zoom gate --votes 5", mode="gate x5"),
-    Row("votes-8", "controls", "majority of 8 samples", of="full", eval="--votes 8", mode="zoom x8"),
+    *[Row(name, "controls", shows, of="full", eval=flags, mode=mode) for name, shows, flags, mode in (
+        ("zoom-always", "when to zoom", "--zoom always", "always zoom"),
+        ("zoom-never", "when to zoom", "--zoom never", "zoom off"),
+        ("zoom-gate", "... where 5 direct answers disagree", "--zoom gate --votes 5", "gate x5"),
+        ("votes-8", "majority of 8 samples", "--votes 8", "zoom x8"))],
 
     Row("dr-grpo", "grpo", "r - mean", rl="--advantage dr_grpo"),
     Row("rloo", "grpo", "r - mean of the others", rl="--advantage rloo"),
@@ -93,7 +91,7 @@ BY_NAME = {row.name: row for row in ROWS}
 FULL = ROWS[0]
 
 # flags that all rows of a suite have, by stage; --quick adds those of QUICK
-SUITES = {"demo": {}, "search": {"data": "--suite search"}}
+SUITES = {"demo": {}, "search": {"data": "--suite search", "rl": "--max_response_tokens 2500"}}
 QUICK = {"data": "--train 200 --test 40", "eval": "--max_turn_tokens 80",
          "rl": "--steps 2 --batch_size 4 --mini_batch_size 2 --group_size 4 --max_draws 1"}
 GUESS_S = {"data": 40, "sft": 80, "rl": 490, "successes": 60, "rft": 80, "eval": 20}  # where none is known
@@ -173,7 +171,7 @@ def make_row(row, place):
 
 # ------------------------------------------------------------------------------------------------- the script
 def flags_of(row):
-    """All flags of its own: a result of others is not this row's."""
+    """All of its own: a result of others is not this row's."""
     policy = row if row.of is None else BY_NAME[row.of]
     return [policy.sft, policy.rl, policy.rft, row.eval]
 
