@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from common import UserError, choose_dtype, gather, open_folder, start_processes, write_jsonl
 from model import end_turn, until_call
-from rollout import Engine, RolloutConfig
+from rollout import RolloutConfig
 from sources.files import relative_to_file
 from sources.read import read_questions
 from training.checkpoints import load_policy
-from training.decoder_check import check_decoder
+from training.held_out import make_player
 from training.tables import waits_for_judge
 
 TEMPERATURE = 1.0
@@ -50,8 +50,7 @@ def successes(model, questions, out, samples=4, keep=1, seed=0, device=None):
     policy = load_policy(model, device, choose_dtype(None, device))
     config = RolloutConfig(temperature=TEMPERATURE, max_turn_tokens=policy.env_config.max_turn_tokens)
     generator = torch.Generator(device).manual_seed(seed * 1000 + rank)
-    engine, mine = Engine(policy, samples, config, generator), rows[rank::world]
-    check_decoder(engine.decoder)
+    engine, mine = make_player(policy, config, generator, samples), rows[rank::world]
     with tqdm(total=len(mine) * samples, desc="successes", unit="episode", dynamic_ncols=True,
               disable=rank > 0) as bar:
         def on_end(episode):

@@ -8,15 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_policy
+from tiny import make_place
 
 import generation
 import rl
 import rollout
 import zoom_env
-from demo.synthetic import synthetic
 from training.alarms import ALARMS, Alarms
-from training.checkpoints import save_policy
 from zoom_env import REWARD_PARTS, EnvConfig
 
 GOOD = dict(accuracy=0.7, format=0.97, zooms=1.6, truncated=0.01, no_spread_wrong=0.1, entropy=0.3, kl=0.001,
@@ -124,16 +122,12 @@ def test_a_run_that_goes_on_says_nothing_again():
 # ------------------------------------------------------------------------------------------------ real runs
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A few questions, and a random policy."""
-    folder = tmp_path_factory.mktemp("alarms")
-    synthetic(folder, 5, 1, seed=3)
-    save_policy(random_policy(layers=1), folder / "start")
-    return folder
+    return make_place(tmp_path_factory.mktemp("alarms"), layers=1, train=5, test=1)
 
 
 def run(monkeypatch, place, out, *flags):
     """rl.py on it."""
-    flags = ["--model", place / "start", "--data", place / "train.jsonl", "--out", out, "--batch_size", 1,
+    flags = ["--model", place / "model", "--data", place / "train.jsonl", "--out", out, "--batch_size", 1,
              "--mini_batch_size", 1, "--group_size", 2, "--max_draws", 1, "--max_turn_tokens", 3,
              "--device", "cpu", "--dtype", "float32", "--no-compile", "--no-dynamic_sampling", *flags]
     monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])

@@ -7,16 +7,15 @@ import pytest
 import torch
 from launcher import launch
 from test_eval import interrupt_after, main, results
-from tiny import ScriptedEnv, random_policy, restless
+from tiny import ScriptedEnv, make_place, random_policy, restless
 
 import eval as evaluation
 import protocols
 from common import UserError
 from controls import altered, effects, modes, places, votes
-from demo.synthetic import synthetic
 from model import encode
 from protocols.released import TEXTS
-from training.checkpoints import load_policy, save_policy
+from training.checkpoints import load_policy
 from video import Frame, read_frames
 from zoom_env import EnvConfig
 
@@ -28,10 +27,7 @@ CROP = ('<tool_call>{"name": "crop_video", "arguments": {"video_path": "v", "sta
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    synthetic(folder, 5, 10, seed=4)
-    save_policy(random_policy(layers=2), folder / "policy")
-    return folder
+    return make_place(tmp_path_factory.mktemp("data"), layers=2, train=5, test=10, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +260,7 @@ def test_zooms_by_number():
 
 # ------------------------------------------------------------------------------------------------- real runs
 def flags_of(folder, out, *more):
-    return ("--model", folder / "policy", "--data", folder / "test.jsonl", "--out", out, "--max_turn_tokens",
+    return ("--model", folder / "model", "--data", folder / "test.jsonl", "--out", out, "--max_turn_tokens",
             40, *more)
 
 

@@ -7,17 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import random_policy
+from tiny import make_place, random_policy
 
 import data_prep
 import sft
 from common import UserError
-from demo.synthetic import synthetic
 from model import Sampled, encode, replay
 from rollout import Episode
 from sources import successes
 from sources.read import read_trajectories
-from training.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
 
 THINK = "<think>I look.</think>"
@@ -25,9 +23,7 @@ THINK = "<think>I look.</think>"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("successes")
-    synthetic(folder, 10, 5, seed=3)
-    return folder
+    return make_place(tmp_path_factory.mktemp("successes"), layers=1)
 
 
 def zoom(start_s, end_s):
@@ -105,9 +101,9 @@ def test_a_row_replays_to_what_was_played(place, policy, tmp_path):
 class ScriptedEngine:
     """Plays as an Engine does, but says of an answer only whether it is right, by chance."""
 
-    def __init__(self, policy, group_size, config, generator):
+    def __init__(self, policy, config, generator, group_size):
         assert config.temperature == 1 and config.max_turn_tokens == policy.env_config.max_turn_tokens
-        self.policy, self.group_size, self.generator, self.decoder = policy, group_size, generator, None
+        self.policy, self.group_size, self.generator = policy, group_size, generator
 
     def play(self, questions, root, on_end):
         groups = []
@@ -133,14 +129,12 @@ def command(monkeypatch, *flags):
 def test_the_command(place, tmp_path, monkeypatch, capsys):
     """Rows that sft.py reads, the same for the same seed and others for another; what could not be played is
     named, and what was not kept is counted."""
-    save_policy(random_policy(layers=1), place / "start")
-    monkeypatch.setattr(successes, "Engine", ScriptedEngine)
-    monkeypatch.setattr(successes, "check_decoder", lambda decoder: None)
+    monkeypatch.setattr(successes, "make_player", ScriptedEngine)
     questions = [json.loads(line) for line in open(place / "train.jsonl")]
     extra = [questions[0] | {"id": "gone", "video": "none.mp4"},
              questions[0] | {"id": "judged", "meta": {"kind": "detail", "judge": True}}]
     (place / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions + extra))
-    flags = "--model", place / "start", "--questions", place / "questions.jsonl", "--samples", 3
+    flags = "--model", place / "model", "--questions", place / "questions.jsonl", "--samples", 3
     written = {}
     for name, seed, keep in (("a", 4, 2), ("b", 4, 2), ("c", 5, 2)):
         command(monkeypatch, *flags, "--out", tmp_path / f"{name}.jsonl", "--seed", seed, "--keep", keep)
@@ -151,7 +145,7 @@ def test_the_command(place, tmp_path, monkeypatch, capsys):
     details = [q["id"] for q in questions if q["meta"]["kind"] == "detail"]
     assert [row["question"]["id"] for row in rows] == [name for name in details for _ in range(2)]
     assert len(sft.filter_kinds(rows, ["success"])) == len(rows) == 2 * len(details)
-    assert rows[0]["provenance"] == {"sample": 0, "max_zooms": 4, "model": str(place / "start"), "seed": 4,
+    assert rows[0]["provenance"] == {"sample": 0, "max_zooms": 4, "model": str(place / "model"), "seed": 4,
                                      "temperature": 1.0}
     assert f"wrong {3 * (10 - len(details))}" in said and f"more than --keep {len(details)};" in said
     skipped = [json.loads(line) for line in open(tmp_path / "a.skipped.jsonl")]
@@ -170,7 +164,6 @@ def test_the_command(place, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_what_a_policy_plays_is_counted(place, tmp_path, capsys):
     """By the real engine: a random policy has no success, and each of its episodes a reason."""
-    save_policy(random_policy(layers=1), place / "start")
     with pytest.raises(UserError, match="no success"):
-        successes.successes(place / "start", place / "test.jsonl", tmp_path / "x.jsonl", 3, device="cpu")
+        successes.successes(place / "model", place / "test.jsonl", tmp_path / "x.jsonl", 3, device="cpu")
     assert "0 of 5 questions" in (said := capsys.readouterr().out) and "cut off 15" in said

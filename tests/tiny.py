@@ -34,9 +34,9 @@ def random_policy(seed=0, layers=None):
     return policy.eval().to(DEVICE)
 
 
-def make_place(folder, layers=None):
+def make_place(folder, layers=None, train=10, test=5, seed=3):
     """Questions and trajectories, and a random checkpoint, `model`. Returns the folder."""
-    synthetic(folder, 10, 5, seed=3)
+    synthetic(folder, train, test, seed)
     save_policy(random_policy(layers=layers), folder / "model")
     return folder
 
