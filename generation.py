@@ -310,25 +310,27 @@ def decode_hidden(policy, prompts, own, state, P, L, group_size):
 def sample(policy, hidden, temperature, generator=None):
     """Samples from softmax(logits / temperature); 0 takes the most likely token. hidden (B, hidden). Returns
     token ids and their log-probabilities (of temperature 1 at 0), (B,) each."""
-    p = policy.logits(hidden, temperature or 1.0)  # (B, vocabulary); in place from here: a copy is 40 MB
-    B, V, whole = *p.shape, p.shape[1] // BLOCK * BLOCK
-    # the vocabulary in blocks, (B, blocks, tokens), the last one shorter
-    blocks = [p[:, :whole].view(B, -1, BLOCK)] * (whole > 0) + [p[:, None, whole:]] * (whole < V)
-    most = torch.cat([x.amax(2) for x in blocks], 1)  # logits so far
-    p.sub_(most.amax(1, keepdim=True)).exp_()
-    mass = torch.cat([x.sum(2) for x in blocks], 1)
+    # (vocabulary, B); in place from here: a copy is 40 MB
+    p = policy.logits(hidden, temperature or 1.0, transposed=True)
+    V, B, whole = *p.shape, len(p) // BLOCK * BLOCK
+    # the vocabulary in blocks, (blocks, tokens, B), the last one shorter
+    blocks = [p[:whole].view(-1, BLOCK, B)] * (whole > 0) + [p[None, whole:]] * (whole < V)
+    most = torch.cat([x.amax(1) for x in blocks])  # logits so far
+    p.sub_(most.amax(0)).exp_()
+    mass = torch.cat([x.sum(1) for x in blocks])
 
-    def draw(p):  # (B, choices): the first at which the sum of those before and it exceeds a random share
-        total = p.cumsum(1, dtype=torch.float64)
-        share = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
+    def draw(p):  # (choices, B) to (B, 1): the first at which the sum of those before and it exceeds a random share
+        total = p.T.cumsum(1, dtype=torch.float64)
+        share = torch.rand(B, 1, dtype=torch.float64, device=p.device, generator=generator)
         return torch.searchsorted(total, share * total[:, -1:], right=True)
 
     # first a block, then a token of it: two short sums in place of one long one
-    block = draw(mass) if temperature > 0 else most.argmax(1, keepdim=True)
+    choose = draw if temperature > 0 else lambda p: p.argmax(0)[:, None]
+    block = choose(mass if temperature > 0 else most)
     ids = block * BLOCK + torch.arange(BLOCK, device=p.device)
-    inside = p.gather(1, ids.clamp(max=V - 1)).masked_fill_(ids >= V, 0)
-    token = ids.gather(1, draw(inside) if temperature > 0 else inside.argmax(1, keepdim=True))
-    log_prob = (p.gather(1, token) / mass.sum(1, keepdim=True)).log()
+    inside = p.T.gather(1, ids.clamp(max=V - 1)).masked_fill_(ids >= V, 0)
+    token = ids.gather(1, choose(inside.T))
+    log_prob = (p.T.gather(1, token) / mass.sum(0)[:, None]).log()
     return token[:, 0], log_prob[:, 0]
 
 
