@@ -148,18 +148,17 @@ def chain(row, place):
 
 def fill(flags, place):
     """Flags with the numbers of frames in them, once the full run is evaluated."""
-    if "{" not in flags or not (full := chain(FULL, place)[-1]).result():
-        return flags
-    frames = compare.summary(full.folder, FULL.mode)["figures"]["frames_per_question"]
-    return flags.format(frames=round(frames), twice=round(2 * frames))
+    if "{" in flags and (full := chain(FULL, place)[-1]).result():
+        frames = compare.summary(full.folder, FULL.mode)["figures"]["frames_per_question"]
+        flags = flags.format(frames=round(frames), twice=round(2 * frames))
+    return flags
 
 
 def make_row(row, place):
     """Runs what is missing of a row, then writes its result.json."""
     for stage in chain(row, place):
         stage.run()
-    stages = chain(row, place)
-    made = [stage.result() for stage in stages]
+    made = [stage.result() for stage in (stages := chain(row, place))]
     rl_folder = next((stage.folder for stage in stages if stage.kind == "rl"), None)
     write_json(open_folder(place.folder / row.name) / "result.json", {
         "row": row.name, "flags": flags_of(row), "suite": place.suite, "seed": place.seed,
@@ -185,9 +184,8 @@ def choose(names):
     for row in rows:
         for script, flags in zip((sft, rl, sft, evaluation), flags_of(row)):
             known = {field.name for field in fields(script.Config)}
-            for flag in re.findall(r"--(?:no-)?(\w+)", flags or ""):
-                if flag not in known:
-                    raise UserError(f"row {row.name}: {script.__name__}.py has no flag --{flag}")
+            for flag in {*re.findall(r"--(?:no-)?(\w+)", flags or "")} - known:
+                raise UserError(f"row {row.name}: {script.__name__}.py has no flag --{flag}")
     return rows
 
 
@@ -208,8 +206,7 @@ def show_plan(rows, places, runs):
 
 
 def main():
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (see --help)")
     parser.add_argument("names", nargs="*", help="groups and rows; else all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
