@@ -9,8 +9,9 @@ middle (several of 0.375 seconds where they are to be counted). Elsewhere in the
 flashes, which nobody asks about.
 
 A zoom over the scene has 16 frames at most: at 0.2 frames a second 12, about 5 seconds apart, of which two
-show the cue, one before the flash and one after it, and none the flash. A second zoom from the one to the other, at 3
-frames a second, shows it. Zooms at 3 frames a second that know nothing would need a dozen for a scene.
+show the cue, one before the flash and one after it, and none the flash. A second zoom from the one to the
+other, at 3 frames a second, shows it. Zooms at 3 frames a second that know nothing would need a dozen for a
+scene.
 
 The teacher is careless in both steps: often it takes half of the frames that it may, and mostly it does not
 look a second time, but guesses. So looking twice is in a minority of its trajectories, and using it is left
@@ -23,7 +24,7 @@ from demo.synthetic import (COLOURS, MARGIN_S, NUM_FLASHES, NUM_SLOTS, VIDEO_FPS
                             transcript)
 from protocols import make_env
 
-SLOT_S = (60.0, 62.4)  # a slot's least and greatest length: 16 frames are 3 a second between two of the first look
+SLOT_S = (60.0, 62.4)  # a slot's length: 16 frames are 3 a second between two of the first look
 FIRST_FPS, SECOND_FPS = ("0.10", "0.20"), ("1.00", "3.00")  # of the teacher's two looks, hasty and careful
 HASTE = 0.5  # how often it is hasty
 SECOND_LOOK = 0.12  # how often it looks a second time

@@ -20,9 +20,9 @@ evidence, and elsewhere a guess among the options that what they show leaves ope
 the sampling.
 
 The teacher plays through the environment like any policy, and a trajectory is kept only if the environment
-grades it right and well formed. Its overview has 5 to 33 frames, drawn for each question, in half of them 9; more
-of them can miss no scene, and happen to show a flash. It surveys the overview and answers where that shows
-all that is asked; else it zooms from the first frame of the scene asked about to the next scene's, writes
+grades it right and well formed. Its overview has 5 to 33 frames, drawn for each question, in half of them 9;
+more of them can miss no scene, and happen to show a flash. It surveys the overview and answers where that
+shows all that is asked; else it zooms from the first frame of the scene asked about to the next scene's, writes
 down what each frame of the clip shows, and answers. It knows where to look but not how closely: often it
 takes half of the frames that it may, and a flash can fall between two of those. Then it looks again or
 guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there are
@@ -509,7 +509,8 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
             right = ["grey", *(visit.scene for visit in to_visit)]
             visit = Visit(rng.choice([colour for colour in overview.scenes if colour not in right]), "")
         clause, start_s, end_s = overview.place(visit, rng)
-        pictures = look(env, turns, thoughts + [clause], start_s, end_s, choose_fps(rng, end_s - start_s), scenes)
+        fps = choose_fps(rng, end_s - start_s)
+        pictures = look(env, turns, thoughts + [clause], start_s, end_s, fps, scenes)
         if env.done:  # no zoom was left
             return None
         # write down what the clip shows; where a right scene shows nothing, look again or let it be

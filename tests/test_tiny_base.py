@@ -280,7 +280,7 @@ def test_training_lowers_the_loss_and_goes_through_the_stages(lessons):
     before, weight = loss(), next(policy.visual.parameters()).detach().clone()
     stages = [Stage(skills, 200, enough=2.0, most_steps=25), Stage({("letter", 0): 1}, 2, enough=0.0),
               Stage({("scenes", 1): 1}, 2)]
-    pretrain(policy, lessons, stages, steps=53, lr=1.5e-3, seed=1)
+    pretrain(policy, lessons, stages, steps=53, scale=1.0, seed=1)
     assert set(drawn[:-28]) == {"repeat", "caption"} and drawn[-28:] == ["letter"] * 25 + ["scenes"] * 3
     assert loss() < before - 0.3
     assert not torch.equal(weight, next(policy.visual.parameters()))
