@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ from tqdm import tqdm
 from common import UserError, read_text, write_jsonl
 from protocols import make_env, with_settings
 from training.run_folder import disown_folder, own_folder
-from zoom_env import EnvConfig
+from zoom_env import EnvConfig, slice_centres
 
 NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
 MADE = "data.json"  # file of a data folder that remembers its seed and numbers
@@ -231,14 +232,14 @@ def ask_count(scene, n, on=""):
 
 def ask_order(rng, named, first, second, on=""):
     """named: the two scenes as the question names them; first, second: the colours of their flashes in order
-    of time. Either flash alone leaves two options open."""
+    of time. The options are all pairs of two colours: none of them tells the right one, and either flash alone
+    leaves two open."""
     text = (f"One shape flashes{on} in the {named[0]} scene and one in the {named[1]} scene. "
             "Which colours, in order of time?")
-    c, d = rng.sample([x for x in COLOURS if x not in (first, second)], 2)
-    swapped = f"{second} then {first}"
-    if first == second:  # only in lessons
-        swapped = f"{c} then {first}"
-    return Draft(text, f"{first} then {second}", [swapped, f"{first} then {c}", f"{d} then {second}"])
+    other = second if second != first else rng.choice([colour for colour in COLOURS if colour != first])
+    pairs = product((first, other), repeat=2)
+    return Draft(text, f"{first} then {second}",
+                 [f"{a} then {b}" for a, b in pairs if (a, b) != (first, second)])
 
 
 def ask_scene(scenes, k, options):
@@ -299,11 +300,26 @@ def figure_of(scene):
 
 
 def draw_pair(rng, single):
-    """Two of the scenes with one flash, in order of time, whose flashes differ in colour."""
+    """Two of the scenes with one flash, in order of time; the flashes are of one colour as often as not."""
+    pairs = pairs_of_flashes(single)
+    alike = rng.random() < 0.5
+    return rng.choice(pairs[alike] or pairs[not alike])
+
+
+def pairs_of_flashes(scenes):
+    """{whether the flashes are of one colour: pairs of scenes with one flash, in order of time}."""
+    pairs = {True: [], False: []}
+    for first, second in combinations([scene for scene in scenes if len(scene.flashes) == 1], 2):
+        pairs[figure_of(first).colour == figure_of(second).colour].append((first, second))
+    return pairs
+
+
+def draw_scenes(rng, suite):
+    """A random video of a suite, as its `make_scenes`, with flashes of one colour and of several."""
     while True:
-        first, second = sorted(rng.sample(single, 2), key=lambda scene: scene.start_s)
-        if figure_of(first).colour != figure_of(second).colour:
-            return first, second
+        duration_s, scenes = suite.make_scenes(rng)
+        if all(pairs_of_flashes(scenes).values()):
+            return duration_s, scenes
 
 
 def uniform_bound(row, questions):
@@ -400,14 +416,16 @@ class Overview:
         right = asked[1] if "right after" in question else asked[0]
         return " ".join(self.name(self.scenes[scene]) for scene in asked), right
 
-    def figure_in(self, scene):
-        """(the clause that names it, the Figure) of the first shape that is shown in a scene, or None."""
+    def figures_in(self, scene):
+        """(the clause that names and counts them, [Figure, ...]) of the shapes that are shown in a scene, or
+        None."""
+        said, figures = [], []
         for i, picture in enumerate(self.pictures):
             figure = figure_on_card(picture)
             if figure and picture.background == scene:
-                first = self.name(self.scenes[scene])
-                return f"{first}: {self.name(i)} {figure.colour} {figure.shape}", figure
-        return None
+                figures.append(figure)
+                said.append(f"{self.name(i)} {figure.colour} {figure.shape}={len(figures)}")
+        return (f"{self.name(self.scenes[scene])}: {' '.join(said)}", figures) if figures else None
 
     def place(self, visit, rng):
         """Where to look for a scene: from its first frame to that of the next scene; where it is not shown,
@@ -494,10 +512,11 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
             return None
         clauses, visits = overview.order_visits(named)
         thoughts += clauses
-        shown = [overview.figure_in(visit.scene) for visit in visits]
-        if question["meta"]["kind"] != "count" and all(shown):
+        shown = [overview.figures_in(visit.scene) for visit in visits]
+        # an overview may miss some of several flashes
+        if all(shown) and (question["meta"]["kind"] != "count" or env.config.max_zooms == 0):
             thoughts += [f"{visit.ordinal} {clause}" for visit, (clause, _) in zip(visits, shown)]
-            found = [[figure] for _, figure in shown]
+            found = [figures for _, figures in shown]
         elif env.config.max_zooms == 0:
             return None
         else:
@@ -608,8 +627,22 @@ def teach_all(questions, scenes, rng, root, seed):
         # without the tool, of an overview that shows what is asked for
         for how in ({"max_zooms": 0}, {"max_zooms": 0, "protocol": "direct"}):
             if rng.random() < 0.5:
-                any(play(question, n, **how) for n in rng.sample(range(NUM_SLOTS, 49), 3))
+                numbers = rng.sample(range(NUM_SLOTS, 49), 3)
+                any(play(question, n, **how) for n in numbers if would_show(question, scenes, n))
     return trajectories
+
+
+def would_show(question, scenes, num_frames):
+    """Whether an overview of so many frames shows all that a question asks for, before any is decoded."""
+    duration_s, kind = question["meta"]["duration_s"], question["meta"]["kind"]
+    times_s = slice_centres(0.0, duration_s, num_frames)
+    overview = Overview([on_screen(scenes, time_s) for time_s in times_s], times_s, duration_s)
+    if kind == "holistic":
+        return overview.answer_whole(question["question"]) is not None
+    shown = [overview.figures_in(scene) for scene in named_scenes(question)]
+    if kind == "count" and shown[0]:
+        return question["options"]["ABCD".index(question["answer"])] == str(len(shown[0][1]))
+    return all(shown)
 
 
 class Suite(NamedTuple):
@@ -639,7 +672,7 @@ def synthetic(out, num_train, num_test, seed, suite=DEMO):
         num_videos = math.ceil(total / QUESTIONS_PER_VIDEO)
         for v in tqdm(range(num_videos), desc=f"{split} videos", unit="video", dynamic_ncols=True):
             rng = random.Random(f"{seed} {split} {v}")
-            duration_s, scenes = suite.make_scenes(rng)
+            duration_s, scenes = draw_scenes(rng, suite)
             name = f"videos/{split}_{v:04d}.mp4"
             write_video(out / name, render(duration_s, scenes))
             questions = suite.make_questions(rng, name, duration_s, scenes)[: total - len(rows)]

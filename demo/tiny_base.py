@@ -265,8 +265,7 @@ class Lessons:
         rng = self.rng
         # options as questions have them
         if rng.random() < 0.5:
-            a, b, c, d = rng.sample(COLOURS, 4)
-            texts = [f"{a} then {b}", f"{b} then {a}", f"{a} then {c}", f"{d} then {b}"]
+            texts = [f"{a} then {b}" for a, b in product(rng.sample(COLOURS, 2), repeat=2)]
         else:
             texts = rng.sample(rng.choice([COLOURS, SHAPES, ["1", "2", "3", "4"]]), 4)
         options = draw_options(rng, Draft("", texts[0], texts[1:]))
@@ -317,7 +316,7 @@ class Lessons:
 
     def direct_lesson(self, num_slots, num_frames):
         overview = self.draw_overview(num_slots, numbered=False)
-        shown = [scene for scene in overview.scenes if overview.figure_in(scene)]
+        shown = [scene for scene in overview.scenes if overview.figures_in(scene)]
         if not shown or self.rng.random() < 0.4:
             question, said = self.answer_whole(overview)
         else:
@@ -328,15 +327,15 @@ class Lessons:
     def answer_shown(self, overview, named):
         """(a question on figures that the overview shows, the thoughts that answer it)."""
         clauses, visits = overview.order_visits(named)
-        shown = [overview.figure_in(visit.scene) for visit in visits]
+        shown = [overview.figures_in(visit.scene) for visit in visits]
         clauses = [overview.survey(), *clauses]
         clauses += [f"{visit.ordinal} {clause}" for visit, (clause, _) in zip(visits, shown)]
-        figures = [figure for _, figure in shown]
+        figures = [figures for _, figures in shown]
         if len(named) == 2:
-            draft = ask_order(self.rng, named, *(figure.colour for figure in figures), self.draw_on())
+            draft = ask_order(self.rng, named, *(first.colour for first, *_ in figures), self.draw_on())
             clauses.append(draft.right)
-        else:
-            draft = self.draw_draft(named[0], figures, count=False)
+        else:  # how many there are an overview cannot tell, but nobody looks closer without a tool
+            draft = self.draw_draft(named[0], figures[0], count=not overview.numbered and len(figures[0]) <= 4)
         question, choice = self.pose(draft)
         return question, "; ".join(clauses) + choice
 
@@ -353,7 +352,7 @@ class Lessons:
         rng = self.rng
         overview = self.draw_overview(num_slots)
         named = self.draw_named(overview)
-        if all(overview.figure_in(scene) for scene in named):
+        if all(overview.figures_in(scene) for scene in named):
             question, said = self.answer_shown(overview, named)
             return [Exchange(self.opening(question, overview), said)]
         order_clauses, visits = overview.order_visits(named)
