@@ -4,11 +4,10 @@
     python ablations.py --report      runs nothing; one HTML file of what is there (report.py)
 
 A row of ROWS says in which flags of sft.py, rl.py and eval.py it differs from the row `full`, which is always
-run. To try an idea, add a row. A row is a chain of stages; those of the same flags and inputs are made once:
-one cold start serves many rows. A stage's folder is named by the hash of its flags, its seed, the content of
-its data file, and the policy that it takes. Its result.json has the command, commit and seconds once it is
-finished, and it is never run again; one that was stopped goes on by the same command. Code is not in the
-hash: after a change of the method remove the folders of the stages that it concerns. Writes
+run. To try an idea, add a row. A row is a chain of stages (findings/stage.py); those of the same flags and
+inputs are made once: one cold start serves many rows. A finished stage is not run again while its inputs are
+the same, a stopped one goes on by the same command. Code is not among the inputs: after a change of the method
+remove the folders of the stages that it concerns, what hangs on them follows. Writes
 <runs>/<suite>/<seed>/<row>/result.json, and the tables of all rows there are (findings/compare.py).
 """
 
@@ -45,14 +44,14 @@ class Row(NamedTuple):
     of: str | None = None  # the row whose policy is evaluated, with other flags; sft, rl, rft are that row's
 
 
-DIRECT = "--kinds direct --protocol direct"
-# {frames}: as many a question as the row `full` looked at; {twice}: twice as many
+DIRECT = "--kinds direct --protocol direct --epochs 5"  # of fewer trajectories, as many updates
+# {frames}: frames a question of the row `full`, rounded; {twice}: twice as many; {fps}: of SUITES
 ROWS = [
-    Row("full", "paper", "table 3"),
-    Row("no-rl", "paper", "table 3", rl=None),
-    Row("no-bonus", "paper", "table 3, figure 6", rl="--tool_weight 0"),
-    Row("no-cold-start", "paper", "table 3; the base was never shown the tag", sft=None, rl="--steps 8"),
-    Row("no-reflection", "paper", "table 3, figure 6", sft="--kinds exemplar"),
+    Row("full", "paper", "the whole method (table 3)"),
+    Row("no-rl", "paper", "the cold start alone (table 3)", rl=None),
+    Row("no-bonus", "paper", "RL without the tool bonus (table 3, figure 6)", rl="--tool_weight 0"),
+    Row("no-cold-start", "paper", "from a base that never saw a call (table 3)", sft=None, rl="--steps 8"),
+    Row("no-reflection", "paper", "no reflection data (table 3, figure 6)", sft="--kinds exemplar direct"),
     *[Row(f"zooms-{n}", "paper", "table 11", of="full", eval=f"--max_zooms {n}") for n in range(4)],
     *[Row(f"overview-{n}", "paper", "figure 5", of="full", eval=f"--num_frames {n}") for n in (5, 17, 33)],
     *[Row(f"uniform-{n}", "paper", "figure 5", of="no-rl", eval=f"--mode uniform --num_frames {n}",
@@ -61,13 +60,11 @@ ROWS = [
     *[Row(name, "controls", f"RL without the tool, {shows} the frames", sft=DIRECT,
           rl=f"--num_frames {number}", eval=f"--num_frames {number}")
       for name, shows, number in (("no-tool", "all of", "{frames}"), ("no-tool-twice", "twice", "{twice}"))],
-    Row("fixed-fps", "controls", "RL at 1 frame a second in each zoom", rl="--zoom_fps 1"),
+    Row("fixed-fps", "controls", "RL at one frame rate in each zoom", rl="--zoom_fps {fps}"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
     *[Row(f"mixed-{n}", "controls", "", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
-    Row("reward-halves", "controls", "reward weights",
-        rl="--accuracy_weight 0.5 --format_weight 0.5 --tool_weight 0.5"),
-    Row("reward-right", "controls", "reward weights",
-        rl="--accuracy_weight 1 --format_weight 0 --tool_weight 0"),
+    Row("reward-halves", "controls", "reward 0.5 / 0.5 / 0.5", rl="--accuracy_weight 0.5 --format_weight 0.5"),
+    Row("reward-right", "controls", "1 / 0 / 0", rl="--accuracy_weight 1 --format_weight 0 --tool_weight 0"),
     Row("reward-hit", "controls", "a reward for zooms that hit", rl="--hit_weight 0.5"),
     Row("rft", "controls", "fine-tuning on successes in place of RL", rl=None, rft=""),
     Row("rl-rft", "controls", "... after RL", rft=""),
@@ -76,7 +73,7 @@ ROWS = [
     *[Row(name, "controls", shows, of="full", eval=flags, mode=mode) for name, shows, flags, mode in (
         ("zoom-always", "when to zoom", "--zoom always", "always zoom"),
         ("zoom-never", "when to zoom", "--zoom never", "zoom off"),
-        ("zoom-gate", "... where 5 direct answers disagree", "--zoom gate --votes 5", "gate x5"),
+        ("zoom-gate", "where 5 direct answers disagree too much", "--zoom gate --votes 5", "gate x5"),
         ("votes-8", "majority of 8 samples", "--votes 8", "zoom x8"))],
 
     Row("dr-grpo", "grpo", "r - mean", rl="--advantage dr_grpo"),
@@ -87,11 +84,11 @@ ROWS = [
     Row("no-dynamic-sampling", "grpo", "groups without spread stay", rl="--no-dynamic_sampling"),
     Row("no-kl", "grpo", "", rl="--kl_weight 0"),
     Row("on-policy", "grpo", "one update a step", rl="--mini_batch_size 16")]
-BY_NAME = {row.name: row for row in ROWS}
-FULL = ROWS[0]
+BY_NAME, FULL = {row.name: row for row in ROWS}, ROWS[0]
 
-# flags that all rows of a suite have, by stage; --quick adds those of QUICK
-SUITES = {"demo": {}, "search": {"data": "--suite search", "rl": "--max_response_tokens 2500"}}
+# flags that all rows of a suite have, by stage, and its {fps}; --quick adds those of QUICK
+SEARCH = {"fps": 0.2, "data": "--suite search", "rl": "--max_response_tokens 2500"}
+SUITES = {"demo": {"fps": 1}, "search": SEARCH}
 QUICK = {"data": "--train 200 --test 40", "eval": "--max_turn_tokens 80",
          "rl": "--steps 2 --batch_size 4 --mini_batch_size 2 --group_size 4 --max_draws 1"}
 GUESS_S = {"data": 40, "sft": 80, "rl": 490, "successes": 60, "rft": 80, "eval": 20}  # where none is known
@@ -120,14 +117,15 @@ def chain(row, place):
     """The Stages that lead to a row's numbers, the first one first. The data has to be there."""
     stages, policy = [], row if row.of is None else BY_NAME[row.of]
 
-    def add(kind, script, flags, inputs, out="", seed=("--seed", str(place.seed))):
-        """Adds a stage. inputs: {flag: (path, key)}. Returns what it writes as such a pair."""
-        words = place.flags(kind, fill(flags, place)) + [*seed]
+    def add(kind, script, flags, inputs, out=""):
+        """Adds a stage. inputs: {flag: (path, what tells it from others)}. Returns what it writes likewise."""
+        words = place.flags(kind, fill(flags, place)) + ["--seed", str(place.seed)]
         text = json.dumps([kind, place.seed, words, [key for _, key in inputs.values()]])
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         folder = place.folder / "stages" / f"{kind}-{key}"
-        paths = [word for flag, (path, _) in inputs.items() for word in (flag, str(path))]
-        stages.append(Stage(kind, [*script.split(), *paths, "--out", str(folder / out), *words], key, folder))
+        named = [word for flag, (path, _) in inputs.items() for word in (flag, str(path))]
+        command = [*script.split(), *named, "--out", str(folder / out), *words]
+        stages.append(Stage(kind, command, key, folder, tuple(named[1::2])))
         return folder / out, key
 
     trajectories, questions, test = [(path, fingerprint(path)) for path in (
@@ -138,18 +136,19 @@ def chain(row, place):
     if policy.rl is not None:
         model = add("rl", "rl.py", policy.rl, {"--model": model, "--data": questions})
     if policy.rft is not None:
-        own = add("successes", "data_prep.py successes", "", {"--model": model, "--questions": questions},
-                  "sft.jsonl", seed=())
-        model = add("rft", "sft.py", policy.rft, {"--model": model, "--data": own})
+        inputs = {"--model": model, "--questions": questions}
+        right = add("successes", "data_prep.py successes", "", inputs, "sft.jsonl")
+        model = add("rft", "sft.py", policy.rft, {"--model": model, "--data": right})
     mode = "" if "--mode" in row.eval else "--mode zoom "
     add("eval", "eval.py", mode + row.eval, {"--model": model, "--data": test})
     return stages
 
 
 def fill(flags, place):
-    """Flags with the numbers of frames in them, once the full run is evaluated."""
+    """Flags with their numbers, those of frames once the full run is evaluated."""
+    flags = flags.replace("{fps}", str(SUITES[place.suite.removesuffix("-quick")]["fps"]))
     if "{" in flags and (full := chain(FULL, place)[-1]).result():
-        frames = compare.summary(full.folder, FULL.mode)["figures"]["frames_per_question"]
+        frames = compare.figures_of(full.folder, FULL.mode)["frames_per_question"]
         flags = flags.format(frames=round(frames), twice=round(2 * frames))
     return flags
 
@@ -159,13 +158,14 @@ def make_row(row, place):
     for stage in chain(row, place):
         stage.run()
     made = [stage.result() for stage in (stages := chain(row, place))]
-    rl_folder = next((stage.folder for stage in stages if stage.kind == "rl"), None)
+    rl_folder, test = next((s.folder for s in stages if s.kind == "rl"), None), place.folder / "data/test.jsonl"
     write_json(open_folder(place.folder / row.name) / "result.json", {
         "row": row.name, "flags": flags_of(row), "suite": place.suite, "seed": place.seed,
-        "commands": [result["command"] for result in made], "torch": made[-1]["torch"],
-        "commits": sorted({str(result["commit"]) for result in made}),
-        "seconds": sum(result["seconds"] for result in made), "data": str(place.folder / "data/test.jsonl"),
-        "stages": [str(stage.folder) for stage in stages]} | compare.summary(stages[-1].folder, row.mode, rl_folder))
+        "base": fingerprint(TINY_BASE), "commands": [result["command"] for result in made],
+        "commits": sorted({str(result["commit"]) for result in made}), "torch": made[-1]["torch"],
+        "seconds": sum(result["seconds"] for result in made), "data": str(test),
+        "stages": [str(stage.folder) for stage in stages],
+        **compare.summary(stages[-1].folder, row.mode, test, rl_folder)})
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -195,11 +195,11 @@ def show_plan(rows, places, runs):
     for place in places:
         for row in rows:
             missing = [s for s in chain(row, place) if not s.result() and s.folder not in seen]
+            seen |= {stage.folder for stage in missing}
             for stage in missing:
-                before = [json.loads(path.read_text())["seconds"] for path in
-                          runs.glob(f"{place.suite}/*/stages/{stage.kind}-*/result.json")]
-                total_s += mean(before or [GUESS_S[stage.kind]])
-                seen.add(stage.folder)
+                before = runs.glob(f"{place.suite}/*/stages/{stage.kind}-*/result.json")
+                taken = [json.loads(path.read_text())["seconds"] for path in before]
+                total_s += mean(taken or [GUESS_S[stage.kind]])
             todo = ", ".join(stage.kind for stage in missing) or "-"
             print(f"{place.suite} {place.seed}  {row.group:9} {row.name:20} {todo:26} {row.shows}")
     print(f"{len(seen)} stages to run, some {total_s / 60:.0f} minutes", flush=True)
@@ -212,7 +212,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--suite", choices=SUITES, default="demo")
     parser.add_argument("--quick", action="store_true", help="few questions and steps")
-    parser.add_argument("--plan", action="store_true", help="only say what is missing")
+    parser.add_argument("--plan", action="store_true", help="make the data, then say what is missing")
     parser.add_argument("--report", action="store_true", help="only write report.html of what is there")
     parser.add_argument("--picture", help="only draw the README's picture there, of the first of --seeds")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the results")
@@ -222,11 +222,11 @@ def main():
     if args.report:
         return report.write_report(args.runs, flags)
     suite = args.suite + "-quick" * args.quick
+    places = [Place(suite, seed, args.runs / suite / str(seed)) for seed in args.seeds]
     if args.picture:
-        return plots.picture(args.runs / suite / str(args.seeds[0]), args.picture)
+        return plots.picture(places[0].folder, args.picture)
     rows = choose(args.names)
     own_folder(args.runs)  # a second start waits, then gives up
-    places = [Place(suite, seed, args.runs / suite / str(seed)) for seed in args.seeds]
     for place in places:
         data_stage(place).run()  # stages are known by its content
     show_plan(rows, places, args.runs)

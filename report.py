@@ -33,7 +33,7 @@ def dialogues(results):
         if not (folder / "episodes.jsonl").exists() or not Path(result["data"]).exists():
             continue
         questions = compare.read_lines(result["data"])
-        for episode in compare.read_lines(folder / "episodes.jsonl")[:share]:
+        for episode in compare.episodes_of(folder, result["figures"]["mode"])[:share]:
             question = questions[episode["number"]]
             try:
                 env = replay(result, episode, question)

@@ -71,6 +71,8 @@ def settings(mode):
     more = {"temperature": mode.temperature}
     if mode.clips != "shown":
         more["clips"] = mode.clips
+    if mode.zoom != "policy":
+        more["zoom"] = mode.zoom
     if mode.votes > 1:
         more["votes"] = mode.votes
     return more

@@ -20,8 +20,8 @@ for RL to find out.
 
 from demo import synthetic
 from demo.synthetic import (COLOURS, MARGIN_S, NUM_FLASHES, NUM_SLOTS, VIDEO_FPS, Flash, Picture, Scene, Suite,
-                            Visit, answer, between_cards, draw_figure, look, named_scenes, overview_of,
-                            transcript)
+                            Visit, answer, between_cards, draw_figure, look, named_scenes, overview_of, signed,
+                            teach_without_zooms, transcript)
 from protocols import make_env
 
 SLOT_S = (60.0, 62.4)  # a slot's length: 16 frames are 3 a second between two of the first look
@@ -133,16 +133,14 @@ def teach(question, scenes, rng, root, wrong_first=False):
 
 def teach_all(questions, scenes, rng, root, seed):
     """The trajectory rows of a video's questions: what is right of TRIES plays of each, a quarter of them with
-    a first zoom to a wrong scene."""
-    trajectories = []
+    a first zoom to a wrong scene, and plays without zooms."""
+    rows = []
     for question in questions:
         for _ in range(TRIES if question["evidence"] else 1):
             wrong_first = bool(question["evidence"]) and rng.random() < 0.25
-            row = teach(question, scenes, rng, root, wrong_first)
-            if row is not None:
-                row["provenance"]["seed"] = seed
-                trajectories.append(row)
-    return trajectories
+            rows.append(teach(question, scenes, rng, root, wrong_first))
+        rows += teach_without_zooms(question, scenes, rng, root)
+    return signed(rows, seed)
 
 
 SEARCH = Suite("search", make_scenes, make_questions, teach_all)

@@ -608,28 +608,35 @@ def conclude(kind, options, found):
 # ------------------------------------------------------------------------------------------------- data files
 def teach_all(questions, scenes, rng, root, seed):
     """The trajectory rows of a video's questions: each plain, about half of them in another way, too."""
-    trajectories = []
-
-    def play(question, num_frames, **how):
-        if num_frames != NUM_SLOTS:
-            question = question | {"num_frames": num_frames}
-        row = teach(question, scenes, rng, root, **how)
-        if row is not None:
-            row["provenance"]["seed"] = seed
-            trajectories.append(row)
-        return row
-
+    rows = []
     for question in questions:
-        num_frames = rng.choice(NUM_FRAMES)
-        play(question, num_frames)
+        shown = with_frames(question, rng.choice(NUM_FRAMES))
+        rows.append(teach(shown, scenes, rng, root))
         if question["evidence"] and rng.random() < 0.5:
-            play(question, num_frames, wrong_first=True)
-        # without the tool, of an overview that shows what is asked for
-        for how in ({"max_zooms": 0}, {"max_zooms": 0, "protocol": "direct"}):
-            if rng.random() < 0.5:
-                numbers = rng.sample(range(NUM_SLOTS, 49), 3)
-                any(play(question, n, **how) for n in numbers if would_show(question, scenes, n))
-    return trajectories
+            rows.append(teach(shown, scenes, rng, root, wrong_first=True))
+        rows += teach_without_zooms(question, scenes, rng, root)
+    return signed(rows, seed)
+
+
+def teach_without_zooms(question, scenes, rng, root):
+    """Rows of overviews that show all that is asked for: where no zoom is allowed, and by the protocol that
+    has none."""
+    rows = []
+    for how in ({"max_zooms": 0}, {"max_zooms": 0, "protocol": "direct"}):
+        if rng.random() < 0.5:
+            numbers = [n for n in rng.sample(range(NUM_SLOTS, 49), 3) if would_show(question, scenes, n)]
+            rows += [teach(with_frames(question, n), scenes, rng, root, **how) for n in numbers[:1]]
+    return rows
+
+
+def with_frames(question, num_frames):
+    """A question whose overview has so many frames."""
+    return question if num_frames == NUM_SLOTS else question | {"num_frames": num_frames}
+
+
+def signed(rows, seed):
+    """The rows that there are, of some that are None, with the seed in their provenance."""
+    return [row | {"provenance": row["provenance"] | {"seed": seed}} for row in rows if row is not None]
 
 
 def would_show(question, scenes, num_frames):

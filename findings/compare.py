@@ -4,11 +4,14 @@
     write_tables(runs, flags, quick, out)   the Markdown page, and .json beside it, of the results in `runs`
 
 A difference between two rows is the mean over the questions that both were asked, of all seeds that both
-have; its 95% interval is of 2,000 bootstrap resamples of these questions. A finding agrees if its interval is
-above 0, disagrees if it is below, and else cannot be told.
+have; its 95% interval is of 2,000 bootstrap resamples of the videos that they are about. A finding agrees if
+its interval, each seed's mean and the exact sign test at 5% say that there is more, disagrees if they say that
+there is less, and else cannot be told. The interval knows of questions, not of other training runs: those are
+what seeds are for.
 """
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,6 +26,9 @@ from zoom_env import between
 RESAMPLES = 2000
 FPS_LIMITS = (1, 2, 4, 8)  # of the paper's table 10: calls at (0, 1], (1, 2], ... frames a second
 CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")  # over RL's steps
+PREFACE = """Made by `python ablations.py`, which says what the rows are. Data and teacher are built so that
+zooms and RL are needed: the rows say that the code shows an effect, not how large it is on real videos. Each
+claim is tested at 5% by itself."""
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
 
 
@@ -40,7 +46,8 @@ FINDINGS = [
     Finding("RL adds to the cold start", "MLVU dev 68.8, without 56.4; LVBench 41.5, 26.0", "full", "no-rl"),
     Finding("the tool bonus helps", "MLVU dev 68.8, without 67.5; VideoMME 65.2, 62.5", "full", "no-bonus"),
     Finding("the tool bonus keeps zooms up", "calls fall towards 0 without it", "full", "no-bonus", "zooms"),
-    Finding("the cold start is needed", "MLVU dev 68.8, without 57.0", "full", "no-cold-start"),
+    Finding("the cold start is needed (RL without it: 8 steps)", "MLVU dev 68.8, without 57.0",
+            "full", "no-cold-start"),
     Finding("reflection data helps", "MLVU dev 68.8, without 67.0; VideoMME 65.2, 58.7",
             "full", "no-reflection"),
     Finding("reflection data brings zooms", "about 2 calls a question, about 1 without",
@@ -49,8 +56,8 @@ FINDINGS = [
             "zooms-1", "zooms-0"),
     Finding("more zooms help more", "with 1 and 4: MLVU dev 66.7, 68.8; LVBench 39.6, 41.5",
             "full", "zooms-1"),
-    Finding("zooms beat more uniform frames", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
-            "full", "uniform-33"),
+    Finding("zooms beat more uniform frames, both after SFT", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
+            "no-rl", "uniform-33"),
     Finding("... after the same RL, as many frames", "not shown", "full", "no-tool"),
     Finding("... after the same RL, twice the frames", "not shown", "full", "no-tool-twice"),
     Finding("it is what the clip shows that helps", "not shown", "full", "clips-grey"),
@@ -64,17 +71,28 @@ def read_lines(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-def summary(folder, mode, rl_folder=None):
-    """What the tables need of an evaluation's folder, of one mode in it, and of that of RL, where there was
-    any."""
-    results = json.loads((folder / "results.json").read_text())
-    figures = next(row for row in results if row["mode"] == mode)
+def episodes_of(folder, mode):
+    """The episodes of one mode of an evaluation, as eval.py wrote them."""
     files = folder / "episodes.jsonl", folder / "gate.jsonl"
-    episodes = [e for file in files if file.exists() for e in read_lines(file) if e["mode"] == mode]
+    return [e for file in files if file.exists() for e in read_lines(file) if e["mode"] == mode]
+
+
+def figures_of(folder, mode):
+    """A row of an evaluation's results, None where there is none of this mode."""
+    results = json.loads((folder / "results.json").read_text())
+    return next((row for row in results if row["mode"] == mode), None)
+
+
+def summary(folder, mode, data, rl_folder=None):
+    """What the tables need of an evaluation's folder, of one mode in it, and of that of RL, where there was
+    any. data: the file of questions."""
+    bound = figures_of(folder, "bound") if mode in ("zoom", "uniform") else None
+    episodes, questions = episodes_of(folder, mode), read_lines(data)
     steps = read_lines(rl_folder / "metrics.jsonl") if rl_folder else []
     return {
-        "figures": figures, "bound": next((row["accuracy"] for row in results if row["mode"] == "bound"), None),
-        "questions": {e["number"]: {name: e[name] for name in ("right", "zooms")} for e in episodes},
+        "figures": figures_of(folder, mode), "bound": bound and bound["accuracy"],
+        "questions": {e["number"]: {"right": e["right"], "zooms": e["zooms"],
+                                    "video": questions[e["number"]]["video"]} for e in episodes},
         "fps": fps_counts([text for e in episodes for text in e["turns"]]),
         "training": [{name: step.get(name) for name in ("step", "accuracy", "zooms", "reward")}
                      for step in steps]}
@@ -97,31 +115,55 @@ def fps_counts(texts):
 # ------------------------------------------------------------------------------------------------ the figures
 def read_results(runs, flags):
     """{suite: {row: {seed: result}}} of the results that are there, rows in the order of `flags`, a dict of
-    what each row's flags are now: a result of others is left out."""
+    what each row's flags are now. Left out is a result of other flags, and one of another base or of other
+    questions than the full run of its seed."""
     found = defaultdict(lambda: defaultdict(dict))
     results = [json.loads(path.read_text()) for path in sorted(Path(runs).glob("*/*/*/result.json"))]
     results = [result for result in results if flags.get(result.get("row")) == result.get("flags", False)]
     for result in sorted(results, key=lambda r: (list(flags).index(r["row"]), r["seed"])):
-        found[result["suite"]][result["row"]][result["seed"]] = result
+        rows = found[result["suite"]]
+        ground = lambda result: (result["base"], result["figures"]["questions_sha256"])
+        full = rows.get("full", {}).get(result["seed"], result)
+        if ground(full) == ground(result):
+            rows[result["row"]][result["seed"]] = result
     return found
 
 
+class Difference(NamedTuple):
+    mean: float
+    low: float
+    high: float
+    p: float  # of the sign test, two-sided
+    seeds: list  # the mean of each seed
+
+
 def difference(row, other, field):
-    """(mean, low, high) of what `row` has more than `other` on the same questions, {seed: result} each; None
+    """The Difference of what `row` has more than `other` on the same questions, {seed: result} each; None
     where no seed is common."""
-    pairs = []
+    by_video, by_seed = defaultdict(list), defaultdict(list)
     for seed in sorted(row.keys() & other.keys()):
         ours, theirs = row[seed]["questions"], other[seed]["questions"]
         for number in sorted(ours.keys() & theirs.keys(), key=int):
             values = ours[number][field], theirs[number][field]
             if None not in values:
-                pairs.append(values[0] - values[1])
-    if not pairs:
+                by_video[seed, ours[number]["video"]].append(values[0] - values[1])
+                by_seed[seed].append(values[0] - values[1])
+    if not by_seed:
         return None
-    pairs = np.array(pairs, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
-    low, high = np.percentile(pairs[draws].mean(axis=1), (2.5, 97.5))
-    return pairs.mean().item(), low.item(), high.item()
+    sums, sizes = (np.array([f(values) for values in by_video.values()], dtype=float) for f in (sum, len))
+    draws = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
+    low, high = np.percentile(sums[draws].sum(1) / sizes[draws].sum(1), (2.5, 97.5))
+    every = [value for values in by_seed.values() for value in values]
+    more, less = sum(value > 0 for value in every), sum(value < 0 for value in every)
+    return Difference(mean(every), low.item(), high.item(), sign_test(more, less),
+                      [mean(values) for values in by_seed.values()])
+
+
+def sign_test(more, less):
+    """The two-sided p of so many heads and tails of a fair coin."""
+    n = more + less
+    tail = sum(math.comb(n, k) for k in range(min(more, less) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
 
 
 def row_figures(seeds, full):
@@ -147,9 +189,13 @@ def row_figures(seeds, full):
         "seconds": mean(r["seconds"] for r in results)}
 
 
-def verdict(interval_):
-    mean_, low, high = interval_
-    return "agrees" if low > 0 else "disagrees" if high < 0 else "cannot be told"
+def verdict(d, is_of_paper=True):
+    yes, no = ("agrees", "disagrees") if is_of_paper else ("yes", "no")
+    if d.low > 0 and min(d.seeds) > 0 and d.p < 0.05:
+        return yes
+    if d.high < 0 and max(d.seeds) < 0 and d.p < 0.05:
+        return no
+    return "cannot be told"
 
 
 def thirds(seeds, field):
@@ -170,7 +216,7 @@ def number(value, form="{:.2f}"):
 
 def with_interval(found, scale):
     return "" if found is None else "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(
-        *[scale * value for value in found], d=1 if scale == 100 else 2)
+        *[scale * value for value in found[:3]], d=1 if scale == 100 else 2)
 
 
 def markdown(head, lines):
@@ -189,9 +235,11 @@ def suite_page(suite, rows):
         if finding.row in rows and finding.other in rows:
             found = difference(rows[finding.row], rows[finding.other], finding.field)
             if found is not None:
-                tested.append(finding._asdict() | {"difference": found, "verdict": verdict(found)})
+                tested.append(finding._asdict() | {
+                    "difference": found._asdict(), "verdict": verdict(found, finding.paper != "not shown")})
     page = [f"## Suite {suite}", markdown(
-        ["row", "seeds", "right %, 95% interval", "spread over seeds", "to the full run, same questions",
+        ["row", "seeds", "right %, 95% interval", "spread over seeds (data and training)",
+         "to the full run, same questions",
          "frames", "zooms", "invalid %", "hit %", "tokens", "best uniform %", "minutes"],
         [[name, " ".join(map(str, f["seeds"])),
           f"{percent(f['accuracy'])} ({percent(f['low'])} - {percent(f['high'])})", percent(f["spread"]),
@@ -202,7 +250,7 @@ def suite_page(suite, rows):
         page += ["### Findings", markdown(
             ["finding", "in the paper", "rows", "difference here, 95% interval", "verdict"],
             [[t["claim"], t["paper"], f"{t['row']} - {t['other']}, {t['field']}",
-              with_interval(t["difference"], 100 if t["field"] == "right" else 1), t["verdict"]]
+              with_interval([*t["difference"].values()], 100 if t["field"] == "right" else 1), t["verdict"]]
              for t in tested])]
     shares = {name: [sum(counts) for counts in zip(*[r["fps"] for r in rows[name].values()])]
               for name in ("no-rl", "full") if name in rows}
@@ -222,7 +270,7 @@ def suite_page(suite, rows):
              for name, (zooms, right) in own.items()])]
     every = [r for seeds in rows.values() for r in seeds.values()]
     page.append(f"torch {', '.join(sorted({r['torch'] for r in every}))}; commits "
-                + ", ".join(sorted({commit[:12] for r in every for commit in r["commits"]})))
+                + ", ".join(sorted({commit[:12] + commit[40:] for r in every for commit in r["commits"]})))
     numbers = {"rows": figures, "findings": tested, "fps": shares, "training": trained,
                "commands": {name: [r["commands"] for r in seeds.values()] for name, seeds in rows.items()}}
     return page, numbers
@@ -231,7 +279,7 @@ def suite_page(suite, rows):
 def write_tables(runs, flags, quick, out):
     """Prints the page and writes it to `out`, and its numbers to .json beside it. Only --quick's results, or
     only the others."""
-    pages, numbers = ["# Ablations", "Made by `python ablations.py`, which says what the rows are."], {}
+    pages, numbers = ["# Ablations", PREFACE], {}
     if quick:
         pages.append("**quick**: few questions and steps, these numbers say only that it runs.")
     for suite, rows in read_results(runs, flags).items():

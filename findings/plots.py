@@ -8,10 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 from common import UserError
+from controls.altered import maker
+from controls.modes import Mode
 from demo.synthetic import uniform_accuracy
 from findings import compare
 from findings.compare import CURVES
-from protocols import protocol_of
 from zoom_env import ANY_FPS, EnvConfig
 
 STRIP_PIXELS = 42  # height of the frames in a strip
@@ -24,8 +25,8 @@ def replay(result, episode, question):
     names = EnvConfig.__dataclass_fields__
     settings = {name: value for name, value in result["figures"]["settings"].items() if name in names}
     settings["overview_fps"] = settings["overview_fps"] or ANY_FPS
-    config = EnvConfig(**settings)
-    env = protocol_of(config)(question, config, Path(result["data"]).parent)
+    mode = Mode("", zoom=result["figures"]["settings"].get("zoom", "policy"))
+    env = maker(mode)(question, EnvConfig(**settings), Path(result["data"]).parent)
     env.reset()
     for text in episode["turns"]:
         if not env.done:
@@ -85,7 +86,9 @@ def curves(suite, rows, plt):
     with plt.rc_context(colours | {"svg.fonttype": "none", "svg.hashsalt": suite}):
         figure, (frames, right, zooms) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
         full = rows.get("full", {})
-        accuracy_axes(frames, {name: compare.row_figures(seeds, full) for name, seeds in rows.items()})
+        claimed = {name for finding in compare.FINDINGS for name in (finding.row, finding.other)}
+        accuracy_axes(frames, {name: compare.row_figures(seeds, full) for name, seeds in rows.items()
+                               if name in claimed})
         for name in CURVES:
             for seed, result in rows.get(name, {}).items():
                 for axes, field in ((right, "accuracy"), (zooms, "zooms")):

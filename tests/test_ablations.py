@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -34,9 +35,9 @@ def row(name):
     return ablations.BY_NAME[name]
 
 
-def result(questions, seed=0, **more):
-    """A row's result, of {number: (right, zooms)}."""
-    return {"seed": seed, "questions": {str(n): {"right": right, "zooms": zooms}
+def result(questions, seed=0, per_video=1, **more):
+    """A row's result, of {number: (right, zooms)}; so many questions are about one video."""
+    return {"seed": seed, "questions": {str(n): {"right": right, "zooms": zooms, "video": f"{n // per_video}"}
                                         for n, (right, zooms) in questions.items()}} | more
 
 
@@ -45,7 +46,7 @@ def result(questions, seed=0, **more):
 def test_each_row_has_flags_that_its_scripts_take_and_a_mode_that_is_evaluated(name):
     assert ablations.choose([name])[-1].name == name
     each = row(name)
-    filled = lambda flags: (flags or "").format(frames=20, twice=40).split()
+    filled = lambda flags: (flags or "").format(frames=20, twice=40, fps=1).split()
     for script, flags in ((sft, each.sft), (rl, each.rl), (sft, each.rft)):
         parse_flags(script.Config, "", (), argv=filled(flags))
     config = parse_flags(evaluation.Config, "", (), argv=filled(each.eval))
@@ -154,8 +155,8 @@ def test_a_stage_ends_with_the_script_that_is_killed(tmp_path):
 class Played:
     """Stands for the stages: writes what they write. Dies at the start or end of the `dies`-th command."""
 
-    def __init__(self, dies=None, at_end=False):
-        self.dies, self.at_end, self.ran = dies, at_end, []
+    def __init__(self, dies=None, at_end=False, policy="same"):
+        self.dies, self.at_end, self.policy, self.ran = dies, at_end, policy, []
 
     def __call__(self, words, **_):
         if len(self.ran) == self.dies and not self.at_end:
@@ -166,17 +167,20 @@ class Played:
         out.mkdir(parents=True, exist_ok=True)
         if name == "data_prep.py":
             for file in ("sft", "train", "test"):
-                (out / f"{file}.jsonl").write_text(file)
+                rows = [{"video": f"{n // 5}.mp4"} for n in range(30)]
+                (out / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif name == "eval.py":
             limited = {"--max_zooms", "--num_frames"} & set(words)
             right = [int(not limited or n % 3 == 0) for n in range(30)]
-            figures = [{"mode": mode, "accuracy": sum(right) / 30, "frames_per_question": 22.7}
+            figures = [{"mode": mode, "accuracy": sum(right) / 30, "frames_per_question": 22.7,
+                        "questions_sha256": "0"}
                        for mode in ("zoom off", "zoom")]
             (out / "results.json").write_text(json.dumps([*figures, {"mode": "bound", "accuracy": 0.5}]))
             (out / "episodes.jsonl").write_text("".join(json.dumps(
                 {"mode": mode, "number": n, "right": r, "zooms": r, "turns": []}) + "\n"
                 for mode, rights in (("zoom", right), ("zoom off", [0] * 30)) for n, r in enumerate(rights)))
         else:
+            (out / "config.json").write_text(self.policy)
             (out / "metrics.jsonl").write_text(
                 "".join(json.dumps({"step": n, "seconds": 1e5, "accuracy": 0.5, "zooms": 1.0}) + "\n"
                         for n in range(3)))
@@ -230,6 +234,29 @@ def test_a_result_of_other_flags_is_in_no_table(monkeypatch, tmp_path):
     assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES} - {"no-kl"}
 
 
+def test_a_result_of_another_base_or_of_other_questions_is_in_no_table(monkeypatch, tmp_path):
+    make_all(monkeypatch, tmp_path, Played())
+    flags = {each.name: ablations.flags_of(each) for each in ablations.ROWS}
+    for change in (lambda r: r.update(base="other"), lambda r: r["figures"].update(questions_sha256="1")):
+        path = tmp_path / "demo" / "0" / "no-kl" / "result.json"
+        before = path.read_text()
+        change(changed := json.loads(before))
+        path.write_text(json.dumps(changed))
+        assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES} - {"no-kl"}
+        path.write_text(before)
+    assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES}
+
+
+def test_what_hangs_on_a_stage_that_was_removed_is_made_again_if_it_differs(monkeypatch, tmp_path):
+    make_all(monkeypatch, tmp_path, Played())
+    cold_start = ablations.chain(ablations.FULL, ablations.Place("demo", 0, tmp_path / "demo" / "0"))[0]
+    for policy, scripts in (("same", ["sft"]), ("other", ["sft", "rl", "eval", "eval", "eval", "rl", "eval"])):
+        shutil.rmtree(cold_start.folder)
+        played = Played(policy=policy)
+        make_all(monkeypatch, tmp_path, played)
+        assert [Path(command.split()[0]).stem for command in played.ran] == scripts
+
+
 def test_a_failed_row_does_not_end_the_others(monkeypatch, tmp_path):
     played = Played()
 
@@ -246,8 +273,8 @@ def test_a_failed_row_does_not_end_the_others(monkeypatch, tmp_path):
 def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
     page = make_all(monkeypatch, tmp_path, Played())
     # 30 right against 10 right, on the same questions
-    assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-83.3 to -50.0\)", page)
-    assert re.search(r"a.* as many frames \| not shown \| full - no-tool, right \| \+66.7 .* \| agrees", page)
+    assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-73.3 to -60.0\)", page)
+    assert re.search(r"a.* as many frames \| not shown \| full - no-tool, right \| \+66.7 .* \| yes", page)
     numbers = json.loads((tmp_path / "page.json").read_text())["demo"]
     assert numbers["rows"]["full"]["accuracy"] == 1.0 and numbers["rows"]["full"]["bound"] == 0.5
     assert numbers["training"]["full"] == [[1.0] * 3, [0.5] * 3]
@@ -258,24 +285,43 @@ def test_a_difference_is_paired():
     # the same accuracy of 50%: on each question otherwise, and on each the same
     half = {n: (n % 2, 1) for n in range(40)}
     other = {n: (1 - n % 2, 0) for n in range(40)}
-    mean, low, high = compare.difference({0: result(half)}, {0: result(other)}, "right")
-    assert mean == 0 and -0.35 < low < -0.2 and 0.2 < high < 0.35
-    assert compare.difference({0: result(half)}, {0: result(half)}, "right") == (0, 0, 0)
-    assert compare.difference({0: result(half)}, {0: result(other)}, "zooms") == (1, 1, 1)
+    mean, low, high, p, _ = compare.difference({0: result(half)}, {0: result(other)}, "right")
+    assert mean == 0 and -0.35 < low < -0.2 and 0.2 < high < 0.35 and p == 1
+    assert compare.difference({0: result(half)}, {0: result(half)}, "right") == (0, 0, 0, 1, [0])
+    assert compare.difference({0: result(half)}, {0: result(other)}, "zooms")[:3] == (1, 1, 1)
+
+
+def test_the_questions_of_a_video_are_drawn_together():
+    """40 videos with ten questions each, which say the same, tell as much as 40 questions."""
+    few, many = ({n: (n // size % 4 > 0, 0) for n in range(40 * size)} for size in (1, 10))
+    none = {n: (0, 0) for n in range(400)}
+    found = compare.difference({0: result(few)}, {0: result(none)}, "right")
+    grouped = compare.difference({0: result(many, per_video=10)}, {0: result(none, per_video=10)}, "right")
+    assert grouped[:3] == found[:3] and found.high - found.low > 0.2
+
+
+@pytest.mark.parametrize("more, less, p", [
+    (0, 0, 1), (5, 5, 1), (4, 0, 0.125), (6, 0, 0.03125), (1, 9, 22 / 1024)])
+def test_signs_are_tested_exactly(more, less, p):
+    assert compare.sign_test(more, less) == pytest.approx(p)
 
 
 def test_a_difference_is_over_the_seeds_and_questions_that_both_have():
     row = {0: result({0: (1, 0), 1: (1, 0), 2: (None, 0)}), 1: result({0: (1, 0)}, 1)}
     other = {0: result({1: (0, 0), 2: (1, 0), 3: (1, 0)}), 2: result({0: (1, 0)}, 2)}
-    assert compare.difference(row, other, "right") == (1, 1, 1)
+    assert compare.difference(row, other, "right")[:3] == (1, 1, 1)
     assert compare.difference({0: row[0]}, {2: other[2]}, "right") is None
 
 
 @pytest.mark.parametrize("found, verdict", [
-    ((0.2, 0.1, 0.3), "agrees"), ((-0.2, -0.3, -0.1), "disagrees"), ((0.1, -0.1, 0.3), "cannot be told"),
-    ((0, 0, 0), "cannot be told")])
-def test_a_verdict_is_by_the_interval(found, verdict):
-    assert compare.verdict(found) == verdict
+    ((0.2, 0.1, 0.3, 0.01, [0.1, 0.3]), "agrees"), ((-0.2, -0.3, -0.1, 0.01, [-0.2]), "disagrees"),
+    ((0.1, -0.1, 0.3, 0.01, [0.1]), "cannot be told"), ((0, 0, 0, 1, [0]), "cannot be told"),
+    ((0.2, 0.1, 0.3, 0.01, [0.5, -0.1]), "cannot be told"),  # seeds disagree
+    ((0.013, 0.003, 0.03, 0.125, [0.013]), "cannot be told")])  # 4 questions of 300, all one way
+def test_a_verdict_is_by_the_interval_the_seeds_and_the_signs(found, verdict):
+    assert compare.verdict(compare.Difference(*found)) == verdict
+    words = {"agrees": "yes", "disagrees": "no"}
+    assert compare.verdict(compare.Difference(*found), is_of_paper=False) == words.get(verdict, verdict)
 
 
 def test_seeds_are_pooled_and_their_spread_stands_beside():

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from sources.rows import question_error
 from training.checkpoints import load_policy
 from training.run_folder import LOCK
 from video import Video
-from zoom_env import ZoomEnv
+from zoom_env import ZoomEnv, slice_centres
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,34 @@ def test_counts_and_order_of_scenes_are_what_the_video_shows(made):
             assert right == scenes[at]
         seen[kind] += 1
     assert seen["count"] == seen["holistic"] == 10
+
+
+def test_options_do_not_tell_the_order():
+    """They are all pairs of two colours, and a pair of one colour is right as often as another."""
+    rng, alike = random.Random(0), []
+    for _ in range(300):
+        duration_s, scenes = synthetic.draw_scenes(rng, synthetic.DEMO)
+        *_, order, _ = synthetic.make_questions(rng, "v.mp4", duration_s, scenes)
+        pairs = [option.split(" then ") for option in order["options"]]
+        colours = {colour for pair in pairs for colour in pair}
+        assert len(colours) == 2 and {*map(tuple, pairs)} == {*product(colours, repeat=2)}
+        first, second = pairs["ABCD".index(order["answer"])]
+        alike.append(first == second)
+    assert 0.4 < sum(alike) / 300 < 0.6
+
+
+def test_rows_without_zooms_answer_what_their_overview_shows(made):
+    """Of each kind of question; a count is of all flashes, each in a frame of its own."""
+    folder, _, _, rows = made
+    kinds = Counter()
+    for row in rows:
+        if "max_zooms" in row["provenance"]:
+            question = row["question"]
+            kinds[question["meta"]["kind"]] += 1
+            times_s = slice_centres(0, question["meta"]["duration_s"], question.get("num_frames", 9))
+            for start_s, end_s in question["evidence"] or []:
+                assert any(start_s - 0.2 < time_s < end_s + 0.2 for time_s in times_s)
+    assert {"detail", "holistic"} <= set(kinds)
 
 
 def test_trajectories_verify_and_reflections_start_wrong(made):

@@ -197,7 +197,7 @@ def ratio(part, whole):
 def environment_settings(env_config):
     """What of an EnvConfig a number depends on; the system prompt as its hash."""
     names = ("protocol", "overview", "overview_fps", "overview_max_frames", "max_zooms", "zoom_max_frames",
-             "min_pixels", "max_pixels", "frame_unit", "max_turn_tokens")
+             "zoom_fps", "min_pixels", "max_pixels", "frame_unit", "max_turn_tokens")
     settings = {name: getattr(env_config, name) for name in names}
     if env_config.overview_fps >= ANY_FPS:  # as many frames, whatever the length
         settings["overview_fps"] = None
