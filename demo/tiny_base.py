@@ -54,7 +54,7 @@ from video import Frame, read_frames
 from zoom_env import LAST_TURN, MAY_ZOOM, Message
 
 TINY_BASE = os.path.relpath(Path(__file__).with_name("tiny_base"))  # the shipped checkpoint
-BASE_STEPS = 3000  # optimizer steps of the curriculum
+BASE_STEPS = 4000  # optimizer steps of the curriculum
 BASE_PROMPT = "You are a helpful assistant."
 
 
