@@ -315,22 +315,21 @@ def sample(policy, hidden, temperature, generator=None):
     V, B, whole = *p.shape, len(p) // BLOCK * BLOCK
     # the vocabulary in blocks, (blocks, tokens, B), the last one shorter
     blocks = [p[:whole].view(-1, BLOCK, B)] * (whole > 0) + [p[None, whole:]] * (whole < V)
-    most = torch.cat([x.amax(1) for x in blocks])  # logits so far
-    p.sub_(most.amax(0)).exp_()
-    mass = torch.cat([x.sum(1) for x in blocks])
+    most = torch.cat([x.amax(1) for x in blocks]).T  # (B, blocks): logits so far
+    p.sub_(most.amax(1)).exp_()
+    mass, p = torch.cat([x.sum(1) for x in blocks]).T, p.T
 
-    def draw(p):  # (choices, B) to (B, 1): the first at which the sum of those before and it exceeds a random share
-        total = p.T.cumsum(1, dtype=torch.float64)
-        share = torch.rand(B, 1, dtype=torch.float64, device=p.device, generator=generator)
+    def draw(p):  # (B, choices): the first at which the sum of those before and it exceeds a random share
+        total = p.cumsum(1, dtype=torch.float64)
+        share = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
         return torch.searchsorted(total, share * total[:, -1:], right=True)
 
     # first a block, then a token of it: two short sums in place of one long one
-    choose = draw if temperature > 0 else lambda p: p.argmax(0)[:, None]
-    block = choose(mass if temperature > 0 else most)
+    block = draw(mass) if temperature > 0 else most.argmax(1, keepdim=True)
     ids = block * BLOCK + torch.arange(BLOCK, device=p.device)
-    inside = p.T.gather(1, ids.clamp(max=V - 1)).masked_fill_(ids >= V, 0)
-    token = ids.gather(1, choose(inside.T))
-    log_prob = (p.T.gather(1, token) / mass.sum(0)[:, None]).log()
+    inside = p.gather(1, ids.clamp(max=V - 1)).masked_fill_(ids >= V, 0)
+    token = ids.gather(1, draw(inside) if temperature > 0 else inside.argmax(1, keepdim=True))
+    log_prob = (p.gather(1, token) / mass.sum(1, keepdim=True)).log()
     return token[:, 0], log_prob[:, 0]
 
 

@@ -166,8 +166,8 @@ class Policy(torch.nn.Module):
         return lm.norm(hidden)
 
     def logits(self, hidden, temperature=1.0, transposed=False):
-        """Float32 logits divided by the temperature, (N, vocabulary): sampling and scoring share them. hidden (N,
-        hidden). transposed: (vocabulary, N), which takes two thirds of the time on a CPU if N is small."""
+        """Float32 logits divided by the temperature, (N, vocabulary): sampling and scoring share them.
+        hidden (N, hidden). transposed: (vocabulary, N), which takes less time on a CPU if N is small."""
         logits = F.linear(self.head.weight, hidden) if transposed else self.head(hidden)
         return logits.float() if temperature == 1 else logits.float() / temperature
 

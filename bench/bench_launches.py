@@ -50,7 +50,7 @@ def count(shape, layers):
 
     def step(prompts, own, state):
         hidden = decode_hidden(policy, prompts, own, state, PROMPT, OWN, bench_gpu.GROUP)
-        return policy.logits(hidden)
+        return policy.logits(hidden, transposed=True)  # as in sampling
 
     launches = []
 
