@@ -8,7 +8,7 @@ run. To try an idea, add a row. A row is a chain of stages (findings/stage.py); 
 inputs are made once: one cold start serves many rows. A finished stage is not run again while its inputs are
 the same, a stopped one goes on by the same command. Code is not among the inputs: after a change of the method
 remove the folders of the stages that it concerns, what hangs on them follows. Writes
-<runs>/<suite>/<seed>/<row>/result.json, and the tables of all rows there are (findings/compare.py).
+<runs>/<suite>/<seed>/rows/<row>/result.json, and the tables of all rows there are (findings/compare.py).
 """
 
 import argparse
@@ -29,6 +29,7 @@ from controls.modes import CLIPS
 from demo.tiny_base import TINY_BASE
 from findings import compare, plots
 from findings.stage import Stage
+from stopping import ENDING
 from training.run_folder import fingerprint, own_folder
 
 
@@ -108,11 +109,6 @@ class Place(NamedTuple):
         return f"{SUITES[self.suite.removesuffix('-quick')].get(kind, '')} {quick} {own}".split()
 
 
-def data_stage(place):
-    flags = ["--out", str(place.folder / "data"), "--seed", str(place.seed), *place.flags("data")]
-    return Stage("data", ["data_prep.py", "synthetic", *flags], "", place.folder / "data")
-
-
 def chain(row, place):
     """The Stages that lead to a row's numbers, the first one first. The data has to be there."""
     stages, policy = [], row if row.of is None else BY_NAME[row.of]
@@ -156,14 +152,17 @@ def fill(flags, place):
 def make_row(row, place):
     """Runs what is missing of a row, then writes its result.json."""
     for stage in chain(row, place):
+        if "{" in " ".join(stage.command):
+            raise UserError("its frames are those of the row full, which is not there")
         stage.run()
-    made = [stage.result() for stage in (stages := chain(row, place))]
-    rl_folder, test = next((s.folder for s in stages if s.kind == "rl"), None), place.folder / "data/test.jsonl"
-    write_json(open_folder(place.folder / row.name) / "result.json", {
+    stages = chain(row, place)
+    made = [stage.result() for stage in stages]
+    rl_folder, test = next((s.folder for s in stages if s.kind == "rl"), None), stages[-1].inputs[-1]
+    write_json(open_folder(place.folder / "rows" / row.name) / "result.json", {
         "row": row.name, "flags": flags_of(row), "suite": place.suite, "seed": place.seed,
         "base": fingerprint(TINY_BASE), "commands": [result["command"] for result in made],
         "commits": sorted({str(result["commit"]) for result in made}), "torch": made[-1]["torch"],
-        "seconds": sum(result["seconds"] for result in made), "data": str(test),
+        "seconds": sum(result["seconds"] for result in made), "data": test,
         "stages": [str(stage.folder) for stage in stages],
         **compare.summary(stages[-1].folder, row.mode, test, rl_folder)})
 
@@ -212,7 +211,6 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--suite", choices=SUITES, default="demo")
     parser.add_argument("--quick", action="store_true", help="few questions and steps")
-    parser.add_argument("--plan", action="store_true", help="make the data, then say what is missing")
     parser.add_argument("--report", action="store_true", help="only write report.html of what is there")
     parser.add_argument("--picture", help="only draw the README's picture there, of the first of --seeds")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the results")
@@ -226,12 +224,13 @@ def main():
     if args.picture:
         return plots.picture(places[0].folder, args.picture)
     rows = choose(args.names)
+    ENDING.save = ENDING.lost = lambda: "stopped; the same command goes on where it was"
     own_folder(args.runs)  # a second start waits, then gives up
     for place in places:
-        data_stage(place).run()  # stages are known by its content
+        data = place.folder / "data"  # stages are known by its content
+        words = ["--out", str(data), "--seed", str(place.seed), *place.flags("data")]
+        Stage("data", ["data_prep.py", "synthetic", *words], "", data).run()
     show_plan(rows, places, args.runs)
-    if args.plan:
-        return
     failed = []
     for place in places:
         for row in rows:

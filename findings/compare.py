@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import open_folder, write_json
+from common import UserError, open_folder, write_json
 from training.tables import interval, ratio
 from zoom_env import between
 
@@ -29,6 +29,7 @@ CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward
 PREFACE = """Made by `python ablations.py`, which says what the rows are. Data and teacher are built so that
 zooms and RL are needed: the rows say that the code shows an effect, not how large it is on real videos. Each
 claim is tested at 5% by itself."""
+QUICK_NOTE = "Few questions and steps: these numbers say only that it runs."
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
 
 
@@ -85,12 +86,15 @@ def figures_of(folder, mode):
 
 def summary(folder, mode, data, rl_folder=None):
     """What the tables need of an evaluation's folder, of one mode in it, and of that of RL, where there was
-    any. data: the file of questions."""
+    any. data: the file of questions. Raises UserError where the mode was not evaluated."""
+    figures = figures_of(folder, mode)
+    if figures is None:
+        raise UserError(f"{folder} has no results of mode {mode}, which the row names")
     bound = figures_of(folder, "bound") if mode in ("zoom", "uniform") else None
     episodes, questions = episodes_of(folder, mode), read_lines(data)
     steps = read_lines(rl_folder / "metrics.jsonl") if rl_folder else []
     return {
-        "figures": figures_of(folder, mode), "bound": bound and bound["accuracy"],
+        "figures": figures, "bound": bound and bound["accuracy"],
         "questions": {e["number"]: {"right": e["right"], "zooms": e["zooms"],
                                     "video": questions[e["number"]]["video"]} for e in episodes},
         "fps": fps_counts([text for e in episodes for text in e["turns"]]),
@@ -118,7 +122,7 @@ def read_results(runs, flags):
     what each row's flags are now. Left out is a result of other flags, and one of another base or of other
     questions than the full run of its seed."""
     found = defaultdict(lambda: defaultdict(dict))
-    results = [json.loads(path.read_text()) for path in sorted(Path(runs).glob("*/*/*/result.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(Path(runs).glob("*/*/rows/*/result.json"))]
     results = [result for result in results if flags.get(result.get("row")) == result.get("flags", False)]
     for result in sorted(results, key=lambda r: (list(flags).index(r["row"]), r["seed"])):
         rows = found[result["suite"]]
@@ -237,7 +241,7 @@ def suite_page(suite, rows):
             if found is not None:
                 tested.append(finding._asdict() | {
                     "difference": found._asdict(), "verdict": verdict(found, finding.paper != "not shown")})
-    page = [f"## Suite {suite}", markdown(
+    page = [f"## Suite {suite}"] + [QUICK_NOTE] * suite.endswith("-quick") + [markdown(
         ["row", "seeds", "right %, 95% interval", "spread over seeds (data and training)",
          "to the full run, same questions",
          "frames", "zooms", "invalid %", "hit %", "tokens", "best uniform %", "minutes"],
@@ -280,8 +284,6 @@ def write_tables(runs, flags, quick, out):
     """Prints the page and writes it to `out`, and its numbers to .json beside it. Only --quick's results, or
     only the others."""
     pages, numbers = ["# Ablations", PREFACE], {}
-    if quick:
-        pages.append("**quick**: few questions and steps, these numbers say only that it runs.")
     for suite, rows in read_results(runs, flags).items():
         if suite.endswith("-quick") == quick:
             lines, numbers[suite] = suite_page(suite, rows)

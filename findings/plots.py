@@ -112,7 +112,7 @@ def picture(folder, out):
     plt = pyplot()
     if plt is None:
         raise UserError("a picture needs matplotlib: pip install matplotlib")
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("rows/*/result.json"))]
     results = {result["row"]: result for result in results if "row" in result}
     if not {"no-rl", "full"} <= set(results):
         raise UserError(f"{folder} lacks the rows full and no-rl: python ablations.py no-rl makes them")

@@ -238,7 +238,7 @@ def test_a_result_of_another_base_or_of_other_questions_is_in_no_table(monkeypat
     make_all(monkeypatch, tmp_path, Played())
     flags = {each.name: ablations.flags_of(each) for each in ablations.ROWS}
     for change in (lambda r: r.update(base="other"), lambda r: r["figures"].update(questions_sha256="1")):
-        path = tmp_path / "demo" / "0" / "no-kl" / "result.json"
+        path = tmp_path / "demo" / "0" / "rows" / "no-kl" / "result.json"
         before = path.read_text()
         change(changed := json.loads(before))
         path.write_text(json.dumps(changed))
@@ -268,6 +268,29 @@ def test_a_failed_row_does_not_end_the_others(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="not there: no-kl"):
         make_all(monkeypatch, tmp_path, fails)
     assert "| zooms-0 |" in (tmp_path / "page.md").read_text()
+
+
+def test_without_the_full_run_no_row_has_its_frames(monkeypatch, tmp_path, capsys):
+    played = Played()
+
+    def fails(words, **settings):
+        if "eval.py" in str(words[1]) and not {"--num_frames", "--max_zooms"} & set(words):
+            return subprocess.CompletedProcess(words, 1)
+        return played(words, **settings)
+
+    with pytest.raises(UserError, match="not there: full, no-rl, no-tool, no-kl"):
+        make_all(monkeypatch, tmp_path, fails)
+    assert "no-tool: its frames are those of the row full, which is not there" in capsys.readouterr().out
+    assert not [command for command in played.ran if "{" in command or "direct" in command]
+
+
+def test_a_row_of_a_mode_that_was_not_evaluated_is_named(monkeypatch, tmp_path):
+    mine = ablations.Row("mine", "own", "", of="full", mode="zoom x8")
+    monkeypatch.setattr(ablations, "ROWS", [ablations.FULL, mine])
+    monkeypatch.setattr(ablations, "BY_NAME", {"full": ablations.FULL, "mine": mine})
+    monkeypatch.setattr(sys.modules[__name__], "NAMES", ("mine",))
+    with pytest.raises(UserError, match="not there: mine"):
+        make_all(monkeypatch, tmp_path, Played())
 
 
 def test_the_page_says_what_was_computed(monkeypatch, tmp_path):

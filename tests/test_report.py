@@ -40,15 +40,16 @@ def make_row(runs, name, root, questions, turns):
                 | play(question, root, turns(question)) for number, question in enumerate(questions)]
     rows, _ = tables.table_rows(name, "zoom", episodes, dict(enumerate(questions)))
     settings = tables.environment_settings(TINY_ENV) | {"temperature": 0.0}
-    (folder / "results.json").write_text(json.dumps([rows[0] | {"settings": settings}]))
+    (folder / "results.json").write_text(json.dumps(
+        [rows[0] | {"settings": settings, "questions_sha256": "0"}]))
     (folder / "episodes.jsonl").write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
     (folder / "metrics.jsonl").write_text("".join(
         json.dumps({"step": n, "accuracy": n / 9, "zooms": 1.0}) + "\n" for n in range(9)))
-    (runs / "demo/0" / name).mkdir()
-    (runs / "demo/0" / name / "result.json").write_text(json.dumps({
-        "row": name, "flags": FLAGS[name], "suite": "demo", "seed": 0, "commands": ["python eval.py"],
-        "commits": ["0123"], "torch": "2", "seconds": 60.0, "data": str(root / "test.jsonl"),
-        "stages": [str(folder)]} | compare.summary(folder, "zoom", folder)))
+    (runs / "demo/0/rows" / name).mkdir(parents=True)
+    (runs / "demo/0/rows" / name / "result.json").write_text(json.dumps({
+        "row": name, "flags": FLAGS[name], "suite": "demo", "seed": 0, "base": "0",
+        "commands": ["python eval.py"], "commits": ["0123"], "torch": "2", "seconds": 60.0, "data": str(root / "test.jsonl"),
+        "stages": [str(folder)]} | compare.summary(folder, "zoom", root / "test.jsonl", folder)))
 
 
 @pytest.fixture
