@@ -151,11 +151,10 @@ def fill(flags, place):
 
 def make_row(row, place):
     """Runs what is missing of a row, then writes its result.json."""
-    for stage in chain(row, place):
-        if "{" in " ".join(stage.command):
-            raise UserError("its frames are those of the row full, which is not there")
+    if "{" in " ".join(word for stage in chain(row, place) for word in stage.command):
+        raise UserError("its frames are those of the row full, which is not there")
+    for stage in (stages := chain(row, place)):
         stage.run()
-    stages = chain(row, place)
     made = [stage.result() for stage in stages]
     rl_folder, test = next((s.folder for s in stages if s.kind == "rl"), None), stages[-1].inputs[-1]
     write_json(open_folder(place.folder / "rows" / row.name) / "result.json", {
