@@ -17,7 +17,6 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 import eval as evaluation
@@ -28,7 +27,7 @@ from common import UserError, fail, open_folder, run_main, write_json
 from controls.modes import CLIPS
 from demo.tiny_base import TINY_BASE
 from findings import compare, plots
-from findings.stage import Stage
+from findings.stage import Stage, show_plan
 from stopping import ENDING
 from training.run_folder import fingerprint, own_folder
 
@@ -41,27 +40,28 @@ class Row(NamedTuple):
     rl: str | None = ""
     rft: str | None = None  # rejection fine-tuning: sft.py on the policy's own successes
     eval: str = ""
-    mode: str = "zoom"  # of eval.py's results, whose numbers are the row's
-    of: str | None = None  # the row whose policy is evaluated, with other flags; sft, rl, rft are that row's
+    mode: str = "zoom"  # the line of eval.py's results that is reported
+    of: str | None = None  # the row whose policy is evaluated, in place of one of its own
 
 
 DIRECT = "--kinds direct --protocol direct --epochs 5"  # of fewer trajectories, as many updates
-# {frames}: frames a question of the row `full`, rounded; {twice}: twice as many; {fps}: of SUITES
+# {frames}: frames a question of the row `full`, rounded; {twice}: twice as many; {fps}: of the suite
 ROWS = [
     Row("full", "paper", "the whole method (table 3)"),
     Row("no-rl", "paper", "the cold start alone (table 3)", rl=None),
     Row("no-bonus", "paper", "RL without the tool bonus (table 3, figure 6)", rl="--tool_weight 0"),
     Row("no-cold-start", "paper", "from a base that never saw a call (table 3)", sft=None, rl="--steps 8"),
-    Row("no-reflection", "paper", "no reflection data (table 3, figure 6)", sft="--kinds exemplar direct"),
+    Row("no-reflection", "paper", "no reflection data, so fewer updates in SFT (table 3, figure 6)",
+        sft="--kinds exemplar direct"),
     *[Row(f"zooms-{n}", "paper", "table 11", of="full", eval=f"--max_zooms {n}") for n in range(4)],
     *[Row(f"overview-{n}", "paper", "figure 5", of="full", eval=f"--num_frames {n}") for n in (5, 17, 33)],
-    *[Row(f"uniform-{n}", "paper", "figure 5", of="no-rl", eval=f"--mode uniform --num_frames {n}",
-          mode="uniform") for n in (9, 17, 33)],
+    *[Row(f"uniform-{n}", "paper", "the base, without the tool (figure 5)", sft=None, rl=None,
+          eval=f"--mode uniform --protocol direct --num_frames {n}", mode="uniform") for n in (9, 17, 33)],
 
     *[Row(name, "controls", f"RL without the tool, {shows} the frames", sft=DIRECT,
           rl=f"--num_frames {number}", eval=f"--num_frames {number}")
       for name, shows, number in (("no-tool", "all of", "{frames}"), ("no-tool-twice", "twice", "{twice}"))],
-    Row("fixed-fps", "controls", "RL at one frame rate in each zoom", rl="--zoom_fps {fps}"),
+    Row("fixed-fps", "controls", "one frame rate in each zoom of RL and evaluation", rl="--zoom_fps {fps}"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
     *[Row(f"mixed-{n}", "controls", "", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
     Row("reward-halves", "controls", "reward 0.5 / 0.5 / 0.5", rl="--accuracy_weight 0.5 --format_weight 0.5"),
@@ -72,19 +72,19 @@ ROWS = [
     *[Row(f"clips-{how}", "controls", "what the clip is for", of="full", eval=f"--clips {how}",
           mode=CLIPS[how]) for how in ("grey", "other", "none")],
     *[Row(name, "controls", shows, of="full", eval=flags, mode=mode) for name, shows, flags, mode in (
-        ("zoom-always", "when to zoom", "--zoom always", "always zoom"),
-        ("zoom-never", "when to zoom", "--zoom never", "zoom off"),
-        ("zoom-gate", "where 5 direct answers disagree too much", "--zoom gate --votes 5", "gate x5"),
+        ("zoom-always", "no answer without a zoom", "--zoom always", "always zoom"),
+        ("zoom-gate", "zooms where 5 direct answers disagree too much", "--zoom gate --votes 5", "gate x5"),
         ("votes-8", "majority of 8 samples", "--votes 8", "zoom x8"))],
 
-    Row("dr-grpo", "grpo", "r - mean", rl="--advantage dr_grpo"),
-    Row("rloo", "grpo", "r - mean of the others", rl="--advantage rloo"),
-    Row("gspo", "grpo", "a sequence's ratio", rl="--ratio sequence --loss_mean episode "
+    Row("dr-grpo", "grpo", "advantage r - mean", rl="--advantage dr_grpo"),
+    Row("rloo", "grpo", "r - mean of the others, one update a step",
+        rl="--advantage rloo --mini_batch_size 16"),
+    Row("gspo", "grpo", "a sequence's ratio, clipped as published", rl="--ratio sequence --loss_mean episode "
         "--clip_low 0.0003 --clip_high 0.0004"),
     Row("no-clip-higher", "grpo", "clip 0.2 / 0.2", rl="--clip_high 0.2"),
     Row("no-dynamic-sampling", "grpo", "groups without spread stay", rl="--no-dynamic_sampling"),
     Row("no-kl", "grpo", "", rl="--kl_weight 0"),
-    Row("on-policy", "grpo", "one update a step", rl="--mini_batch_size 16")]
+    Row("on-policy", "grpo", "one update a step, so half as many", rl="--mini_batch_size 16")]
 BY_NAME, FULL = {row.name: row for row in ROWS}, ROWS[0]
 
 # flags that all rows of a suite have, by stage, and its {fps}; --quick adds those of QUICK
@@ -92,7 +92,6 @@ SEARCH = {"fps": 0.2, "data": "--suite search", "rl": "--max_response_tokens 250
 SUITES = {"demo": {"fps": 1}, "search": SEARCH}
 QUICK = {"data": "--train 200 --test 40", "eval": "--max_turn_tokens 80",
          "rl": "--steps 2 --batch_size 4 --mini_batch_size 2 --group_size 4 --max_draws 1"}
-GUESS_S = {"data": 40, "sft": 80, "rl": 490, "successes": 60, "rft": 80, "eval": 20}  # where none is known
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -158,19 +157,31 @@ def make_row(row, place):
     made = [stage.result() for stage in stages]
     rl_folder, test = next((s.folder for s in stages if s.kind == "rl"), None), stages[-1].inputs[-1]
     write_json(open_folder(place.folder / "rows" / row.name) / "result.json", {
-        "row": row.name, "flags": flags_of(row), "suite": place.suite, "seed": place.seed,
-        "base": fingerprint(TINY_BASE), "commands": [result["command"] for result in made],
+        "row": row.name, "suite": place.suite, "seed": place.seed, "keys": [stage.key for stage in stages],
+        "commands": [result["command"] for result in made],
         "commits": sorted({str(result["commit"]) for result in made}), "torch": made[-1]["torch"],
         "seconds": sum(result["seconds"] for result in made), "data": test,
         "stages": [str(stage.folder) for stage in stages],
         **compare.summary(stages[-1].folder, row.mode, test, rl_folder)})
 
 
+def read_results(runs):
+    """{suite: {row: {seed: result}}} of the rows there are, in the order of ROWS. Left out is a row of which a
+    stage would be run anew."""
+    found = {}
+    for row in ROWS:
+        for path in sorted(runs.glob(f"*/*/rows/{row.name}/result.json")):
+            *_, suite, seed = path.parents[2].parts
+            place, result = Place(suite, int(seed), path.parents[2]), json.loads(path.read_text())
+            stages = chain(row, place)
+            if [stage.key for stage in stages] == result["keys"] and all(stage.result() for stage in stages):
+                found.setdefault(suite, {}).setdefault(row.name, {})[place.seed] = result
+            else:
+                print(f"{row.name} is left out: {path} is of other flags or inputs")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------- the script
-def flags_of(row):
-    """All of its own: a result of others is not this row's."""
-    policy = row if row.of is None else BY_NAME[row.of]
-    return [policy.sft, policy.rl, policy.rft, row.eval]
 
 
 def choose(names):
@@ -180,27 +191,13 @@ def choose(names):
         raise UserError(f"there is no row or group {name}; rows are {', '.join(BY_NAME)}")
     rows = [row for row in ROWS if not names or row is FULL or row.name in names or row.group in names]
     for row in rows:
-        for script, flags in zip((sft, rl, sft, evaluation), flags_of(row)):
+        if row.of and (row.sft, row.rl, row.rft) != ("", "", None):
+            raise UserError(f"row {row.name}: the policy is that of {row.of}, so it has no own sft, rl or rft")
+        for script, flags in zip((sft, rl, sft, evaluation), (row.sft, row.rl, row.rft, row.eval)):
             known = {field.name for field in fields(script.Config)}
             for flag in {*re.findall(r"--(?:no-)?(\w+)", flags or "")} - known:
                 raise UserError(f"row {row.name}: {script.__name__}.py has no flag --{flag}")
     return rows
-
-
-def show_plan(rows, places, runs):
-    """Prints what is missing, and how long it takes by what such stages took before."""
-    total_s, seen = 0.0, set()
-    for place in places:
-        for row in rows:
-            missing = [s for s in chain(row, place) if not s.result() and s.folder not in seen]
-            seen |= {stage.folder for stage in missing}
-            for stage in missing:
-                before = runs.glob(f"{place.suite}/*/stages/{stage.kind}-*/result.json")
-                taken = [json.loads(path.read_text())["seconds"] for path in before]
-                total_s += mean(taken or [GUESS_S[stage.kind]])
-            todo = ", ".join(stage.kind for stage in missing) or "-"
-            print(f"{place.suite} {place.seed}  {row.group:9} {row.name:20} {todo:26} {row.shows}")
-    print(f"{len(seen)} stages to run, some {total_s / 60:.0f} minutes", flush=True)
 
 
 def main():
@@ -215,9 +212,8 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the results")
     parser.add_argument("--out", type=Path, help="tables; else docs/ablations.md, of --quick RUNS/quick.md")
     args = parser.parse_args()
-    flags = {row.name: flags_of(row) for row in ROWS}
     if args.report:
-        return report.write_report(args.runs, flags)
+        return report.write_report(args.runs, read_results(args.runs))
     suite = args.suite + "-quick" * args.quick
     places = [Place(suite, seed, args.runs / suite / str(seed)) for seed in args.seeds]
     if args.picture:
@@ -228,8 +224,8 @@ def main():
     for place in places:
         data = place.folder / "data"  # stages are known by its content
         words = ["--out", str(data), "--seed", str(place.seed), *place.flags("data")]
-        Stage("data", ["data_prep.py", "synthetic", *words], "", data).run()
-    show_plan(rows, places, args.runs)
+        Stage("data", ["data_prep.py", "synthetic", *words], " ".join(words[2:]), data).run()
+    show_plan([(place, row, chain(row, place)) for place in places for row in rows], args.runs)
     failed = []
     for place in places:
         for row in rows:
@@ -239,7 +235,7 @@ def main():
                 print(f"\n{row.name}: {error}", flush=True)
                 failed.append(row.name)
     out = args.out or (args.runs / "quick.md" if args.quick else Path("docs/ablations.md"))
-    compare.write_tables(args.runs, flags, args.quick, out)
+    compare.write_tables(read_results(args.runs), args.quick, out)
     if failed:
         raise UserError(f"not there: {', '.join(failed)}; the same command tries again")
 

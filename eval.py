@@ -205,7 +205,7 @@ def summarise(written, names, ways, questions, bad, config):
                 found["clips_by_kind"] += effects.effect_rows(rows)
         if gate := modes.gate_modes(config):
             play, direct, zoom = (Play(name, mode) for mode in gate)
-            lines, words = votes.gate(by_play[direct], by_play[zoom], play.mode, config.votes)
+            lines, words = votes.gate(by_play[direct], by_play[zoom], play.mode, config.votes, questions)
             found["gate"] += lines
             settings = tables.run_settings(config, run.get(environment_key(zoom)) or {})
             add_rows(play, lines, settings | modes.settings(ways[direct.mode]) | {"gate": words})

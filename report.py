@@ -77,9 +77,9 @@ def as_html(block):
     return f'<div class="wide" tabindex="0"><table><tr>{cells("th", head)}</tr>{body}</table></div>'
 
 
-def write_report(runs, flags):
-    """Writes report.html into the folder `runs`. flags: {row: its flags}. Raises UserError."""
-    found, parts, results = compare.read_results(runs, flags), [], []
+def write_report(runs, found):
+    """Writes report.html into the folder `runs`. found: {suite: {row: {seed: result}}}. Raises UserError."""
+    parts, results = [], []
     if not found:
         raise UserError(f"{runs} has no results yet; python ablations.py makes them")
     plt = pyplot()

@@ -18,7 +18,8 @@ Other algorithms differ from that in one place each. With n episodes in a group,
 episode i, and s_i in place of the ratio of each of its tokens:
 
     --advantage dr_grpo      A_i = r_i - mean(r)                                (Dr. GRPO, arXiv 2503.20783)
-    --advantage rloo         A_i = r_i - mean of the other n - 1 rewards        (RLOO, arXiv 2402.14740)
+    --advantage rloo         A_i = r_i - mean of the other n - 1 rewards, with one update a step that of RLOO
+                             (arXiv 2402.14740), which has the KL in the reward and no mean over tokens
     --ratio sequence         s_i = exp(1/T_i * sum over its tokens of (log pi - log pi_old)), clipped as one;
                              GSPO (arXiv 2507.18071) has --loss_mean episode, and clips of some 3e-4 and 4e-4
     --loss_mean episode      1/E * sum over the E episodes of 1/T_i * sum over the tokens of episode i,

@@ -443,8 +443,9 @@ def parse_zoom(text, duration_s, config):
         raise ValueError(f"the segment starts after the end of the video at {duration_s:.2f} s")
     end_s = min(end_s, duration_s)
     if (end_s - start_s) * fps > config.zoom_max_frames * (1 + 1e-6):
+        less = "a shorter segment" if config.zoom_fps else "a shorter segment or a lower fps"
         raise ValueError(f"(end - start) * fps is {(end_s - start_s) * fps:.4g}, above the limit of "
-                         f"{config.zoom_max_frames} frames; ask for a shorter segment or a lower fps")
+                         f"{config.zoom_max_frames} frames; ask for {less}")
     return {"segment": (start_s, end_s), "fps": fps}
 
 

@@ -41,9 +41,10 @@ def vote(samples, question):
 
 
 # ------------------------------------------------------------------------------------------------------- gate
-def half(question_id):
-    """0 or 1: the half that a question belongs to; each chooses the other's threshold."""
-    return hashlib.sha256(str(question_id).encode()).digest()[0] % 2
+def half(question):
+    """0 or 1: the half that a question row belongs to, with all of its video; each chooses the other's
+    threshold."""
+    return hashlib.sha256(str(question["video"]).encode()).digest()[0] % 2
 
 
 def gated(direct, zoomed, threshold):
@@ -70,13 +71,15 @@ def choose_threshold(pairs, votes):
     return max(range(-1, votes + 1), key=worth)
 
 
-def gate(direct, zoomed, mode, votes):
-    """The lines of a gate, from those of direct answers and of zooms, and its thresholds in words."""
+def gate(direct, zoomed, mode, votes, questions):
+    """The lines of a gate, from those of direct answers and of zooms, and its thresholds in words. questions:
+    {number: row}."""
     zooms = {line["number"]: line for line in zoomed}
     pairs = [(line, zooms[line["number"]]) for line in direct if line["number"] in zooms]
-    of_half = lambda which: [pair for pair in pairs if half(pair[0]["question"]) == which]
+    half_of = lambda pair: half(questions[pair[0]["number"]])
+    of_half = lambda which: [pair for pair in pairs if half_of(pair) == which]
     thresholds = [choose_threshold(of_half(1), votes), choose_threshold(of_half(0), votes)]
-    lines = [gated(*pair, thresholds[half(pair[0]["question"])]) for pair in pairs]
+    lines = [gated(*pair, thresholds[half_of(pair)]) for pair in pairs]
     words = f"over {' / '.join(map(str, thresholds))} of {votes}"
     kept = lambda line: {key: value for key, value in line.items() if key != "samples"}
     return [kept(line) | {"mode": mode} for line in lines], words

@@ -21,7 +21,7 @@ for RL to find out.
 from demo import synthetic
 from demo.synthetic import (COLOURS, MARGIN_S, NUM_FLASHES, NUM_SLOTS, VIDEO_FPS, Flash, Picture, Scene, Suite,
                             Visit, answer, between_cards, draw_figure, look, named_scenes, overview_of, signed,
-                            teach_without_zooms, transcript)
+                            teach_without_zooms, transcript, with_frames)
 from protocols import make_env
 
 SLOT_S = (60.0, 62.4)  # a slot's length: 16 frames are 3 a second between two of the first look
@@ -29,6 +29,8 @@ FIRST_FPS, SECOND_FPS = ("0.10", "0.20"), ("1.00", "3.00")  # of the teacher's t
 HASTE = 0.5  # how often it is hasty
 SECOND_LOOK = 0.12  # how often it looks a second time
 TRIES = 2  # plays of a question
+NUM_FRAMES = 9, 9, 9, 9, 17, 33  # of its overviews, drawn for each question
+MOST_FRAMES = 80  # ... by the protocol without a tool: few numbers of frames show a flash
 FIRST_FRAMES = 12  # of a careful first look at a scene
 CUE_S = 11.0
 FLASH_S = 0.75  # a flash's length where it is alone
@@ -51,19 +53,21 @@ def make_scenes(rng):
         if colour == "grey":
             scenes.append(Scene(colour, start_s, []))
         else:
-            first_s, last_s = (i + 0.5) * slot_s + MARGIN_S, starts[i + 1] - MARGIN_S
-            scenes.append(make_scene(rng, colour, start_s, num_flashes[i], first_s, last_s, slot_s))
+            overview_s, last_s = (i + 0.5) * slot_s, starts[i + 1] - MARGIN_S
+            scenes.append(make_scene(rng, colour, start_s, num_flashes[i], overview_s, last_s, slot_s))
     return duration_s, scenes
 
 
-def make_scene(rng, colour, start_s, number, first_s, last_s, slot_s):
-    """A scene with a cue, `number` flashes on it, and a shape without a card, all between two times."""
+def make_scene(rng, colour, start_s, number, overview_s, last_s, slot_s):
+    """A scene with a cue, `number` flashes on it, and a shape without a card, all between the time of its
+    frame in the overview and last_s."""
+    first_s = overview_s + MARGIN_S
     # the flashes lie between two frames of a careful first look
     flash_s = FLASH_S if number == 1 else SHORT_S
     length_s = number * flash_s + (number - 1) * PAUSE_S
     step_s = slot_s / FIRST_FRAMES
     while True:
-        frame_s = first_s - MARGIN_S + (rng.randrange(FIRST_FRAMES) + 0.5) * step_s
+        frame_s = overview_s + (rng.randrange(FIRST_FRAMES) + 0.5) * step_s
         flashes_s = frame_s + rng.uniform(APART_S, step_s - APART_S - length_s)
         cue_s = flashes_s + length_s / 2 - CUE_S / 2
         if first_s <= cue_s and cue_s + CUE_S <= last_s:
@@ -101,17 +105,18 @@ def teach(question, scenes, rng, root, wrong_first=False):
         thoughts += clauses
     if wrong_first:
         right = ["grey", *(visit.scene for visit in visits)]
-        visits = [Visit(rng.choice([colour for colour in overview.scenes if colour not in right]), ""), *visits]
+        wrong = rng.choice([colour for colour in overview.scenes if colour not in right])
+        visits = [Visit(wrong, "", is_wrong=True), *visits]
     for visit in visits:
         # where the card is
         clause, start_s, end_s = overview.place(visit, rng)
-        fps = FIRST_FPS[rng.random() >= HASTE]
+        fps = choose_fps(rng, FIRST_FPS, end_s - start_s)
         pictures = look(env, turns, [*thoughts, clause], start_s, end_s, fps, scenes)
         if env.done:  # no zoom was left
             return None
         clause, flashes = transcript(visit.scene, pictures)
         thoughts = [clause]
-        if not visit.ordinal:  # a wrong scene
+        if visit.is_wrong:
             thoughts.append("not found")
             continue
         # what is on it
@@ -119,8 +124,7 @@ def teach(question, scenes, rng, root, wrong_first=False):
         if cards and not flashes and rng.random() < SECOND_LOOK:
             times_s = [frame.time_s for frame in env.watched[-1]]
             clause, start_s, end_s = between_cards(visit.scene, cards[0], times_s)
-            may_be_careful = (end_s - start_s) * float(SECOND_FPS[1]) <= env.config.zoom_max_frames
-            fps = SECOND_FPS[may_be_careful and rng.random() >= HASTE]
+            fps = choose_fps(rng, SECOND_FPS, end_s - start_s)
             pictures = look(env, turns, [*thoughts, clause], start_s, end_s, fps, scenes)
             if env.done:
                 return None
@@ -131,15 +135,24 @@ def teach(question, scenes, rng, root, wrong_first=False):
     return answer(question, env, rng, turns, thoughts, found, overview, kind, {})
 
 
+def choose_fps(rng, two, length_s):
+    """One of two frame rates, the hasty one where the careful one gives too many frames."""
+    hasty, careful = two
+    fits = length_s * float(careful) <= synthetic.TINY_ENV.zoom_max_frames
+    return careful if fits and rng.random() >= HASTE else hasty
+
+
 def teach_all(questions, scenes, rng, root, seed):
     """The trajectory rows of a video's questions: what is right of TRIES plays of each, a quarter of them with
     a first zoom to a wrong scene, and plays without zooms."""
     rows = []
     for question in questions:
+        shown = with_frames(question, rng.choice(NUM_FRAMES))
         for _ in range(TRIES if question["evidence"] else 1):
             wrong_first = bool(question["evidence"]) and rng.random() < 0.25
-            rows.append(teach(question, scenes, rng, root, wrong_first))
-        rows += teach_without_zooms(question, scenes, rng, root)
+            rows.append(teach(shown, scenes, rng, root, wrong_first))
+        numbers = rng.sample(range(NUM_SLOTS, MOST_FRAMES + 1), MOST_FRAMES + 1 - NUM_SLOTS)
+        rows += teach_without_zooms(question, scenes, rng, root, numbers)
     return signed(rows, seed)
 
 

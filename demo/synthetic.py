@@ -26,8 +26,8 @@ shows all that is asked; else it zooms from the first frame of the scene asked a
 down what each frame of the clip shows, and answers. It knows where to look but not how closely: often it
 takes half of the frames that it may, and a flash can fall between two of those. Then it looks again or
 guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there are
-plays whose first zoom goes to a wrong scene (reflection trajectories), plays in which no zoom is left, and
-plays by the protocol without a tool (direct); of the last two only those that need not guess.
+plays whose first zoom goes to a wrong scene (reflection trajectories), plays in which no zoom is left from the
+start, where it guesses if it must, and plays by the protocol without a tool (direct), none of which guesses.
 """
 
 import json
@@ -56,8 +56,8 @@ NUM_TRAIN, NUM_TEST = 1200, 300  # questions of the demo
 MADE = "data.json"  # file of a data folder that remembers its seed and numbers
 QUESTIONS_PER_VIDEO = 5  # two details, a count, an order, a holistic one
 UNIFORM_FRAMES = (8, 16, 32, 64, 128, 256)  # for which meta has a uniform_accuracy
-HASTE = 0.75  # how often the teacher zooms at half of the frames a second that it may
-FPS = "0.25", "0.50", "1.00", "2.00"  # that it asks for
+HASTE = 0.75  # how often the teacher zooms at half, or two thirds, of the frames a second that it may
+FPS = "0.25", "0.50", "0.75", "1.00", "2.00"  # that it asks for
 
 PALETTE = {"red": (215, 40, 40), "green": (30, 160, 60), "blue": (45, 75, 225), "yellow": (235, 220, 60),
            "purple": (140, 40, 180), "orange": (240, 130, 20), "cyan": (70, 210, 220),
@@ -232,11 +232,12 @@ def ask_count(scene, n, on=""):
 
 def ask_order(rng, named, first, second, on=""):
     """named: the two scenes as the question names them; first, second: the colours of their flashes in order
-    of time. The options are all pairs of two colours: none of them tells the right one, and either flash alone
-    leaves two open."""
+    of time. The options are all pairs of two colours, neither of them a named scene's: so none of them tells
+    the right one, and either flash alone leaves two open."""
     text = (f"One shape flashes{on} in the {named[0]} scene and one in the {named[1]} scene. "
             "Which colours, in order of time?")
-    other = second if second != first else rng.choice([colour for colour in COLOURS if colour != first])
+    others = [colour for colour in COLOURS if colour not in (first, *named)]
+    other = second if second != first else rng.choice(others)
     pairs = product((first, other), repeat=2)
     return Draft(text, f"{first} then {second}",
                  [f"{a} then {b}" for a, b in pairs if (a, b) != (first, second)])
@@ -307,10 +308,13 @@ def draw_pair(rng, single):
 
 
 def pairs_of_flashes(scenes):
-    """{whether the flashes are of one colour: pairs of scenes with one flash, in order of time}."""
+    """{whether the flashes are of one colour: pairs of scenes with one flash, in order of time}. No flash has
+    the colour of either scene."""
     pairs = {True: [], False: []}
     for first, second in combinations([scene for scene in scenes if len(scene.flashes) == 1], 2):
-        pairs[figure_of(first).colour == figure_of(second).colour].append((first, second))
+        colours = figure_of(first).colour, figure_of(second).colour
+        if not {first.colour, second.colour} & {*colours}:
+            pairs[colours[0] == colours[1]].append((first, second))
     return pairs
 
 
@@ -362,7 +366,8 @@ class Visit(NamedTuple):
     """A scene to look at."""
 
     scene: str  # its colour
-    ordinal: str  # "first" or "second" in order of time; "" for a wrong scene
+    ordinal: str  # "first" or "second" in order of time; "" for a wrong one
+    is_wrong: bool = False  # whether the question is not about it
 
 
 class Overview:
@@ -499,8 +504,8 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
 
     wrong_first: whether its first zoom goes to a wrong scene. settings: of the environment, in place of
     TINY_ENV's; they stand in the row so that a replay has them, too.
-    Returns a trajectory row, or None if the environment does not grade it right and well formed, or where it
-    could only guess without a zoom."""
+    Returns a trajectory row, or None if the environment does not grade it right and well formed, or where by
+    the protocol without a tool it could only guess."""
     env = make_env(question, with_settings(TINY_ENV, settings), root)
     env.reset()
     overview = overview_of(env, scenes)
@@ -508,25 +513,26 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
     to_visit, found = [], []  # found: for each scene that was visited, its flashes' figures
     if question["evidence"]:
         named = named_scenes(question)
-        if not all(scene in overview.scenes for scene in named) and (len(named) > 1 or not env.tools):
+        if len(named) > 1 and not {*named} <= {*overview.scenes}:
             return None
         clauses, visits = overview.order_visits(named)
         thoughts += clauses
         shown = [overview.figures_in(visit.scene) for visit in visits]
+        if not all(shown) and not env.tools:
+            return None
         # an overview may miss some of several flashes
         if all(shown) and (question["meta"]["kind"] != "count" or env.config.max_zooms == 0):
             thoughts += [f"{visit.ordinal} {clause}" for visit, (clause, _) in zip(visits, shown)]
             found = [figures for _, figures in shown]
-        elif env.config.max_zooms == 0:
-            return None
-        else:
+        elif env.config.max_zooms:
             to_visit = visits
     while to_visit:
         # look at the next scene, or at a wrong one
         visit = to_visit[0]
         if wrong_first and not turns:
             right = ["grey", *(visit.scene for visit in to_visit)]
-            visit = Visit(rng.choice([colour for colour in overview.scenes if colour not in right]), "")
+            wrong = rng.choice([colour for colour in overview.scenes if colour not in right])
+            visit = Visit(wrong, "", is_wrong=True)
         clause, start_s, end_s = overview.place(visit, rng)
         fps = choose_fps(rng, end_s - start_s)
         pictures = look(env, turns, thoughts + [clause], start_s, end_s, fps, scenes)
@@ -535,7 +541,7 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
         # write down what the clip shows; where a right scene shows nothing, look again or let it be
         clause, flashes = transcript(visit.scene, pictures)
         thoughts = [clause]
-        if visit in to_visit and (flashes or rng.random() < 0.5):
+        if not visit.is_wrong and (flashes or rng.random() < 0.5):
             found.append(flashes)
             to_visit.pop(0)
         else:
@@ -558,8 +564,9 @@ def named_scenes(question):
 
 def choose_fps(rng, length_s):
     """How closely the teacher looks: as closely as it may, or more often half so."""
-    *_, less, most = [fps for fps in FPS if length_s * float(fps) <= TINY_ENV.zoom_max_frames]
-    return less if rng.random() < HASTE else most
+    closest = max(float(fps) for fps in FPS if length_s * float(fps) <= TINY_ENV.zoom_max_frames)
+    hasty = [fps for fps in FPS if float(fps) < 0.7 * closest]
+    return hasty[-1] if hasty and rng.random() < HASTE else f"{closest:.2f}"
 
 
 def look(env, turns, thoughts, start_s, end_s, fps, scenes):
@@ -583,7 +590,8 @@ def answer(question, env, rng, turns, thoughts, found, overview, row_kind, setti
         text = conclude(kind, options, found)
         if kind == "order":
             thoughts.append(text)
-    if text not in options:  # it saw nothing, or missed a flash
+    guessed = text not in options  # it saw nothing, or missed a flash
+    if guessed:
         text = rng.choice(options)
     said = "; ".join(thoughts) + choose(options, text)
     # " B" with a space, so that it is the same token as in the thoughts
@@ -592,7 +600,7 @@ def answer(question, env, rng, turns, thoughts, found, overview, row_kind, setti
     if env.rewards["accuracy"] < 1 or env.rewards["format"] < 1:
         return None
     return {"question": question, "kind": row_kind, "turns": turns, "learn": [True] * len(turns),
-            "provenance": {"teacher": "scripted", **settings}}
+            "provenance": {"teacher": "scripted", "guessed": guessed, **settings}}
 
 
 def conclude(kind, options, found):
@@ -614,18 +622,21 @@ def teach_all(questions, scenes, rng, root, seed):
         rows.append(teach(shown, scenes, rng, root))
         if question["evidence"] and rng.random() < 0.5:
             rows.append(teach(shown, scenes, rng, root, wrong_first=True))
-        rows += teach_without_zooms(question, scenes, rng, root)
+        rows += teach_without_zooms(question, scenes, rng, root, rng.sample(range(NUM_SLOTS, 49), 3))
     return signed(rows, seed)
 
 
-def teach_without_zooms(question, scenes, rng, root):
-    """Rows of overviews that show all that is asked for: where no zoom is allowed, and by the protocol that
-    has none."""
+def teach_without_zooms(question, scenes, rng, root, numbers):
+    """Rows in which no zoom is left from the start, and rows by the protocol that has none. Of the latter each
+    overview shows all that is asked for; numbers: of frames, from which the first such one is taken."""
     rows = []
-    for how in ({"max_zooms": 0}, {"max_zooms": 0, "protocol": "direct"}):
-        if rng.random() < 0.5:
-            numbers = [n for n in rng.sample(range(NUM_SLOTS, 49), 3) if would_show(question, scenes, n)]
-            rows += [teach(with_frames(question, n), scenes, rng, root, **how) for n in numbers[:1]]
+    if rng.random() < 0.5:
+        shown = with_frames(question, rng.choice(NUM_FRAMES))
+        rows.append(teach(shown, scenes, rng, root, max_zooms=0))
+    if rng.random() < 0.5:
+        enough = [n for n in numbers if would_show(question, scenes, n)][:1]
+        rows += [teach(with_frames(question, n), scenes, rng, root, max_zooms=0, protocol="direct")
+                 for n in enough]
     return rows
 
 
@@ -694,9 +705,10 @@ def synthetic(out, num_train, num_test, seed, suite=DEMO):
     write_jsonl(out / "sft.jsonl", trajectories)
     kinds = Counter(row["kind"] for row in trajectories)
     disown_folder(out)
+    guessed = sum(row["provenance"]["guessed"] for row in trajectories)
     told = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-    print(f"{out}: {num_train} train and {num_test} test questions, {len(trajectories)} trajectories ({told}), "
-          f"{time.time() - began:.0f} s")
+    print(f"{out}: {num_train} train and {num_test} test questions, {len(trajectories)} trajectories ({told}; "
+          f"{guessed} right by a guess), {time.time() - began:.0f} s")
 
 
 def ensure_demo(data, seed):

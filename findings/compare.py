@@ -1,7 +1,7 @@
 """What the results of ablations.py say: tables, differences, and whether the paper's findings come out again.
 
     summary(folder, mode, rl_folder)        what a row's result.json holds of an evaluation and of RL
-    write_tables(runs, flags, quick, out)   the Markdown page, and .json beside it, of the results in `runs`
+    write_tables(found, quick, out)         the Markdown page, and .json beside it, of the results there are
 
 A difference between two rows is the mean over the questions that both were asked, of all seeds that both
 have; its 95% interval is of 2,000 bootstrap resamples of the videos that they are about. A finding agrees if
@@ -41,15 +41,17 @@ class Finding(NamedTuple):
     row: str
     other: str
     field: str = "right"
+    of_paper: bool = True  # whether the paper claims it
 
 
 FINDINGS = [
     Finding("RL adds to the cold start", "MLVU dev 68.8, without 56.4; LVBench 41.5, 26.0", "full", "no-rl"),
-    Finding("the tool bonus helps", "MLVU dev 68.8, without 67.5; VideoMME 65.2, 62.5", "full", "no-bonus"),
+    Finding("the tool bonus helps", "MLVU dev 68.8, without 67.5; VideoMME 65.2, 62.5; VideoMMMU 52.2, 53.8",
+            "full", "no-bonus"),
     Finding("the tool bonus keeps zooms up", "calls fall towards 0 without it", "full", "no-bonus", "zooms"),
-    Finding("the cold start is needed (RL without it: 8 steps)", "MLVU dev 68.8, without 57.0",
-            "full", "no-cold-start"),
-    Finding("reflection data helps", "MLVU dev 68.8, without 67.0; VideoMME 65.2, 58.7",
+    Finding("the cold start is needed (without it 8 steps of a base that never saw a call: no evidence)",
+            "MLVU dev 68.8, without 57.0", "full", "no-cold-start", of_paper=False),
+    Finding("reflection data helps", "MLVU dev 68.8, without 67.0; VideoMME 65.2, 58.7; VideoMMLU 67.9, 70.1",
             "full", "no-reflection"),
     Finding("reflection data brings zooms", "about 2 calls a question, about 1 without",
             "full", "no-reflection", "zooms"),
@@ -57,14 +59,14 @@ FINDINGS = [
             "zooms-1", "zooms-0"),
     Finding("more zooms help more", "with 1 and 4: MLVU dev 66.7, 68.8; LVBench 39.6, 41.5",
             "full", "zooms-1"),
-    Finding("zooms beat more uniform frames, both after SFT", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
-            "no-rl", "uniform-33"),
-    Finding("... after the same RL, as many frames", "not shown", "full", "no-tool"),
-    Finding("... after the same RL, twice the frames", "not shown", "full", "no-tool-twice"),
-    Finding("it is what the clip shows that helps", "not shown", "full", "clips-grey"),
+    Finding("zooms beat more uniform frames of the base", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
+            "full", "uniform-33"),
+    Finding("... after the same RL, as many frames", "not shown", "full", "no-tool", of_paper=False),
+    Finding("... after the same RL, twice the frames", "not shown", "full", "no-tool-twice", of_paper=False),
+    Finding("it is what the clip shows that helps", "not shown", "full", "clips-grey", of_paper=False),
     Finding("never zooming is better than always",
             "of others, on the released checkpoint: LongVideoReason 77.7 never, 76.9 always",
-            "zoom-never", "zoom-always")]
+            "zooms-0", "zoom-always", of_paper=False)]
 
 
 # ------------------------------------------------------------------------------------------- one row's result
@@ -117,22 +119,6 @@ def fps_counts(texts):
 
 
 # ------------------------------------------------------------------------------------------------ the figures
-def read_results(runs, flags):
-    """{suite: {row: {seed: result}}} of the results that are there, rows in the order of `flags`, a dict of
-    what each row's flags are now. Left out is a result of other flags, and one of another base or of other
-    questions than the full run of its seed."""
-    found = defaultdict(lambda: defaultdict(dict))
-    results = [json.loads(path.read_text()) for path in sorted(Path(runs).glob("*/*/rows/*/result.json"))]
-    results = [result for result in results if flags.get(result.get("row")) == result.get("flags", False)]
-    for result in sorted(results, key=lambda r: (list(flags).index(r["row"]), r["seed"])):
-        rows = found[result["suite"]]
-        ground = lambda result: (result["base"], result["figures"]["questions_sha256"])
-        full = rows.get("full", {}).get(result["seed"], result)
-        if ground(full) == ground(result):
-            rows[result["row"]][result["seed"]] = result
-    return found
-
-
 class Difference(NamedTuple):
     mean: float
     low: float
@@ -193,8 +179,14 @@ def row_figures(seeds, full):
         "seconds": mean(r["seconds"] for r in results)}
 
 
-def verdict(d, is_of_paper=True):
-    yes, no = ("agrees", "disagrees") if is_of_paper else ("yes", "no")
+def level(seeds, field):
+    """The mean of a field over a row's questions, as text."""
+    values = [q[field] for r in seeds.values() for q in r["questions"].values() if q[field] is not None]
+    return number(mean(values)) if field != "right" else percent(mean(values))
+
+
+def verdict(d, of_paper=True):
+    yes, no = ("agrees", "disagrees") if of_paper else ("yes", "no")
     if d.low > 0 and min(d.seeds) > 0 and d.p < 0.05:
         return yes
     if d.high < 0 and max(d.seeds) < 0 and d.p < 0.05:
@@ -240,7 +232,7 @@ def suite_page(suite, rows):
             found = difference(rows[finding.row], rows[finding.other], finding.field)
             if found is not None:
                 tested.append(finding._asdict() | {
-                    "difference": found._asdict(), "verdict": verdict(found, finding.paper != "not shown")})
+                    "difference": found._asdict(), "verdict": verdict(found, finding.of_paper)})
     page = [f"## Suite {suite}"] + [QUICK_NOTE] * suite.endswith("-quick") + [markdown(
         ["row", "seeds", "right %, 95% interval", "spread over seeds (data and training)",
          "to the full run, same questions",
@@ -252,10 +244,11 @@ def suite_page(suite, rows):
           number(f["seconds"] / 60, "{:.1f}")] for name, f in figures.items()])]
     if tested:
         page += ["### Findings", markdown(
-            ["finding", "in the paper", "rows", "difference here, 95% interval", "verdict"],
+            ["finding", "in the paper", "rows", "here", "difference, 95% interval", "seeds", "verdict"],
             [[t["claim"], t["paper"], f"{t['row']} - {t['other']}, {t['field']}",
-              with_interval([*t["difference"].values()], 100 if t["field"] == "right" else 1), t["verdict"]]
-             for t in tested])]
+              " - ".join(level(rows[name], t["field"]) for name in (t["row"], t["other"])),
+              with_interval([*t["difference"].values()], 100 if t["field"] == "right" else 1),
+              len(t["difference"]["seeds"]), t["verdict"]] for t in tested])]
     shares = {name: [sum(counts) for counts in zip(*[r["fps"] for r in rows[name].values()])]
               for name in ("no-rl", "full") if name in rows}
     limits = ["0", *map(str, FPS_LIMITS)]
@@ -280,11 +273,11 @@ def suite_page(suite, rows):
     return page, numbers
 
 
-def write_tables(runs, flags, quick, out):
+def write_tables(found, quick, out):
     """Prints the page and writes it to `out`, and its numbers to .json beside it. Only --quick's results, or
     only the others."""
     pages, numbers = ["# Ablations", PREFACE], {}
-    for suite, rows in read_results(runs, flags).items():
+    for suite, rows in found.items():
         if suite.endswith("-quick") == quick:
             lines, numbers[suite] = suite_page(suite, rows)
             pages += lines

@@ -1,16 +1,18 @@
 """A command that is run once, in a folder of its own: what a row of ablations.py consists of.
 
-Its result.json, written when it has ended well, says command, commit, version, seconds and what its inputs
-were. A command that was stopped, or whose inputs are others now, is given again, and goes on by itself or
-begins anew."""
+begun.json says with what it began: its flags, and what its inputs were. One that was stopped is given again
+and goes on by itself; where it began with something else, its folder is emptied and it begins anew.
+result.json, written when it has ended well, adds command, commit, version and seconds."""
 
 import ctypes
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -19,13 +21,15 @@ from common import UserError, open_folder, write_json
 from findings.compare import read_lines
 from training.run_folder import code_version, fingerprint
 
+GUESS_S = {"sft": 80, "rl": 490, "successes": 60, "rft": 80, "eval": 20}  # of stages of which none was run
+
 
 class Stage(NamedTuple):
     """A command and its folder."""
 
     kind: str
     command: list  # script and flags
-    key: str
+    key: str  # what tells it from others of its kind
     folder: Path
     inputs: tuple = ()  # paths
 
@@ -35,33 +39,61 @@ class Stage(NamedTuple):
         if not path.exists() or not all(Path(name).exists() for name in self.inputs):
             return None
         result = json.loads(path.read_text())
-        same = result["inputs"] == self.fingerprints() and result["command"].endswith(" ".join(self.command))
-        return result if same else None
+        return result if result["begun"] == self.beginning() else None
 
-    def fingerprints(self):
-        return {str(name): fingerprint(name) for name in self.inputs}
+    def beginning(self):
+        return {"key": self.key, "inputs": [fingerprint(name) for name in self.inputs]}
 
     def run(self):
         """Runs it, or what is left of it. Raises UserError where it fails."""
         if self.result():
             return
         print(f"{self.folder} ...", end="", flush=True)
-        here, log, began = Path(__file__).parent.parent, open_folder(self.folder) / "log.txt", time.time()
-        commit, inputs = code_version(), self.fingerprints()
-        processes = torch.cuda.device_count() or 2
-        start = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if self.kind == "rl" else ["python"]
-        module = ["-m", "torch.distributed.run"] if self.kind == "rl" else []
-        words = [sys.executable, *module, *start[1:], here / self.command[0], *self.command[1:]]
+        began, commit, begun = time.time(), code_version(), self.beginning()
+        path = self.folder / "begun.json"
+        if path.exists() and json.loads(path.read_text()) != begun:
+            shutil.rmtree(self.folder)
+        log = open_folder(self.folder) / "log.txt"
+        write_json(path, begun)
+        command = ["python", *self.command]
+        if self.kind == "rl":
+            processes = torch.cuda.device_count() or 2
+            command = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *self.command]
         with open(log, "a", encoding="utf-8") as file:
-            status = subprocess.run(words, stdout=file, stderr=file, preexec_fn=end_with_parent).returncode
+            status = subprocess.run(as_words(command), stdout=file, stderr=file,
+                                    preexec_fn=end_with_parent).returncode
         if status:
             raise UserError(f"{' '.join(self.command)} ended with status {status}, see {log}")
         steps = self.folder / "metrics.jsonl"  # they know of the seconds before a kill
         seconds = sum(step["seconds"] for step in read_lines(steps)) if steps.exists() else 0.0
+        seconds = max(seconds, time.time() - began)
         write_json(self.folder / "result.json", {
-            "command": " ".join([*start, *self.command]), "seconds": max(seconds, time.time() - began),
-            "commit": commit, "torch": torch.__version__, "inputs": inputs})
-        print(f" {self.result()['seconds']:.0f} s", flush=True)
+            "command": " ".join(command), "seconds": seconds, "commit": commit, "torch": torch.__version__,
+            "begun": begun})
+        print(f" {seconds:.0f} s", flush=True)
+
+
+def as_words(command):
+    """A command as it is started here: by this Python, with the scripts of this folder."""
+    here = Path(__file__).parent.parent
+    words = [here / word if word.endswith(".py") else word for word in command[1:]]
+    return [sys.executable, *(["-m", "torch.distributed.run"] if command[0] == "torchrun" else []), *words]
+
+
+def show_plan(chains, runs):
+    """Prints what is missing, and how long it takes by what such stages took before. chains: (place, row, its
+    Stages)."""
+    total_s, seen = 0.0, set()
+    for place, row, stages in chains:
+        missing = [stage for stage in stages if not stage.result() and stage.folder not in seen]
+        seen |= {stage.folder for stage in missing}
+        for stage in missing:
+            before = runs.glob(f"{place.suite}/*/stages/{stage.kind}-*/result.json")
+            taken = [json.loads(path.read_text())["seconds"] for path in before]
+            total_s += mean(taken or [GUESS_S[stage.kind]])
+        todo = ", ".join(stage.kind for stage in missing) or "-"
+        print(f"{place.suite} {place.seed}  {row.group:9} {row.name:20} {todo:26} {row.shows}")
+    print(f"{len(seen)} stages to run, some {total_s / 60:.0f} minutes", flush=True)
 
 
 def end_with_parent():

@@ -226,25 +226,50 @@ def test_a_row_takes_its_frames_from_the_full_runs_result(monkeypatch, tmp_path)
     assert len(no_tool) == 2 and all("--num_frames 23 " in command for command in no_tool)
 
 
-def test_a_result_of_other_flags_is_in_no_table(monkeypatch, tmp_path):
-    make_all(monkeypatch, tmp_path, Played())
-    flags = {each.name: ablations.flags_of(each) for each in ablations.ROWS}
-    assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES}
-    flags["no-kl"] = ["", "--kl_weight 0.1", None, ""]
-    assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES} - {"no-kl"}
+def rows_of(folder):
+    return set(ablations.read_results(folder)["demo"])
 
 
-def test_a_result_of_another_base_or_of_other_questions_is_in_no_table(monkeypatch, tmp_path):
+def test_a_result_of_other_flags_is_in_no_table(monkeypatch, tmp_path, capsys):
     make_all(monkeypatch, tmp_path, Played())
-    flags = {each.name: ablations.flags_of(each) for each in ablations.ROWS}
-    for change in (lambda r: r.update(base="other"), lambda r: r["figures"].update(questions_sha256="1")):
-        path = tmp_path / "demo" / "0" / "rows" / "no-kl" / "result.json"
-        before = path.read_text()
-        change(changed := json.loads(before))
-        path.write_text(json.dumps(changed))
-        assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES} - {"no-kl"}
-        path.write_text(before)
-    assert set(compare.read_results(tmp_path, flags)["demo"]) == {"full", *NAMES}
+    assert rows_of(tmp_path) == {"full", *NAMES}
+    rows = [each._replace(rl="--kl_weight 0.1") if each.name == "no-kl" else each for each in ablations.ROWS]
+    monkeypatch.setattr(ablations, "ROWS", rows)
+    assert rows_of(tmp_path) == {"full", *NAMES} - {"no-kl"}
+    assert "no-kl is left out" in capsys.readouterr().out
+
+
+def test_a_row_that_hangs_on_what_has_changed_is_in_no_table(monkeypatch, tmp_path):
+    """The cold start is made anew by another method: what was made of the old one is not shown beside it."""
+    make_all(monkeypatch, tmp_path, Played())
+    cold_start, *_ = stages = ablations.chain(ablations.FULL, ablations.Place("demo", 0, tmp_path / "demo/0"))
+    (cold_start.folder / "config.json").write_text("other")
+    assert rows_of(tmp_path) == {"no-tool"}  # its cold start is another
+    (cold_start.folder / "config.json").write_text("same")
+    assert rows_of(tmp_path) == {"full", *NAMES}
+    shutil.rmtree(stages[-1].folder)
+    assert rows_of(tmp_path) == {*NAMES} - {"no-tool"}  # without the full run nobody knows its frames
+    questions = tmp_path / "demo/0/data/test.jsonl"
+    questions.write_text(questions.read_text() + "\n")
+    assert "demo" not in ablations.read_results(tmp_path)
+
+
+def test_a_stage_that_was_stopped_goes_on_with_the_same_inputs_and_begins_anew_with_others(tmp_path):
+    given, path = tmp_path / "input", script(tmp_path, "import sys; sys.exit('b' in open('input').read())")
+    path.write_text(path.read_text().replace("'input'", repr(str(given))))
+    stage = Stage("sft", [str(path)], "", tmp_path / "stage", (str(given),))
+    given.write_text("a")
+    stage.run()
+    (stage.folder / "checkpoint").write_text("half")
+    (stage.folder / "result.json").unlink()
+    stage.run()
+    assert (stage.folder / "checkpoint").exists()
+    given.write_text("b")
+    with pytest.raises(UserError):
+        stage.run()
+    assert not (stage.folder / "checkpoint").exists()
+    given.write_text("a")  # what it had finished with this is no longer there
+    assert stage.result() is None
 
 
 def test_what_hangs_on_a_stage_that_was_removed_is_made_again_if_it_differs(monkeypatch, tmp_path):
@@ -297,7 +322,7 @@ def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
     page = make_all(monkeypatch, tmp_path, Played())
     # 30 right against 10 right, on the same questions
     assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-73.3 to -60.0\)", page)
-    assert re.search(r"a.* as many frames \| not shown \| full - no-tool, right \| \+66.7 .* \| yes", page)
+    assert re.search(r"a.* as many frames \| not shown \| full - no-tool, right \| 100.0 - 33.3 \| \+66.7 .*\) \| 1 \| yes", page)
     numbers = json.loads((tmp_path / "page.json").read_text())["demo"]
     assert numbers["rows"]["full"]["accuracy"] == 1.0 and numbers["rows"]["full"]["bound"] == 0.5
     assert numbers["training"]["full"] == [[1.0] * 3, [0.5] * 3]
@@ -344,7 +369,7 @@ def test_a_difference_is_over_the_seeds_and_questions_that_both_have():
 def test_a_verdict_is_by_the_interval_the_seeds_and_the_signs(found, verdict):
     assert compare.verdict(compare.Difference(*found)) == verdict
     words = {"agrees": "yes", "disagrees": "no"}
-    assert compare.verdict(compare.Difference(*found), is_of_paper=False) == words.get(verdict, verdict)
+    assert compare.verdict(compare.Difference(*found), of_paper=False) == words.get(verdict, verdict)
 
 
 def test_seeds_are_pooled_and_their_spread_stands_beside():

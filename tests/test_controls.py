@@ -193,16 +193,16 @@ def test_the_majority_answers_at_the_cost_of_all():
 def test_a_gate_takes_its_threshold_from_the_other_half():
     """In one half zooms are right and direct answers wrong, in the other it is the other way: each half is
     played by what is best for the other one, so all are wrong."""
-    names = [f"q{number}" for number in range(20)]
-    which = [votes.half(name) for name in names]
-    assert set(which) == {0, 1}
+    questions = {number: {"id": f"q{number}", "video": f"{number // 2}.mp4"} for number in range(20)}
+    which = [votes.half(question) for question in questions.values()]
+    assert set(which) == {0, 1} and which[::2] == which[1::2]  # questions of a video are in one half
     direct, zoomed = [], []
-    for number, name in enumerate(names):
+    for number, question in questions.items():
         zooms_are_right = float(which[number] == 0)
-        label = {"number": number, "question": name, "seconds": 1.0, "mode": "x"}
+        label = {"number": number, "question": question["id"], "seconds": 1.0, "mode": "x"}
         direct.append(sample("A", 1 - zooms_are_right, frames=9, disagreeing=number % 4, samples=[]) | label)
         zoomed.append(sample("B", zooms_are_right) | label)
-    lines, words = votes.gate(direct, zoomed, "gate x5", 5)
+    lines, words = votes.gate(direct, zoomed, "gate x5", 5, questions)
     assert words == "over 5 / -1 of 5"
     assert [line["gate_zooms"] for line in lines] == [half == 1 for half in which]
     assert all(line["right"] == 0 and line["mode"] == "gate x5" and "samples" not in line for line in lines)

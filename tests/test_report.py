@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-import ablations
 import report
 from common import UserError
 from demo.synthetic import TINY_ENV
@@ -19,7 +18,6 @@ from training import tables
 from zoom_env import ZoomEnv
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = {row.name: ablations.flags_of(row) for row in ablations.ROWS}
 EVIL = "<script>alert(1)</script>"
 
 
@@ -40,14 +38,13 @@ def make_row(runs, name, root, questions, turns):
                 | play(question, root, turns(question)) for number, question in enumerate(questions)]
     rows, _ = tables.table_rows(name, "zoom", episodes, dict(enumerate(questions)))
     settings = tables.environment_settings(TINY_ENV) | {"temperature": 0.0}
-    (folder / "results.json").write_text(json.dumps(
-        [rows[0] | {"settings": settings, "questions_sha256": "0"}]))
+    (folder / "results.json").write_text(json.dumps([rows[0] | {"settings": settings}]))
     (folder / "episodes.jsonl").write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
     (folder / "metrics.jsonl").write_text("".join(
         json.dumps({"step": n, "accuracy": n / 9, "zooms": 1.0}) + "\n" for n in range(9)))
     (runs / "demo/0/rows" / name).mkdir(parents=True)
     (runs / "demo/0/rows" / name / "result.json").write_text(json.dumps({
-        "row": name, "flags": FLAGS[name], "suite": "demo", "seed": 0, "base": "0",
+        "row": name, "suite": "demo", "seed": 0,
         "commands": ["python eval.py"], "commits": ["0123"], "torch": "2", "seconds": 60.0, "data": str(root / "test.jsonl"),
         "stages": [str(folder)]} | compare.summary(folder, "zoom", root / "test.jsonl", folder)))
 
@@ -77,13 +74,19 @@ def runs(data, tmp_path):
     return tmp_path / "runs"
 
 
+def results_in(runs):
+    """As ablations.read_results gives them."""
+    files = {name: runs / "demo/0/rows" / name / "result.json" for name in ("full", "no-rl")}
+    return {"demo": {name: {0: json.loads(path.read_text())} for name, path in files.items()}}
+
+
 def page_data(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
 # --------------------------------------------------------------------------------------------------- the page
 def test_the_report_replays_what_was_seen(runs):
-    report.write_report(runs, FLAGS)
+    report.write_report(runs, results_in(runs))
     page = (runs / "report.html").read_text()
     data = page_data(page)
     dialogues = data["dialogues"]
@@ -110,19 +113,19 @@ def test_the_report_replays_what_was_seen(runs):
 def test_videos_that_are_gone_cost_their_dialogues_only(runs, capsys):
     questions = runs.parent / "data/test.jsonl"
     questions.write_text(questions.read_text().replace("videos/", "gone/"))
-    report.write_report(runs, FLAGS)
+    report.write_report(runs, results_in(runs))
     assert page_data((runs / "report.html").read_text())["dialogues"] == []
     assert "its dialogue is left out" in capsys.readouterr().err
 
 
 def test_no_results_are_one_line(tmp_path):
     with pytest.raises(UserError, match="has no results yet"):
-        report.write_report(tmp_path, FLAGS)
+        report.write_report(tmp_path, {})
 
 
 def test_without_matplotlib_there_are_tables_and_one_line(runs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.write_report(runs, FLAGS)
+    report.write_report(runs, results_in(runs))
     page = (runs / "report.html").read_text()
     assert "<table>" in page and "<svg" not in page
     assert "pip install matplotlib" in capsys.readouterr().err
@@ -141,7 +144,7 @@ def test_tables_are_escaped():
 # -------------------------------------------------------------------------------------------- with matplotlib
 def test_curves_and_the_picture(runs):
     pytest.importorskip("matplotlib")
-    rows = compare.read_results(runs, FLAGS)["demo"]
+    rows = results_in(runs)["demo"]
     svg = plots.curves("demo", rows, plots.pyplot())
     assert svg.startswith("<svg") and ">no-rl<" in svg and ">RL step<" in svg
     assert "currentColor" in svg and plots.INK not in svg
@@ -204,7 +207,7 @@ addEventListener("load", () => setTimeout(async () => {
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 def test_the_page_in_a_browser(runs, tmp_path):
-    report.write_report(runs, FLAGS)
+    report.write_report(runs, results_in(runs))
     page = (runs / "report.html").read_text()
     driven = tmp_path / "driven.html"
     driven.write_text(page.replace("<style>", WATCH + "<style>", 1).replace("</html>", DRIVE + "</html>"))
