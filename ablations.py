@@ -44,7 +44,7 @@ class Row(NamedTuple):
     of: str | None = None  # the row whose policy is evaluated, in place of one of its own
 
 
-DIRECT = "--kinds direct --protocol direct --epochs 6"  # of fewer trajectories, as many updates
+DIRECT = "--kinds direct --protocol direct --epochs 12"  # of fewer trajectories, as many updates
 # {frames}: frames a question of the row `full`, rounded; {twice}: twice as many; {fps}: of the suite
 ROWS = [
     Row("full", "paper", "the whole method (table 3)"),

@@ -58,7 +58,7 @@ class Config(TrainConfig):
 
 
 PRESETS = {"paper": {},
-           "demo": dict(lr=1e-3, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)}
+           "demo": dict(epochs=2, lr=5e-4, batch_size=8, max_tokens_per_pass=8192, gradient_checkpointing=False)}
 
 
 def learning_rate(step, steps, config):
