@@ -227,12 +227,12 @@ def test_only_trajectories_of_some_kinds(folder, tmp_path, monkeypatch, capsys):
     named."""
     rows = read_rows(folder)
     kinds = Counter(row["kind"] for row in rows)
-    assert set(kinds) == {"exemplar", "reflection"}
+    assert set(kinds) == {"direct", "exemplar", "reflection"}
     policy = make_policy()
     for chosen in (["exemplar"], ["reflection", "exemplar"]):
         out = tmp_path / chosen[0]
         flags = ["--model", folder / "start", "--data", folder / "sft.jsonl", "--out", out,
-                 "--batch_size", 100, "--device", DEVICE.type, "--kinds", *chosen]
+                 "--batch_size", 100, "--epochs", 1, "--device", DEVICE.type, "--kinds", *chosen]
         status, said, error = run(monkeypatch, capsys, *flags)
         assert status == 0, error
         assert f"sft: {sum(kinds[kind] for kind in chosen)} trajectories" in said
@@ -240,7 +240,7 @@ def test_only_trajectories_of_some_kinds(folder, tmp_path, monkeypatch, capsys):
         dialogues = [replay(policy, row, folder)[0] for row in rows if row["kind"] in chosen]
         assert metrics["tokens"] == sum(sum(d.trained) for d in dialogues)
     assert sft.filter_kinds(rows, None) == rows
-    with pytest.raises(UserError, match="--kinds other: .*; kinds are exemplar, reflection"):
+    with pytest.raises(UserError, match="--kinds other: .*; kinds are direct, exemplar, reflection"):
         sft.filter_kinds(rows, ["exemplar", "other"])
 
 
