@@ -75,7 +75,7 @@ def test_the_gradient_is_that_of_the_weights_it_stands_for(place):
     adapters = {name: module for name, module in policy.named_modules() if isinstance(module, LoRALinear)}
     assert len(adapters) == 7 * len(base.language_model.layers)
     # values of up to 50, whose sums over all tokens are rounded to 1e-5: a GPU adds them up in no fixed order
-    atol = 1e-6 if DEVICE.type == "cpu" else 1e-4
+    atol = 1e-5 if DEVICE.type == "cpu" else 1e-4
     for name, adapter in adapters.items():
         gradient = base.get_submodule(name).weight.grad
         assert adapter.base.weight.grad is None and gradient.any()

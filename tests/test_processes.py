@@ -143,7 +143,7 @@ def test_metrics_of_an_earlier_run_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("script, rows, flags", [
-    (sft, "sft.jsonl", []),
+    (sft, "sft.jsonl", ["--epochs", "1"]),
     (rl, "train.jsonl", ["--steps", "1", "--batch_size", "1", "--mini_batch_size", "1", "--max_draws", "1",
                          "--group_size", "2", "--max_turn_tokens", "2"])])
 def test_a_second_run_in_a_folder_keeps_the_metrics_of_the_first(tmp_path, monkeypatch, script, rows, flags):
