@@ -630,7 +630,7 @@ def teach_without_zooms(question, scenes, rng, root, numbers):
     """Rows in which no zoom is left from the start, and rows by the protocol that has none. Of the latter each
     overview shows all that is asked for; numbers: of frames, from which the first such one is taken."""
     rows = []
-    if rng.random() < 0.5:
+    if question["evidence"] or rng.random() < 0.5:
         shown = with_frames(question, rng.choice(NUM_FRAMES))
         rows.append(teach(shown, scenes, rng, root, max_zooms=0))
     if rng.random() < 0.5:
