@@ -175,6 +175,7 @@ def row_figures(seeds, full):
         "against_full": None if seeds is full else difference(seeds, full, "right"),
         "zooms": over_seeds("zooms_per_question"), "frames": over_seeds("frames_per_question"),
         "invalid": over_seeds("invalid_call_rate"), "hits": over_seeds("hit_rate"),
+        "without_tool": over_seeds("calls_without_tool"),
         "tokens": over_seeds("tokens_per_question"), "bound": mean(bounds) if bounds else None,
         "seconds": mean(r["seconds"] for r in results)}
 
@@ -236,12 +237,14 @@ def suite_page(suite, rows):
     page = [f"## Suite {suite}"] + [QUICK_NOTE] * suite.endswith("-quick") + [markdown(
         ["row", "seeds", "right %, 95% interval", "spread over seeds (data and training)",
          "to the full run, same questions",
-         "frames", "zooms", "invalid %", "hit %", "tokens", "best uniform %", "minutes"],
+         "frames", "zooms", "invalid %", "calls where none is allowed", "hit %", "tokens", "best uniform %",
+         "minutes"],
         [[name, " ".join(map(str, f["seeds"])),
           f"{percent(f['accuracy'])} ({percent(f['low'])} - {percent(f['high'])})", percent(f["spread"]),
           with_interval(f["against_full"], 100), number(f["frames"], "{:.1f}"), number(f["zooms"]),
-          percent(f["invalid"]), percent(f["hits"]), number(f["tokens"], "{:.0f}"), percent(f["bound"]),
-          number(f["seconds"] / 60, "{:.1f}")] for name, f in figures.items()])]
+          percent(f["invalid"]), number(f["without_tool"], "{:.0f}"), percent(f["hits"]),
+          number(f["tokens"], "{:.0f}"), percent(f["bound"]), number(f["seconds"] / 60, "{:.1f}")]
+         for name, f in figures.items()])]
     if tested:
         page += ["### Findings", markdown(
             ["finding", "in the paper", "rows", "here", "difference, 95% interval", "seeds", "verdict"],
