@@ -67,7 +67,7 @@ COLOURS, SHAPES = list(PALETTE), ["circle", "square", "triangle", "cross"]
 SIDE = 28  # pixels; a frame of 28x28 is one visual token
 VIDEO_FPS = 8
 NUM_SLOTS = len(COLOURS) + 1  # equal slices of a video; the demo's overview has one frame of each
-NUM_FRAMES = 9, 9, 9, 9, 9, 5, 17, 17, 33  # of the teacher's overviews, drawn for each question
+NUM_FRAMES = 9, 9, 9, 9, 9, 5, 17, 17, 33, 33  # of the teacher's overviews, drawn for each question
 SLOT_S = (13.5, 15.5)  # a slot's least and greatest length
 FLASH_S = 1.25  # a flash's length: above 1, so that 1 frame a second shows each
 NUM_FLASHES = (1, 1, 1, 1, 1, 2, 3, 4)  # of the coloured scenes, in some order
@@ -619,9 +619,7 @@ def teach_all(questions, scenes, rng, root, seed):
     rows = []
     for question in questions:
         shown = with_frames(question, rng.choice(NUM_FRAMES))
-        # counts are tried twice, as most plays miss a flash; what the overview shows is learned from half of it
-        plays = {"count": 2, "holistic": rng.randrange(2)}.get(question["meta"]["kind"], 1)
-        rows += [teach(shown, scenes, rng, root) for _ in range(plays)]
+        rows.append(teach(shown, scenes, rng, root))
         if question["evidence"] and rng.random() < 0.5:
             rows.append(teach(shown, scenes, rng, root, wrong_first=True))
         rows += teach_without_zooms(question, scenes, rng, root, rng.sample(range(NUM_SLOTS, 49), 3))
