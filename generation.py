@@ -387,7 +387,8 @@ class Decoder:
             "own_lengths": [row.own_length - 1 for row in rows] + [last] * surplus,
             "group_rows": [row.place * cache.group_size + row.number for row in rows]
             + [places * cache.group_size] * surplus,
-            "prompt_lengths": cache.lengths + [1] * (places - len(cache.lengths))}
+            # the cache may have fewer places than there were prompts, or more
+            "prompt_lengths": (cache.lengths + [1] * places)[:places]}
         return {name: torch.tensor(values, device=self.policy.device) for name, values in state.items()}
 
     def step(self, state, P, L):

@@ -139,6 +139,20 @@ def test_rollout_stays_within_its_rows_and_its_cache(policy, data, monkeypatch):
             assert max(rows) == 1
 
 
+def test_a_step_knows_of_the_places_that_the_cache_has(policy):
+    """Above the budget the cache gives back the places of the last prompts, whose episodes have ended."""
+    engine = Engine(policy, 2, SHORT)
+    cache = engine.cache
+    for length in (5, 7, 6):
+        cache.add_prompt(length, users=2)
+    cache.reserve(2, 4)
+    assert engine.decoder.state([], 0)["prompt_lengths"].tolist() == [5, 7, 6]
+    cache.users[1:] = [0, 0]
+    cache.max_tokens = 0
+    cache.reserve(2, 4)
+    assert engine.decoder.state([], 0)["prompt_lengths"].tolist() == [5]
+
+
 def test_released_memory_comes_back(policy, data):
     """Between rollouts and update the cache has none; after that the rollouts are those of an engine that
     kept it."""
