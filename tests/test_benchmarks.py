@@ -16,6 +16,7 @@ from test_subtitles import SRT
 import data_prep
 import eval as evaluation
 from common import RunConfig, UserError, write_jsonl
+from controls import places
 from demo.synthetic import write_video
 from grading import grade
 from sources.benchmarks import FORMATS, Given, convert, open_answer
@@ -861,3 +862,25 @@ def test_wrong_input_ends_with_one_line(videos, tmp_path, monkeypatch, capsys):
         ({"--annotations": "no.json"}, "no.json"), ({"--annotations": "data_prep.py"}, ".parquet"),
         ({"--annotations": number}, "not a row 3"), ({"--out": "x.txt"}, ".jsonl"), ({"--out": None}, "--out"),
         ({"--dataset": "lvbench"}, 'no "'), ({"--subtitles": "nowhere"}, "nowhere")])
+
+
+@pytest.mark.parametrize("name, evidence, hits, recalls, so_far", [
+    ("lvbench", [[1, 2]], [True, True, False], [0.5, 0.1, 0], 0.6),
+    ("longvideobench", [[0.562, 0.688], [2.062, 2.188]], [True, True, False],
+     [0.5, 0.038 / 0.252, 0], 0.5 + 0.038 / 0.252),
+    ("lsdbench", [[1, 3]], [True, True, False], [0.25, 0.1, 0], 0.35)])
+def test_zooms_are_compared_with_a_benchmarks_evidence(videos, tmp_path, name, evidence, hits, recalls, so_far):
+    path, folder = write(tmp_path / "a.json", RAW[name]), videos(*FILES[name])
+    question = run_convert(name, path, folder, tmp_path / "o.jsonl")[0][0]
+    assert question["evidence"] == evidence
+    env = ZoomEnv(question, EnvConfig(), tmp_path)
+    env.reset()
+    for segment in ([0, 1.5], [1.9, 2.1], [3.2, 4]):
+        call = json.dumps({"segment": segment, "fps": 8})
+        env.step(f"<think>look</think><video_zoom>{call}</video_zoom>")
+    episode = {"policy": "p", "mode": "zoom", "number": 0, "question": question["id"], "kind": "a",
+               "right": 1.0, "calls": list(places.calls_of(env))}
+    rows = places.zoom_rows(episode, question)
+    assert [row["hit"] for row in rows] == hits
+    assert [row["recall"] for row in rows] == pytest.approx(recalls)
+    assert rows[-1]["recall_so_far"] == pytest.approx(so_far)
