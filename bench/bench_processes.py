@@ -94,6 +94,9 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args)
+    for path in (args.model, args.data):
+        if not Path(path).exists():
+            parser.error(f"{path} is not there: python sft.py makes it")
     print(f"{'':34}{'apart s':>9}{'together s':>12}{'ratio':>8}{'goal':>6}{'met':>5}")
     for shard, goal in (("none", GOAL), ("all", None)):
         trials = [(run(args, False, "none"), run(args, True, shard)) for _ in range(args.trials)]
