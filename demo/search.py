@@ -90,8 +90,8 @@ def make_scene(rng, colour, start_s, number, overview_s, last_s, slot_s):
     return Scene(colour, start_s, flashes, [cue, loose])
 
 
-def make_questions(rng, video, duration_s, scenes):
-    return synthetic.make_questions(rng, video, duration_s, scenes, ON)
+def make_questions(rng, video, number, duration_s, scenes):
+    return synthetic.make_questions(rng, video, number, duration_s, scenes, ON)
 
 
 def teach(question, scenes, rng, root, wrong_first=False):

@@ -258,9 +258,9 @@ def draw_options(rng, draft):
     return rng.sample([draft.right, *rng.sample(draft.wrong, 3)], 4)
 
 
-def make_questions(rng, video, duration_s, scenes, on=""):
-    """QUESTIONS_PER_VIDEO question rows about one video. video: its path relative to the question file. on:
-    words that say where the shapes are."""
+def make_questions(rng, video, number, duration_s, scenes, on=""):
+    """QUESTIONS_PER_VIDEO question rows about one video. video: its path relative to the question file.
+    number: the video's; in four of them each count is right once. on: words that say where the shapes are."""
     rows = []
 
     def add(kind, about, draft):
@@ -282,7 +282,7 @@ def make_questions(rng, video, duration_s, scenes, on=""):
     first, second = rng.sample(single, 2)
     add("detail", [first], ask_colour(first.colour, figure_of(first).colour, on))
     add("detail", [second], ask_shape(second.colour, figure_of(second).shape, on))
-    n = rng.randint(1, 4)
+    n = 1 + number % 4
     scene = rng.choice([scene for scene in coloured if len(scene.flashes) == n])
     add("count", [scene], ask_count(scene.colour, n, on))
     first, second = draw_pair(rng, single)
@@ -619,7 +619,8 @@ def teach_all(questions, scenes, rng, root, seed):
     rows = []
     for question in questions:
         shown = with_frames(question, rng.choice(NUM_FRAMES))
-        rows.append(teach(shown, scenes, rng, root))
+        # as many plays as flashes, as each can be missed
+        rows += [teach(shown, scenes, rng, root) for _ in question["evidence"] or [None]]
         if question["evidence"] and rng.random() < 0.5:
             rows.append(teach(shown, scenes, rng, root, wrong_first=True))
         rows += teach_without_zooms(question, scenes, rng, root, rng.sample(range(NUM_SLOTS, 49), 3))
@@ -630,7 +631,7 @@ def teach_without_zooms(question, scenes, rng, root, numbers):
     """Rows in which no zoom is left from the start, and rows by the protocol that has none. Of the latter each
     overview shows all that is asked for; numbers: of frames, from which the first such one is taken."""
     rows = []
-    if question["evidence"] or rng.random() < 0.5:
+    for _ in question["evidence"] or range(rng.randrange(2)):
         shown = with_frames(question, rng.choice(NUM_FRAMES))
         rows.append(teach(shown, scenes, rng, root, max_zooms=0))
     if rng.random() < 0.5:
@@ -693,7 +694,7 @@ def synthetic(out, num_train, num_test, seed, suite=DEMO):
             duration_s, scenes = draw_scenes(rng, suite)
             name = f"videos/{split}_{v:04d}.mp4"
             write_video(out / name, render(duration_s, scenes))
-            questions = suite.make_questions(rng, name, duration_s, scenes)[: total - len(rows)]
+            questions = suite.make_questions(rng, name, v, duration_s, scenes)[: total - len(rows)]
             rows += questions
             if split == "train":
                 trajectories += suite.teach_all(questions, scenes, rng, out, seed)

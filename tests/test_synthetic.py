@@ -142,7 +142,7 @@ def test_options_do_not_tell_the_order():
     rng, alike = random.Random(0), []
     for _ in range(300):
         duration_s, scenes = synthetic.draw_scenes(rng, synthetic.DEMO)
-        *_, order, _ = synthetic.make_questions(rng, "v.mp4", duration_s, scenes)
+        *_, order, _ = synthetic.make_questions(rng, "v.mp4", 0, duration_s, scenes)
         pairs = [option.split(" then ") for option in order["options"]]
         colours = {colour for pair in pairs for colour in pair}
         assert len(colours) == 2 and {*map(tuple, pairs)} == {*product(colours, repeat=2)}
