@@ -7,8 +7,9 @@ A row of ROWS says in which flags of sft.py, rl.py and eval.py it differs from t
 run. To try an idea, add a row. A row is a chain of stages (findings/stage.py); those of the same flags and
 inputs are made once: one cold start serves many rows. A finished stage is not run again while its inputs are
 the same, a stopped one goes on by the same command. Code is not among the inputs: after a change of the method
-remove the folders of the stages that it concerns, what hangs on them follows. Writes
-<runs>/<suite>/<seed>/rows/<row>/result.json, and the tables of all rows there are (findings/compare.py).
+remove the folder of the first stage that it concerns, what hangs on it follows. Writes
+<runs>/<suite>/<seed>/rows/<row>/result.json, which lists the row's folders under `stages`, and the tables of
+all rows there are (findings/compare.py).
 """
 
 import argparse
@@ -44,24 +45,25 @@ class Row(NamedTuple):
     of: str | None = None  # the row whose policy is evaluated, in place of one of its own
 
 
-DIRECT = "--kinds direct --protocol direct --epochs 12"  # of fewer trajectories, as many updates
-# {frames}: frames a question of the row `full`, rounded; {twice}: twice as many; {fps}: of the suite
+DIRECT = "--kinds direct --protocol direct --epochs {epochs}"  # the cold start without the tool
+# {frames}: frames a question of the row `full`, rounded; {twice}: twice as many; {fps}: of the suite;
+# {epochs}: so many that fewer trajectories give as many updates
 ROWS = [
     Row("full", "paper", "the whole method (table 3)"),
     Row("no-rl", "paper", "the cold start alone (table 3)", rl=None),
     Row("no-bonus", "paper", "RL without the tool bonus (table 3, figure 6)", rl="--tool_weight 0"),
     Row("no-cold-start", "paper", "from a base that never saw a call (table 3)", sft=None, rl="--steps 8"),
-    Row("no-reflection", "paper", "no reflection data, so fewer updates in SFT (table 3, figure 6)",
+    Row("no-reflection", "paper", "no rows that look again, so fewer updates in SFT (table 3, figure 6)",
         sft="--kinds exemplar direct"),
     *[Row(f"zooms-{n}", "paper", "table 11", of="full", eval=f"--max_zooms {n}") for n in range(4)],
     *[Row(f"overview-{n}", "paper", "figure 5", of="full", eval=f"--num_frames {n}") for n in (5, 17, 33)],
     *[Row(f"uniform-{n}", "paper", "the base, without the tool (figure 5)", sft=None, rl=None,
           eval=f"--mode uniform --protocol direct --num_frames {n}", mode="uniform") for n in (9, 17, 33)],
 
-    *[Row(name, "controls", f"RL without the tool, {shows} the frames", sft=DIRECT,
-          rl=f"--num_frames {number}", eval=f"--num_frames {number}")
-      for name, shows, number in (("no-tool", "all of", "{frames}"), ("no-tool-twice", "twice", "{twice}"))],
-    Row("fixed-fps", "controls", "one frame rate in each zoom of RL and evaluation", rl="--zoom_fps {fps}"),
+    *[Row(name, "controls", f"SFT and RL without the tool, {shows} frames as full looks at", sft=DIRECT,
+          rl=f"--num_frames {number}", eval=f"--num_frames {number}") for name, shows, number in (
+        ("no-tool", "as many uniform", "{frames}"), ("no-tool-twice", "twice as many", "{twice}"))],
+    Row("fixed-fps", "controls", "one frame rate in all zooms (the suite search needs two)", rl="--zoom_fps {fps}"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
     *[Row(f"mixed-{n}", "controls", "", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
     Row("reward-halves", "controls", "reward 0.5 / 0.5 / 0.5", rl="--accuracy_weight 0.5 --format_weight 0.5"),
@@ -113,9 +115,10 @@ def chain(row, place):
     stages, policy = [], row if row.of is None else BY_NAME[row.of]
 
     def add(kind, script, flags, inputs, out=""):
-        """Adds a stage. inputs: {flag: (path, what tells it from others)}. Returns what it writes likewise."""
+        """Adds a stage. inputs: {flag: (path, its key)}. Returns (path, key) of what it writes."""
         words = place.flags(kind, fill(flags, place)) + ["--seed", str(place.seed)]
-        text = json.dumps([kind, place.seed, words, [key for _, key in inputs.values()]])
+        files = [fingerprint(word) for word in words if Path(word).is_file()]
+        text = json.dumps([kind, place.seed, words, files, [key for _, key in inputs.values()]])
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         folder = place.folder / "stages" / f"{kind}-{key}"
         named = [word for flag, (path, _) in inputs.items() for word in (flag, str(path))]
@@ -141,11 +144,14 @@ def chain(row, place):
 
 def fill(flags, place):
     """Flags with their numbers, those of frames once the full run is evaluated."""
-    flags = flags.replace("{fps}", str(SUITES[place.suite.removesuffix("-quick")]["fps"]))
-    if "{" in flags and (full := chain(FULL, place)[-1]).result():
+    numbers = {"fps": SUITES[place.suite.removesuffix("-quick")]["fps"]}
+    if "{epochs}" in flags:
+        kinds = [row["kind"] for row in compare.read_lines(place.folder / "data" / "sft.jsonl")]
+        numbers["epochs"] = round(sft.PRESETS["demo"]["epochs"] * len(kinds) / max(1, kinds.count("direct")))
+    if ("{frames}" in flags or "{twice}" in flags) and (full := chain(FULL, place)[-1]).result():
         frames = compare.figures_of(full.folder, FULL.mode)["frames_per_question"]
-        flags = flags.format(frames=round(frames), twice=round(2 * frames))
-    return flags
+        numbers |= {"frames": round(frames), "twice": round(2 * frames)}
+    return re.sub(r"{(\w+)}", lambda m: str(numbers.get(m[1], m[0])), flags)
 
 
 def make_row(row, place):
@@ -157,9 +163,10 @@ def make_row(row, place):
     made = [stage.result() for stage in stages]
     rl_folder, test = next((s.folder for s in stages if s.kind == "rl"), None), stages[-1].inputs[-1]
     write_json(open_folder(place.folder / "rows" / row.name) / "result.json", {
-        "row": row.name, "suite": place.suite, "seed": place.seed, "keys": [stage.key for stage in stages],
-        "commands": [result["command"] for result in made],
-        "commits": sorted({str(result["commit"]) for result in made}), "torch": made[-1]["torch"],
+        "row": row.name, "suite": place.suite, "seed": place.seed, "mode": row.mode,
+        "begun": [result["begun"] for result in made], "commands": [result["command"] for result in made],
+        "commits": sorted({commit for result in made for commit in result["commits"]}),
+        "made_with": made[-1]["made_with"],
         "seconds": sum(result["seconds"] for result in made), "data": test,
         "stages": [str(stage.folder) for stage in stages],
         **compare.summary(stages[-1].folder, row.mode, test, rl_folder)})
@@ -167,14 +174,14 @@ def make_row(row, place):
 
 def read_results(runs):
     """{suite: {row: {seed: result}}} of the rows there are, in the order of ROWS. Left out is a row of which a
-    stage would be run anew."""
+    stage would be run anew, or was."""
     found = {}
     for row in ROWS:
         for path in sorted(runs.glob(f"*/*/rows/{row.name}/result.json")):
             *_, suite, seed = path.parents[2].parts
             place, result = Place(suite, int(seed), path.parents[2]), json.loads(path.read_text())
-            stages = chain(row, place)
-            if [stage.key for stage in stages] == result["keys"] and all(stage.result() for stage in stages):
+            made = [stage.result() for stage in chain(row, place)]
+            if row.mode == result["mode"] and [m and m["begun"] for m in made] == result["begun"]:
                 found.setdefault(suite, {}).setdefault(row.name, {})[place.seed] = result
             else:
                 print(f"{row.name} is left out: {path} is of other flags or inputs")
@@ -182,8 +189,6 @@ def read_results(runs):
 
 
 # ------------------------------------------------------------------------------------------------- the script
-
-
 def choose(names):
     """The rows of these names and groups, and the full run. Raises UserError, also for a flag that a row's
     script does not have."""
@@ -191,8 +196,9 @@ def choose(names):
         raise UserError(f"there is no row or group {name}; rows are {', '.join(BY_NAME)}")
     rows = [row for row in ROWS if not names or row is FULL or row.name in names or row.group in names]
     for row in rows:
-        if row.of and (row.sft, row.rl, row.rft) != ("", "", None):
-            raise UserError(f"row {row.name}: the policy is that of {row.of}, so it has no own sft, rl or rft")
+        if row.of and (row.of not in BY_NAME or BY_NAME[row.of].of
+                       or (row.sft, row.rl, row.rft) != ("", "", None)):
+            raise UserError(f"row {row.name}: {row.of} has to be a row with a policy, which it evaluates as it is")
         for script, flags in zip((sft, rl, sft, evaluation), (row.sft, row.rl, row.rft, row.eval)):
             known = {field.name for field in fields(script.Config)}
             for flag in {*re.findall(r"--(?:no-)?(\w+)", flags or "")} - known:
@@ -208,7 +214,7 @@ def main():
     parser.add_argument("--suite", choices=SUITES, default="demo")
     parser.add_argument("--quick", action="store_true", help="few questions and steps")
     parser.add_argument("--report", action="store_true", help="only write report.html of what is there")
-    parser.add_argument("--picture", help="only draw the README's picture there, of the first of --seeds")
+    parser.add_argument("--picture", help="only draw a dialogue before and after RL there, of the first of --seeds")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the results")
     parser.add_argument("--out", type=Path, help="tables; else docs/ablations.md, of --quick RUNS/quick.md")
     args = parser.parse_args()
@@ -217,7 +223,7 @@ def main():
     suite = args.suite + "-quick" * args.quick
     places = [Place(suite, seed, args.runs / suite / str(seed)) for seed in args.seeds]
     if args.picture:
-        return plots.picture(places[0].folder, args.picture)
+        return plots.picture(read_results(args.runs).get(suite, {}), args.seeds[0], args.picture)
     rows = choose(args.names)
     ENDING.save = ENDING.lost = lambda: "stopped; the same command goes on where it was"
     own_folder(args.runs)  # a second start waits, then gives up
@@ -233,7 +239,7 @@ def main():
                 make_row(row, place)
             except UserError as error:  # the others are made all the same
                 print(f"\n{row.name}: {error}", flush=True)
-                failed.append(row.name)
+                failed.append(f"{row.name} of seed {place.seed}")
     out = args.out or (args.runs / "quick.md" if args.quick else Path("docs/ablations.md"))
     compare.write_tables(read_results(args.runs), args.quick, out)
     if failed:

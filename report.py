@@ -30,15 +30,17 @@ def dialogues(results):
     share = MOST_DIALOGUES // max(1, len(results))
     for result in results:
         folder = Path(result["stages"][-1])
-        if not (folder / "episodes.jsonl").exists() or not Path(result["data"]).exists():
+        missing = [path for path in (folder / "episodes.jsonl", Path(result["data"])) if not path.exists()]
+        if missing:
+            warn(f"{missing[0]} is not there: the dialogues of {result['row']} are left out")
             continue
         questions = compare.read_lines(result["data"])
         for episode in compare.episodes_of(folder, result["figures"]["mode"])[:share]:
             question = questions[episode["number"]]
             try:
                 env = replay(result, episode, question)
-            except VideoError as error:
-                warn(f"{question['video']}: {error}; its dialogue is left out")
+            except (VideoError, UserError, ValueError, LookupError) as error:  # or settings that name a file
+                warn(f"{question['id']}: {error}; its dialogue is left out")
                 continue
             looks = []
             for frames in env.watched:
@@ -94,7 +96,8 @@ def write_report(runs, found):
     data = json.dumps({"dialogues": shown, "pictures": pictures}).replace("<", "\\u003c")
     out = Path(runs) / "report.html"
     temporary = out.with_suffix(".tmp")
-    temporary.write_text(PAGE.replace("TABLES", "\n".join(parts)).replace("DATA", data), encoding="utf-8")
+    head, middle, end = re.split("TABLES|DATA", PAGE)
+    temporary.write_text("".join([head, "\n".join(parts), middle, data, end]), encoding="utf-8")
     temporary.replace(out)
     print(f"wrote {out}: {len(results)} runs, {len(shown)} dialogues")
 

@@ -2,8 +2,8 @@
 
     python data_prep.py synthetic --suite search --out runs/search
 
-Videos are those of synthetic.py with nine scenes of a minute each, nine to ten minutes in all (below ten, so
-that the overview is of uniform frames). In each coloured scene an empty black card, the cue, stands for 11
+Videos are those of synthetic.py with nine scenes of a minute each, nine to nine and a half minutes in all
+(below ten, so that the overview is of uniform frames). In each coloured scene an empty black card, the cue, stands for 11
 seconds at a place that nobody can know, and what is asked for flashes on it for 0.75 seconds, about in the
 middle (several of 0.375 seconds where they are to be counted). Elsewhere in the scene a shape without a card
 flashes, which nobody asks about.
@@ -28,8 +28,8 @@ SLOT_S = (60.0, 62.4)  # a slot's length: 16 frames are 3 a second between two o
 FIRST_FPS, SECOND_FPS = ("0.10", "0.20"), ("1.00", "3.00")  # of the teacher's two looks, hasty and careful
 HASTE = 0.5  # how often it is hasty
 SECOND_LOOK = 0.12  # how often it looks a second time
-TRIES = 2  # plays of a question
-NUM_FRAMES = 9, 9, 9, 9, 17, 33  # of its overviews, drawn for each question
+TRIES = 2  # plays of a question about flashes
+NUM_FRAMES = 9, 9, 9, 9, 17, 33  # of its overviews where it may zoom, drawn for each question
 MOST_FRAMES = 80  # ... by the protocol without a tool: few numbers of frames show a flash
 FIRST_FRAMES = 12  # of a careful first look at a scene
 CUE_S = 11.0

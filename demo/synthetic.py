@@ -25,9 +25,10 @@ more of them can miss no scene, and happen to show a flash. It surveys the overv
 shows all that is asked; else it zooms from the first frame of the scene asked about to the next scene's, writes
 down what each frame of the clip shows, and answers. It knows where to look but not how closely: often it
 takes half of the frames that it may, and a flash can fall between two of those. Then it looks again or
-guesses. How closely to look is left for RL to find out. Beside plain plays (exemplar trajectories) there are
-plays whose first zoom goes to a wrong scene (reflection trajectories), plays in which no zoom is left from the
-start, where it guesses if it must, and plays by the protocol without a tool (direct), none of which guesses.
+guesses. How closely to look is left for RL to find out. In some plays its first zoom goes to a wrong scene. A
+play that looks again after a zoom that did not show it is a reflection trajectory, another one an exemplar.
+There are plays in which no zoom is left from the start, where it guesses if it must, and plays by the protocol
+without a tool (direct), none of which guesses.
 """
 
 import json
@@ -502,7 +503,7 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
     """Plays a synthetic question through the environment; the module's docstring says how. The teacher knows
     the video (`scenes`), so it finds the scene and reads every frame right.
 
-    wrong_first: whether its first zoom goes to a wrong scene. settings: of the environment, in place of
+    wrong_first: whether its first zoom goes to a wrong scene. settings: max_zooms and protocol, in place of
     TINY_ENV's; they stand in the row so that a replay has them, too.
     Returns a trajectory row, or None if the environment does not grade it right and well formed, or where by
     the protocol without a tool it could only guess."""
@@ -510,6 +511,7 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
     env.reset()
     overview = overview_of(env, scenes)
     turns, thoughts = [], [overview.survey()]  # thoughts: clauses of the next turn
+    kind = "exemplar" if env.tools else "direct"
     to_visit, found = [], []  # found: for each scene that was visited, its flashes' figures
     if question["evidence"]:
         named = named_scenes(question)
@@ -546,7 +548,7 @@ def teach(question, scenes, rng, root, wrong_first=False, **settings):
             to_visit.pop(0)
         else:
             thoughts.append("not found")
-    kind = "direct" if not env.tools else "reflection" if wrong_first and env.num_calls() else "exemplar"
+            kind = "reflection"
     return answer(question, env, rng, turns, thoughts, found, overview, kind, settings)
 
 
@@ -615,7 +617,7 @@ def conclude(kind, options, found):
 
 # ------------------------------------------------------------------------------------------------- data files
 def teach_all(questions, scenes, rng, root, seed):
-    """The trajectory rows of a video's questions: each plain, about half of them in another way, too."""
+    """The trajectory rows of a video's questions: of plain plays, and about half as many of other ones."""
     rows = []
     for question in questions:
         shown = with_frames(question, rng.choice(NUM_FRAMES))

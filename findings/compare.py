@@ -1,13 +1,13 @@
 """What the results of ablations.py say: tables, differences, and whether the paper's findings come out again.
 
-    summary(folder, mode, rl_folder)        what a row's result.json holds of an evaluation and of RL
+    summary(folder, mode, data, rl_folder)  what a row's result.json holds of an evaluation and of RL
     write_tables(found, quick, out)         the Markdown page, and .json beside it, of the results there are
 
 A difference between two rows is the mean over the questions that both were asked, of all seeds that both
 have; its 95% interval is of 2,000 bootstrap resamples of the videos that they are about. A finding agrees if
 its interval, each seed's mean and the exact sign test at 5% say that there is more, disagrees if they say that
 there is less, and else cannot be told. The interval knows of questions, not of other training runs: those are
-what seeds are for.
+what seeds are for. The interval of a row's own accuracy takes its questions for independent, as eval.py does.
 """
 
 import json
@@ -61,8 +61,8 @@ FINDINGS = [
             "full", "zooms-1"),
     Finding("zooms beat more uniform frames of the base", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
             "full", "uniform-33"),
-    Finding("... after the same RL, as many frames", "not shown", "full", "no-tool", of_paper=False),
-    Finding("... after the same RL, twice the frames", "not shown", "full", "no-tool-twice", of_paper=False),
+    Finding("zooms beat as many uniform frames after SFT and RL without the tool", "not shown", "full", "no-tool", of_paper=False),
+    Finding("zooms beat twice as many uniform frames after SFT and RL without the tool", "not shown", "full", "no-tool-twice", of_paper=False),
     Finding("it is what the clip shows that helps", "not shown", "full", "clips-grey", of_paper=False),
     Finding("never zooming is better than always",
             "of others, on the released checkpoint: LongVideoReason 77.7 never, 76.9 always",
@@ -180,10 +180,13 @@ def row_figures(seeds, full):
         "seconds": mean(r["seconds"] for r in results)}
 
 
-def level(seeds, field):
-    """The mean of a field over a row's questions, as text."""
-    values = [q[field] for r in seeds.values() for q in r["questions"].values() if q[field] is not None]
-    return number(mean(values)) if field != "right" else percent(mean(values))
+def levels(row, other, field):
+    """The means of a field in both rows, over the questions of `difference`, as text."""
+    values = [(ours[n][field], theirs[n][field]) for ours, theirs in (
+        (row[seed]["questions"], other[seed]["questions"]) for seed in row.keys() & other.keys())
+        for n in ours.keys() & theirs.keys() if None not in (ours[n][field], theirs[n][field])]
+    form = percent if field == "right" else number
+    return " - ".join(form(mean(one)) for one in zip(*values))
 
 
 def verdict(d, of_paper=True):
@@ -249,7 +252,7 @@ def suite_page(suite, rows):
         page += ["### Findings", markdown(
             ["finding", "in the paper", "rows", "here", "difference, 95% interval", "seeds", "verdict"],
             [[t["claim"], t["paper"], f"{t['row']} - {t['other']}, {t['field']}",
-              " - ".join(level(rows[name], t["field"]) for name in (t["row"], t["other"])),
+              levels(rows[t["row"]], rows[t["other"]], t["field"]),
               with_interval([*t["difference"].values()], 100 if t["field"] == "right" else 1),
               len(t["difference"]["seeds"]), t["verdict"]] for t in tested])]
     shares = {name: [sum(counts) for counts in zip(*[r["fps"] for r in rows[name].values()])]
@@ -269,7 +272,7 @@ def suite_page(suite, rows):
             [[name, " → ".join(map(number, zooms)), " → ".join(map(percent, right))]
              for name, (zooms, right) in own.items()])]
     every = [r for seeds in rows.values() for r in seeds.values()]
-    page.append(f"torch {', '.join(sorted({r['torch'] for r in every}))}; commits "
+    page.append(f"{'; '.join(sorted({r['made_with'] for r in every}))}; commits "
                 + ", ".join(sorted({commit[:12] + commit[40:] for r in every for commit in r["commits"]})))
     numbers = {"rows": figures, "findings": tested, "fps": shares, "training": trained,
                "commands": {name: [r["commands"] for r in seeds.values()] for name, seeds in rows.items()}}

@@ -1,4 +1,4 @@
-"""What was seen in an episode; curves and the README's picture, by matplotlib, which is optional."""
+"""What was seen in an episode; curves, and a picture of one dialogue, by matplotlib, which is optional."""
 
 import io
 import json
@@ -31,6 +31,7 @@ def replay(result, episode, question):
     for text in episode["turns"]:
         if not env.done:
             env.step(text)
+    env.end()  # where it was cut off
     return env
 
 
@@ -64,8 +65,9 @@ def accuracy_axes(axes, rows, questions=(), titles=None):
     for name, f in rows.items():
         if f["accuracy"] is not None:
             error = [[100 * (f["accuracy"] - f["low"])], [100 * (f["high"] - f["accuracy"])]]
-            mark, colour = "s" if name.startswith(("uniform", "no-tool")) else "o", known.index(titles[name])
-            axes.errorbar(f["frames"], 100 * f["accuracy"], error, fmt=mark, capsize=3, color=f"C{colour}",
+            mark = "s" if name.startswith(("uniform", "no-tool")) else "o"
+            colour = pyplot().cm.tab20(known.index(titles[name]) % 20)
+            axes.errorbar(f["frames"], 100 * f["accuracy"], error, fmt=mark, capsize=3, color=colour,
                           label=titles[name])
     if questions:
         numbers = sorted({round(4 * 1.25 ** n) for n in range(16)})
@@ -87,8 +89,11 @@ def curves(suite, rows, plt):
         figure, (frames, right, zooms) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
         full = rows.get("full", {})
         claimed = {name for finding in compare.FINDINGS for name in (finding.row, finding.other)}
+        groups = {name: name.rpartition("-")[0] + "-N" for name in rows  # of figure 5: a group has one colour
+                  if name.startswith(("overview-", "uniform-", "zooms-"))}
         accuracy_axes(frames, {name: compare.row_figures(seeds, full) for name, seeds in rows.items()
-                               if name in claimed})
+                               if name in claimed | groups.keys()},
+                      titles={name: groups.get(name, name) for name in rows})
         for name in CURVES:
             for seed, result in rows.get(name, {}).items():
                 for axes, field in ((right, "accuracy"), (zooms, "zooms")):
@@ -105,24 +110,23 @@ def curves(suite, rows, plt):
     return svg[svg.index("<svg"):].replace(INK, "currentColor")
 
 
-# --------------------------------------------------------------------------------------- the README's picture
-def picture(folder, out):
-    """Draws one dialogue before and after RL, and accuracy against frames. folder: of a suite's seed. out: a
-    file of any kind that matplotlib writes. Raises UserError."""
+# ------------------------------------------------------------------------------------- a dialogue's picture
+def picture(rows, seed, out):
+    """Draws one dialogue before and after RL, and accuracy against frames. rows: {row: {seed: result}} of a
+    suite. out: a file of any kind that matplotlib writes. Raises UserError."""
     plt = pyplot()
     if plt is None:
         raise UserError("a picture needs matplotlib: pip install matplotlib")
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("rows/*/result.json"))]
-    results = {result["row"]: result for result in results if "row" in result}
+    results = {name: seeds[seed] for name, seeds in rows.items() if seed in seeds}
     if not {"no-rl", "full"} <= set(results):
-        raise UserError(f"{folder} lacks the rows full and no-rl: python ablations.py no-rl makes them")
+        raise UserError("there are no rows full and no-rl: python ablations.py no-rl makes them")
     before, after = ({e["number"]: e for e in compare.read_lines(Path(results[row]["stages"][-1],
                      "episodes.jsonl"))} for row in ("no-rl", "full"))
     # the first question of those with the shortest dialogues that was wrong before, is right now, by a zoom
     changed = [n for n in before.keys() & after.keys() if before[n]["right"] < 0.5 <= after[n]["right"]
                and before[n]["zooms"] and after[n]["zooms"]]
     if not changed:
-        raise UserError(f"{folder}: RL has turned no wrong answer with a zoom into a right one")
+        raise UserError("RL has turned no wrong answer with a zoom into a right one")
     number = min(changed, key=lambda n: (len(before[n]["turns"]) + len(after[n]["turns"]), n))
     questions = compare.read_lines(results["full"]["data"])
     figure = plt.figure(figsize=(12, 4.4), layout="constrained")

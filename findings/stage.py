@@ -1,8 +1,9 @@
 """A command that is run once, in a folder of its own: what a row of ablations.py consists of.
 
-begun.json says with what it began: its flags, and what its inputs were. One that was stopped is given again
-and goes on by itself; where it began with something else, its folder is emptied and it begins anew.
-result.json, written when it has ended well, adds command, commit, version and seconds."""
+begun.json says with what it began: its flags, and what its inputs were; and the commits at which it was given.
+One that was stopped is given again and goes on by itself; where it began with something else, its folder is
+removed and it begins anew. result.json, written when it has ended well, adds command, version, device and
+seconds. One that fails is not tried again by the same process."""
 
 import ctypes
 import json
@@ -21,7 +22,8 @@ from common import UserError, open_folder, write_json
 from findings.compare import read_lines
 from training.run_folder import code_version, fingerprint
 
-GUESS_S = {"sft": 80, "rl": 490, "successes": 60, "rft": 80, "eval": 20}  # of stages of which none was run
+GUESS_S = {"sft": 220, "rl": 400, "successes": 60, "rft": 80, "eval": 20}  # of stages of which none was run
+FAILED = set()  # folders
 
 
 class Stage(NamedTuple):
@@ -48,13 +50,21 @@ class Stage(NamedTuple):
         """Runs it, or what is left of it. Raises UserError where it fails."""
         if self.result():
             return
+        if self.folder in FAILED:
+            raise UserError(f"{self.folder} has failed before")
         print(f"{self.folder} ...", end="", flush=True)
-        began, commit, begun = time.time(), code_version(), self.beginning()
-        path = self.folder / "begun.json"
-        if path.exists() and json.loads(path.read_text()) != begun:
-            shutil.rmtree(self.folder)
-        log = open_folder(self.folder) / "log.txt"
-        write_json(path, begun)
+        began, begun, commits = time.time(), self.beginning(), {str(code_version())}
+        path, old = self.folder / "begun.json", self.folder.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            before = json.loads(path.read_text())
+            commits |= {*before["commits"]}
+            if before["begun"] != begun:
+                self.folder.rename(old)  # at once, as a kill may come while it is removed
+                shutil.rmtree(old)
+                commits = {str(code_version())}
+        log, commits = open_folder(self.folder) / "log.txt", sorted(commits)
+        write_json(path, {"begun": begun, "commits": commits})
         command = ["python", *self.command]
         if self.kind == "rl":
             processes = torch.cuda.device_count() or 2
@@ -63,14 +73,19 @@ class Stage(NamedTuple):
             status = subprocess.run(as_words(command), stdout=file, stderr=file,
                                     preexec_fn=end_with_parent).returncode
         if status:
+            FAILED.add(self.folder)
             raise UserError(f"{' '.join(self.command)} ended with status {status}, see {log}")
         steps = self.folder / "metrics.jsonl"  # they know of the seconds before a kill
         seconds = sum(step["seconds"] for step in read_lines(steps)) if steps.exists() else 0.0
         seconds = max(seconds, time.time() - began)
         write_json(self.folder / "result.json", {
-            "command": " ".join(command), "seconds": seconds, "commit": commit, "torch": torch.__version__,
-            "begun": begun})
+            "command": " ".join(command), "seconds": seconds, "commits": commits, "begun": begun,
+            "made_with": f"torch {torch.__version__}, {device_name()}"})
         print(f" {seconds:.0f} s", flush=True)
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def as_words(command):

@@ -27,7 +27,8 @@ def place(tmp_path):
     """A place with data that nobody plays."""
     (tmp_path / "data").mkdir()
     for name in ("sft", "train", "test"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text(name)
+        kinds = ["exemplar"] * 7 + ["direct"] * 2
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(f'{{"kind": "{kind}"}}\n' for kind in kinds))
     return ablations.Place("demo", 0, tmp_path)
 
 
@@ -46,7 +47,7 @@ def result(questions, seed=0, per_video=1, **more):
 def test_each_row_has_flags_that_its_scripts_take_and_a_mode_that_is_evaluated(name):
     assert ablations.choose([name])[-1].name == name
     each = row(name)
-    filled = lambda flags: (flags or "").format(frames=20, twice=40, fps=1).split()
+    filled = lambda flags: (flags or "").format(frames=20, twice=40, fps=1, epochs=12).split()
     for script, flags in ((sft, each.sft), (rl, each.rl), (sft, each.rft)):
         parse_flags(script.Config, "", (), argv=filled(flags))
     config = parse_flags(evaluation.Config, "", (), argv=filled(each.eval))
@@ -71,6 +72,10 @@ def test_wrong_names_and_flags_are_one_line(monkeypatch):
     monkeypatch.setattr(ablations, "ROWS", [ablations.FULL, mine])
     with pytest.raises(UserError, match="row mine: rl.py has no flag --cliphigh"):
         ablations.choose([])
+    for wrong in ("zooms-1", "bogus"):
+        monkeypatch.setattr(ablations, "ROWS", [ablations.FULL, ablations.Row("mine", "own", "", of=wrong)])
+        with pytest.raises(UserError, match=f"row mine: {wrong} has to be a row with a policy"):
+            ablations.choose([])
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -95,6 +100,21 @@ def test_only_what_hangs_on_changed_data_has_another_key(place):
     assert [old.key == new.key for old, new in zip(before, after)] == [True, False, False]
 
 
+def test_a_file_that_a_flag_names_is_an_input(monkeypatch, place, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    mine = ablations.Row("mine", "own", "", rl=f"--system_prompt {prompt}")
+    keys = []
+    for text in ("Look.", "Look closer.", "Look."):
+        prompt.write_text(text)
+        keys.append([stage.key for stage in ablations.chain(mine, place)])
+    assert keys[0] == keys[2] and [a == b for a, b in zip(*keys[:2])] == [True, False, False]
+
+
+def test_without_the_tool_there_are_as_many_updates(place):
+    cold_start, *_ = ablations.chain(row("no-tool"), place)
+    assert cold_start.command[cold_start.command.index("--epochs") + 1] == "9"  # 2 of 9 rows, for 2 passes over 9
+
+
 def test_a_stage_takes_the_policy_of_the_one_before(place):
     sft, rl, evaluation = ablations.chain(row("no-bonus"), place)
     assert rl.command[:3] == ["rl.py", "--model", str(sft.folder)]
@@ -112,9 +132,11 @@ def test_a_stage_runs_once_and_one_that_failed_again(tmp_path):
     text = f"import sys; open({str(tmp_path / 'ran')!r}, 'a').write('x'); sys.exit(len(sys.argv) > 1)"
     path = str(script(tmp_path, text))
     failing = Stage("sft", [path, "--fail"], "", tmp_path / "stage")
-    with pytest.raises(UserError, match="status 1, see .*log.txt"):
-        failing.run()
+    for said in ("status 1, see .*log.txt", "has failed before"):  # in one process once
+        with pytest.raises(UserError, match=said):
+            failing.run()
     assert failing.result() is None
+    findings.stage.FAILED.clear()
     stage = Stage("sft", [path], "", tmp_path / "stage")
     stage.run()
     stage.run()
@@ -167,7 +189,7 @@ class Played:
         out.mkdir(parents=True, exist_ok=True)
         if name == "data_prep.py":
             for file in ("sft", "train", "test"):
-                rows = [{"video": f"{n // 5}.mp4"} for n in range(30)]
+                rows = [{"video": f"{n // 5}.mp4", "kind": "direct"} for n in range(30)]
                 (out / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif name == "eval.py":
             limited = {"--max_zooms", "--num_frames"} & set(words)
@@ -239,6 +261,19 @@ def test_a_result_of_other_flags_is_in_no_table(monkeypatch, tmp_path, capsys):
     assert "no-kl is left out" in capsys.readouterr().out
 
 
+def test_a_result_of_another_mode_or_of_stages_that_another_row_made_anew_is_in_no_table(monkeypatch, tmp_path):
+    make_all(monkeypatch, tmp_path, Played())
+    rows = [each._replace(mode="zoom off") if each.name == "no-kl" else each for each in ablations.ROWS]
+    with monkeypatch.context() as patch:
+        patch.setattr(ablations, "ROWS", rows)
+        assert rows_of(tmp_path) == {"full", *NAMES} - {"no-kl"}
+    place = ablations.Place("demo", 0, tmp_path / "demo/0")
+    cold_start = ablations.chain(ablations.FULL, place)[0].folder
+    (cold_start / "config.json").write_text("other")
+    ablations.make_row(ablations.FULL, place)  # RL and evaluation anew
+    assert rows_of(tmp_path) == {"full", "no-tool"}
+
+
 def test_a_row_that_hangs_on_what_has_changed_is_in_no_table(monkeypatch, tmp_path):
     """The cold start is made anew by another method: what was made of the old one is not shown beside it."""
     make_all(monkeypatch, tmp_path, Played())
@@ -272,6 +307,40 @@ def test_a_stage_that_was_stopped_goes_on_with_the_same_inputs_and_begins_anew_w
     assert stage.result() is None
 
 
+def test_a_kill_while_an_old_folder_is_removed_leaves_nothing_of_it(monkeypatch, tmp_path):
+    given, path = tmp_path / "input", script(tmp_path, "")
+    stage = Stage("sft", [str(path)], "", tmp_path / "stage", (str(given),))
+    given.write_text("a")
+    stage.run()
+    (stage.folder / "run.json").write_text("of a")
+    given.write_text("b")
+
+    def killed(folder, **_):
+        if Path(folder).exists():
+            (Path(folder) / "begun.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        stage.run()
+    stage.run()
+    assert stage.result() and not (stage.folder / "run.json").exists()
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["stage"]
+
+
+def test_a_resumed_stage_names_both_commits(monkeypatch, tmp_path):
+    path = script(tmp_path, "import sys; sys.exit(1)")
+    stage = Stage("sft", [str(path)], "", tmp_path / "stage")
+    monkeypatch.setattr(findings.stage, "code_version", lambda: "a")
+    with pytest.raises(UserError):
+        stage.run()
+    findings.stage.FAILED.clear()
+    path.write_text("")
+    monkeypatch.setattr(findings.stage, "code_version", lambda: "b")
+    stage.run()
+    assert stage.result()["commits"] == ["a", "b"]
+
+
 def test_what_hangs_on_a_stage_that_was_removed_is_made_again_if_it_differs(monkeypatch, tmp_path):
     make_all(monkeypatch, tmp_path, Played())
     cold_start = ablations.chain(ablations.FULL, ablations.Place("demo", 0, tmp_path / "demo" / "0"))[0]
@@ -290,7 +359,7 @@ def test_a_failed_row_does_not_end_the_others(monkeypatch, tmp_path):
             return subprocess.CompletedProcess(words, 1)
         return played(words, **settings)
 
-    with pytest.raises(UserError, match="not there: no-kl"):
+    with pytest.raises(UserError, match="not there: no-kl of seed 0"):
         make_all(monkeypatch, tmp_path, fails)
     assert "| zooms-0 |" in (tmp_path / "page.md").read_text()
 
@@ -303,7 +372,7 @@ def test_without_the_full_run_no_row_has_its_frames(monkeypatch, tmp_path, capsy
             return subprocess.CompletedProcess(words, 1)
         return played(words, **settings)
 
-    with pytest.raises(UserError, match="not there: full, no-rl, no-tool, no-kl"):
+    with pytest.raises(UserError, match="not there: full of seed 0, no-rl of seed 0"):
         make_all(monkeypatch, tmp_path, fails)
     assert "no-tool: its frames are those of the row full, which is not there" in capsys.readouterr().out
     assert not [command for command in played.ran if "{" in command or "direct" in command]
@@ -314,7 +383,7 @@ def test_a_row_of_a_mode_that_was_not_evaluated_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(ablations, "ROWS", [ablations.FULL, mine])
     monkeypatch.setattr(ablations, "BY_NAME", {"full": ablations.FULL, "mine": mine})
     monkeypatch.setattr(sys.modules[__name__], "NAMES", ("mine",))
-    with pytest.raises(UserError, match="not there: mine"):
+    with pytest.raises(UserError, match="not there: mine of seed 0"):
         make_all(monkeypatch, tmp_path, Played())
 
 
@@ -322,7 +391,7 @@ def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
     page = make_all(monkeypatch, tmp_path, Played())
     # 30 right against 10 right, on the same questions
     assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-73.3 to -60.0\)", page)
-    assert re.search(r"a.* as many frames \| not shown \| full - no-tool, right \| 100.0 - 33.3 \| \+66.7 .*\) \| 1 \| yes", page)
+    assert re.search(r"zooms beat as many uniform frames.* \| not shown \| full - no-tool, right \| 100.0 - 33.3 \| \+66.7 .*\) \| 1 \| yes", page)
     numbers = json.loads((tmp_path / "page.json").read_text())["demo"]
     assert numbers["rows"]["full"]["accuracy"] == 1.0 and numbers["rows"]["full"]["bound"] == 0.5
     assert numbers["training"]["full"] == [[1.0] * 3, [0.5] * 3]

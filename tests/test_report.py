@@ -45,7 +45,7 @@ def make_row(runs, name, root, questions, turns):
     (runs / "demo/0/rows" / name).mkdir(parents=True)
     (runs / "demo/0/rows" / name / "result.json").write_text(json.dumps({
         "row": name, "suite": "demo", "seed": 0,
-        "commands": ["python eval.py"], "commits": ["0123"], "torch": "2", "seconds": 60.0, "data": str(root / "test.jsonl"),
+        "commands": ["python eval.py"], "commits": ["0123"], "made_with": "torch 2, CPU", "seconds": 60.0, "data": str(root / "test.jsonl"),
         "stages": [str(folder)]} | compare.summary(folder, "zoom", root / "test.jsonl", folder)))
 
 
@@ -118,6 +118,13 @@ def test_videos_that_are_gone_cost_their_dialogues_only(runs, capsys):
     assert "its dialogue is left out" in capsys.readouterr().err
 
 
+def test_dialogues_that_are_not_there_are_one_line(runs, capsys):
+    (runs / "demo/0/stages/full/episodes.jsonl").unlink()
+    report.write_report(runs, results_in(runs))
+    assert "the dialogues of full are left out" in capsys.readouterr().err
+    assert '"policy": "demo 0 no-rl"' in (runs / "report.html").read_text()
+
+
 def test_no_results_are_one_line(tmp_path):
     with pytest.raises(UserError, match="has no results yet"):
         report.write_report(tmp_path, {})
@@ -130,7 +137,7 @@ def test_without_matplotlib_there_are_tables_and_one_line(runs, monkeypatch, cap
     assert "<table>" in page and "<svg" not in page
     assert "pip install matplotlib" in capsys.readouterr().err
     with pytest.raises(UserError, match="pip install matplotlib"):
-        plots.picture(runs / "demo/0", runs / "picture.png")
+        plots.picture(results_in(runs)["demo"], 0, runs / "picture.png")
 
 
 def test_tables_are_escaped():
@@ -148,7 +155,7 @@ def test_curves_and_the_picture(runs):
     svg = plots.curves("demo", rows, plots.pyplot())
     assert svg.startswith("<svg") and ">no-rl<" in svg and ">RL step<" in svg
     assert "currentColor" in svg and plots.INK not in svg
-    plots.picture(runs / "demo/0", runs / "picture.svg")
+    plots.picture(rows, 0, runs / "picture.svg")
     drawn = (runs / "picture.svg").read_text()  # with the texts beside their letters' outlines
     assert "<!-- before RL: &lt;answer&gt;" in drawn and "<!-- after RL: &lt;answer&gt;" in drawn
 
@@ -157,7 +164,7 @@ def test_the_picture_needs_a_question_that_rl_has_turned(runs):
     pytest.importorskip("matplotlib")
     shutil.copy(runs / "demo/0/stages/no-rl/episodes.jsonl", runs / "demo/0/stages/full/episodes.jsonl")
     with pytest.raises(UserError, match="no wrong answer"):
-        plots.picture(runs / "demo/0", runs / "picture.png")
+        plots.picture(results_in(runs)["demo"], 0, runs / "picture.png")
 
 
 # ----------------------------------------------------------------------------------------------- in a browser

@@ -169,23 +169,24 @@ def test_rows_without_zooms_answer_what_their_overview_shows(made):
 def test_trajectories_verify_and_reflections_start_wrong(made):
     folder, _, _, rows = made
     policy = load_policy(TINY_BASE)
-    kinds, turned_back = Counter(), 0
+    kinds, wrong_first, looked_again = Counter(), 0, 0
     for row in rows:
         dialogue, env = replay(policy, row, folder)
         assert env.rewards["accuracy"] == 1 and env.rewards["format"] == 1
         kinds[row["kind"], row["question"]["meta"]["kind"], env.num_calls() > 0] += 1
         if row["kind"] == "reflection":
             hits = [any(call.hit for call in turn.calls) for turn in env.turns]
-            assert not hits[0] and any(hits[1:])
-            assert "not found" in row["turns"][1]
-        elif any(call.hit for turn in env.turns for call in turn.calls):
-            turned_back += "not found" in row["turns"][1]
+            wrong_first += not hits[0]
+            looked_again += hits[0]
+            assert any("not found" in turn and "<video_zoom>" in turn for turn in row["turns"][1:])
+        else:
+            assert not any("not found" in turn for turn in row["turns"])
         assert ("max_zooms" in row["provenance"]) <= (env.num_calls() == 0)
         assert len(row["turns"]) == len(env.turns)
     zooms = lambda kind: sum(n for (k, q, z), n in kinds.items() if q == kind and z)
     assert zooms("detail") and zooms("count") and zooms("order") and not zooms("holistic")
     assert any(k == "reflection" for k, _, _ in kinds)
-    assert turned_back  # a right scene that showed nothing was looked at again
+    assert wrong_first and looked_again  # at a right scene that showed nothing
     assert any("max_zooms" in row["provenance"] for row in rows)
 
 
