@@ -14,8 +14,8 @@ other, at 3 frames a second, shows it. Zooms at 3 frames a second that know noth
 scene.
 
 The teacher is careless in both steps: often it takes half of the frames that it may, and mostly it does not
-look a second time, but guesses. So looking twice is in a minority of its trajectories, and using it is left
-for RL to find out.
+look a second time, but guesses. So looking twice is in a third of its trajectories at most, and using it is
+left for RL to find out.
 """
 
 from demo import synthetic
@@ -27,7 +27,7 @@ from protocols import make_env
 SLOT_S = (60.0, 62.4)  # a slot's length: 16 frames are 3 a second between two of the first look
 FIRST_FPS, SECOND_FPS = ("0.10", "0.20"), ("1.00", "3.00")  # of the teacher's two looks, hasty and careful
 HASTE = 0.5  # how often it is hasty
-SECOND_LOOK = 0.12  # how often it looks a second time
+SECOND_LOOK = 0.3  # how often it looks a second time
 TRIES = 2  # plays of a question about flashes
 NUM_FRAMES = 9, 9, 9, 9, 17, 33  # of its overviews where it may zoom, drawn for each question
 MOST_FRAMES = 80  # ... by the protocol without a tool: few numbers of frames show a flash
@@ -152,7 +152,8 @@ def teach_all(questions, scenes, rng, root, seed):
             wrong_first = bool(question["evidence"]) and rng.random() < 0.25
             rows.append(teach(shown, scenes, rng, root, wrong_first))
         numbers = rng.sample(range(NUM_SLOTS, MOST_FRAMES + 1), MOST_FRAMES + 1 - NUM_SLOTS)
-        rows += teach_without_zooms(question, scenes, rng, root, numbers)
+        plays = 1 if question["evidence"] else rng.randrange(2)
+        rows += teach_without_zooms(question, scenes, rng, root, plays, numbers)
     return signed(rows, seed)
 
 

@@ -625,15 +625,18 @@ def teach_all(questions, scenes, rng, root, seed):
         rows += [teach(shown, scenes, rng, root) for _ in question["evidence"] or [None]]
         if question["evidence"] and rng.random() < 0.5:
             rows.append(teach(shown, scenes, rng, root, wrong_first=True))
-        rows += teach_without_zooms(question, scenes, rng, root, rng.sample(range(NUM_SLOTS, 49), 3))
+        numbers = rng.sample(range(NUM_SLOTS, 49), 3)
+        plays = len(question["evidence"] or []) or rng.randrange(2)
+        rows += teach_without_zooms(question, scenes, rng, root, plays, numbers)
     return signed(rows, seed)
 
 
-def teach_without_zooms(question, scenes, rng, root, numbers):
-    """Rows in which no zoom is left from the start, and rows by the protocol that has none. Of the latter each
-    overview shows all that is asked for; numbers: of frames, from which the first such one is taken."""
+def teach_without_zooms(question, scenes, rng, root, plays, numbers):
+    """The rows of so many plays in which no zoom is left from the start, and in half of the cases one by the
+    protocol that has none. There the overview shows all that is asked for; numbers: of frames, from which the
+    first such one is taken."""
     rows = []
-    for _ in question["evidence"] or range(rng.randrange(2)):
+    for _ in range(plays):
         shown = with_frames(question, rng.choice(NUM_FRAMES))
         rows.append(teach(shown, scenes, rng, root, max_zooms=0))
     if rng.random() < 0.5:
