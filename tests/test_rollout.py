@@ -57,13 +57,13 @@ def test_the_engine_says_what_the_plain_loop_says(policy, data, monkeypatch, lim
     policy = restless(policy)
     monkeypatch.setitem(PROTOCOLS, "videozoomer", ScriptedEnv)
     config = RolloutConfig(temperature=0.0, max_turn_tokens=16, compile=False, **limits)
-    plain = [play(policy, question, config, folder) for question in questions[:5]]
+    plain = [play(policy, question, config, folder) for question in questions[:8]]
     assert len({len(e.env.turns) for e in plain}) > 1 and any(e.env.num_calls() for e in plain)
     longest = max(len(e.dialogue.ids) - e.dialogue.prompt_length for e in plain)
     assert (longest <= 150) == bool(limits)
     for steps, max_rows in ((None, 64), (5, 64), (None, 2)):
         limited = replace(config, max_rows=max_rows)
-        groups, _ = rollout(policy, questions[:5], 1, limited, root=folder, steps=steps)
+        groups, _ = rollout(policy, questions[:8], 1, limited, root=folder, steps=steps)
         assert said(groups) == [e.dialogue.ids for e in plain], (steps, max_rows)
         assert [group[0].env.rewards for group in groups] == [e.env.rewards for e in plain]
         assert [group[0].truncated for group in groups] == [e.truncated for e in plain]
