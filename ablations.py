@@ -90,7 +90,7 @@ ROWS = [
 BY_NAME, FULL = {row.name: row for row in ROWS}, ROWS[0]
 
 # flags that all rows of a suite have, by stage, and its {fps}; --quick adds those of QUICK
-SEARCH = {"fps": 0.2, "data": "--suite search", "rl": "--max_response_tokens 2500 --steps 48"}
+SEARCH = {"fps": 0.2, "data": "--suite search", "rl": "--max_response_tokens 2500 --steps 36"}
 SUITES = {"demo": {"fps": 1}, "search": SEARCH}
 QUICK = {"data": "--train 200 --test 40", "eval": "--max_turn_tokens 80",
          "rl": "--steps 2 --batch_size 4 --mini_batch_size 2 --group_size 4 --max_draws 1"}
