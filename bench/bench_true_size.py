@@ -209,7 +209,9 @@ class Bench:
         self.args, self.folder, self.rows = args, folder, []
         self.device = device_of(args.device)
         synthetic(folder / "data", 10, 5, seed=3)
-        trajectories = (folder / "data/sft.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in open(folder / "data/sft.jsonl")]
+        most = ENV[args.episodes].max_zooms + 1  # turns
+        trajectories = [json.dumps(row) for row in rows if row["kind"] != "direct" and len(row["turns"]) <= most]
         count = 2 if args.episodes == "few" else 8
         few = (trajectories * count)[:count]
         (folder / "data/few.jsonl").write_text("\n".join(few) + "\n")

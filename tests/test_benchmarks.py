@@ -258,7 +258,7 @@ def test_all_formats_are_played_graded_and_reported_by_kind(videos, tmp_path, mo
     read = lambda name: [json.loads(line) for line in (tmp_path / "eval" / name).read_text().splitlines()]
     episodes = {row["question"]: row for row in read("episodes.jsonl")}
     assert episodes.keys() == {q["id"] for q in questions} and not read("skipped.jsonl")
-    assert sum(row["answer"] is not None for row in episodes.values()) > 3
+    assert sum(row["answer"] is not None for row in episodes.values()) >= 3
     for q in questions:
         episode = episodes[q["id"]]
         graded = None if q["meta"].get("judge") else grade(episode["answer"], q)  # which waits for a judge
