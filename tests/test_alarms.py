@@ -45,7 +45,7 @@ BAD = [
     (dict(zooms=0.3), "zooms collapse", "--tool_weight"), (dict(format=0.6), "the format decays", "--lr"),
     (dict(no_spread_wrong=0.5), "groups are wrong", "--data"), (dict(truncated=0.2), "cut off", "--lr"),
     (dict(entropy=0.02), "entropy collapses", "--entropy_weight"),
-    (dict(entropy=1.6), "entropy explodes", "--lr"), (dict(kl=0.06), "KL runs away", "--kl_weight"),
+    (dict(entropy=1.6), "entropy explodes", "--lr"), (dict(kl=0.25), "KL runs away", "--kl_weight"),
     (dict(mismatch=2e-5), "sampling and scoring differ", "--no-compile"),
     (dict(mismatch=math.nan), "sampling and scoring differ", "--no-compile")]
 
