@@ -63,7 +63,7 @@ ROWS = [
     *[Row(name, "controls", f"SFT and RL without the tool, {shows} frames as full looks at", sft=DIRECT,
           rl=f"--num_frames {number}", eval=f"--num_frames {number}") for name, shows, number in (
         ("no-tool", "as many uniform", "{frames}"), ("no-tool-twice", "twice as many", "{twice}"))],
-    Row("fixed-fps", "controls", "one frame rate in all zooms (the suite search needs two)", rl="--zoom_fps {fps}"),
+    Row("fixed-fps", "controls", "one frame rate in all zooms (search needs two)", rl="--zoom_fps {fps}"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
     *[Row(f"mixed-{n}", "controls", "", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
     Row("reward-halves", "controls", "reward 0.5 / 0.5 / 0.5", rl="--accuracy_weight 0.5 --format_weight 0.5"),
@@ -198,7 +198,7 @@ def choose(names):
     for row in rows:
         if row.of and (row.of not in BY_NAME or BY_NAME[row.of].of
                        or (row.sft, row.rl, row.rft) != ("", "", None)):
-            raise UserError(f"row {row.name}: {row.of} has to be a row with a policy, which it evaluates as it is")
+            raise UserError(f"row {row.name}: {row.of} has to be a row with a policy of its own")
         for script, flags in zip((sft, rl, sft, evaluation), (row.sft, row.rl, row.rft, row.eval)):
             known = {field.name for field in fields(script.Config)}
             for flag in {*re.findall(r"--(?:no-)?(\w+)", flags or "")} - known:
@@ -214,7 +214,7 @@ def main():
     parser.add_argument("--suite", choices=SUITES, default="demo")
     parser.add_argument("--quick", action="store_true", help="few questions and steps")
     parser.add_argument("--report", action="store_true", help="only write report.html of what is there")
-    parser.add_argument("--picture", help="only draw a dialogue before and after RL there, of the first of --seeds")
+    parser.add_argument("--picture", help="only draw a dialogue before and after RL there (first seed)")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the results")
     parser.add_argument("--out", type=Path, help="tables; else docs/ablations.md, of --quick RUNS/quick.md")
     args = parser.parse_args()

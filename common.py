@@ -301,6 +301,11 @@ def choose_device(name=None):
     return device, "nccl"
 
 
+def gpu_names():
+    """The names of the GPUs of this machine; [] without CUDA."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def choose_dtype(name, device):
     """The compute weights' dtype. Raises UserError for one that is not offered."""
     if name not in (None, "float32", "bfloat16"):

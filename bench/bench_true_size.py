@@ -211,7 +211,8 @@ class Bench:
         synthetic(folder / "data", 10, 5, seed=3)
         rows = [json.loads(line) for line in open(folder / "data/sft.jsonl")]
         most = ENV[args.episodes].max_zooms + 1  # turns
-        trajectories = [json.dumps(row) for row in rows if row["kind"] != "direct" and len(row["turns"]) <= most]
+        playable = [row for row in rows if row["kind"] != "direct" and len(row["turns"]) <= most]
+        trajectories = [json.dumps(row) for row in playable]
         count = 2 if args.episodes == "few" else 8
         few = (trajectories * count)[:count]
         (folder / "data/few.jsonl").write_text("\n".join(few) + "\n")

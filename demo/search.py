@@ -3,8 +3,8 @@
     python data_prep.py synthetic --suite search --out runs/search
 
 Videos are those of synthetic.py with nine scenes of a minute each, nine to nine and a half minutes in all
-(below ten, so that the overview is of uniform frames). In each coloured scene an empty black card, the cue, stands for 11
-seconds at a place that nobody can know, and what is asked for flashes on it for 0.75 seconds, about in the
+(below ten, so that the overview is of uniform frames). In each coloured scene an empty black card, the cue,
+stands for 11 seconds at a random place, and what is asked for flashes on it for 0.75 seconds, about in the
 middle (several of 0.375 seconds where they are to be counted). Elsewhere in the scene a shape without a card
 flashes, which nobody asks about.
 

@@ -61,8 +61,10 @@ FINDINGS = [
             "full", "zooms-1"),
     Finding("zooms beat more uniform frames of the base", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
             "full", "uniform-33"),
-    Finding("zooms beat as many uniform frames after SFT and RL without the tool", "not shown", "full", "no-tool", of_paper=False),
-    Finding("zooms beat twice as many uniform frames after SFT and RL without the tool", "not shown", "full", "no-tool-twice", of_paper=False),
+    Finding("zooms beat as many uniform frames after SFT and RL without the tool", "not shown",
+            "full", "no-tool", of_paper=False),
+    Finding("zooms beat twice as many uniform frames after SFT and RL without the tool", "not shown",
+            "full", "no-tool-twice", of_paper=False),
     Finding("it is what the clip shows that helps", "not shown", "full", "clips-grey", of_paper=False),
     Finding("never zooming is better than always",
             "of others, on the released checkpoint: LongVideoReason 77.7 never, 76.9 always",
@@ -127,17 +129,23 @@ class Difference(NamedTuple):
     seeds: list  # the mean of each seed
 
 
-def difference(row, other, field):
-    """The Difference of what `row` has more than `other` on the same questions, {seed: result} each; None
-    where no seed is common."""
-    by_video, by_seed = defaultdict(list), defaultdict(list)
+def pairs(row, other, field):
+    """(seed, video, a field's value in `row`, in `other`) of each question that both were asked."""
     for seed in sorted(row.keys() & other.keys()):
         ours, theirs = row[seed]["questions"], other[seed]["questions"]
         for number in sorted(ours.keys() & theirs.keys(), key=int):
             values = ours[number][field], theirs[number][field]
             if None not in values:
-                by_video[seed, ours[number]["video"]].append(values[0] - values[1])
-                by_seed[seed].append(values[0] - values[1])
+                yield seed, ours[number]["video"], *values
+
+
+def difference(row, other, field):
+    """The Difference of what `row` has more than `other` on the same questions, {seed: result} each; None
+    where no seed is common."""
+    by_video, by_seed = defaultdict(list), defaultdict(list)
+    for seed, video, ours, theirs in pairs(row, other, field):
+        by_video[seed, video].append(ours - theirs)
+        by_seed[seed].append(ours - theirs)
     if not by_seed:
         return None
     sums, sizes = (np.array([f(values) for values in by_video.values()], dtype=float) for f in (sum, len))
@@ -182,11 +190,9 @@ def row_figures(seeds, full):
 
 def levels(row, other, field):
     """The means of a field in both rows, over the questions of `difference`, as text."""
-    values = [(ours[n][field], theirs[n][field]) for ours, theirs in (
-        (row[seed]["questions"], other[seed]["questions"]) for seed in row.keys() & other.keys())
-        for n in ours.keys() & theirs.keys() if None not in (ours[n][field], theirs[n][field])]
     form = percent if field == "right" else number
-    return " - ".join(form(mean(one)) for one in zip(*values))
+    _, _, ours, theirs = zip(*pairs(row, other, field))
+    return f"{form(mean(ours))} - {form(mean(theirs))}"
 
 
 def verdict(d, of_paper=True):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import UserError, open_folder, write_json
+from common import UserError, gpu_names, open_folder, write_json
 from findings.compare import read_lines
 from training.run_folder import code_version, fingerprint
 
@@ -53,21 +53,19 @@ class Stage(NamedTuple):
         if self.folder in FAILED:
             raise UserError(f"{self.folder} has failed before")
         print(f"{self.folder} ...", end="", flush=True)
-        began, begun, commits = time.time(), self.beginning(), {str(code_version())}
+        began, begun = time.time(), self.beginning()
         path, old = self.folder / "begun.json", self.folder.with_suffix(".old")
         shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            before = json.loads(path.read_text())
-            commits |= {*before["commits"]}
-            if before["begun"] != begun:
-                self.folder.rename(old)  # at once, as a kill may come while it is removed
-                shutil.rmtree(old)
-                commits = {str(code_version())}
-        log, commits = open_folder(self.folder) / "log.txt", sorted(commits)
+        before = json.loads(path.read_text()) if path.exists() else {"begun": begun, "commits": []}
+        if before["begun"] != begun:
+            self.folder.rename(old)  # at once, as a kill may come while it is removed
+            shutil.rmtree(old)
+            before["commits"] = []
+        log, commits = open_folder(self.folder) / "log.txt", sorted({*before["commits"], str(code_version())})
         write_json(path, {"begun": begun, "commits": commits})
         command = ["python", *self.command]
         if self.kind == "rl":
-            processes = torch.cuda.device_count() or 2
+            processes = len(gpu_names()) or 2
             command = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *self.command]
         with open(log, "a", encoding="utf-8") as file:
             status = subprocess.run(as_words(command), stdout=file, stderr=file,
@@ -80,12 +78,8 @@ class Stage(NamedTuple):
         seconds = max(seconds, time.time() - began)
         write_json(self.folder / "result.json", {
             "command": " ".join(command), "seconds": seconds, "commits": commits, "begun": begun,
-            "made_with": f"torch {torch.__version__}, {device_name()}"})
+            "made_with": f"torch {torch.__version__}, {' + '.join(gpu_names()) or 'CPU'}"})
         print(f" {seconds:.0f} s", flush=True)
-
-
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def as_words(command):

@@ -23,8 +23,9 @@ the start and at their worst are
                                                         policy that is right may be sure
     entropy, high      0.017, 0.020      0.085          five times: it says what it never said at the start
     kl                 2e-4, 0.01        0.2            begins at 0, so 20 times the start is bounded by 0.2
-                                                        below (seed 1 reaches 0.08), and by 0.5 above: far from the reference on
-                                                        nearly every token, also where that began at once
+                                                        below (seed 1 reaches 0.08), and by 0.5 above: far
+                                                        from the reference on nearly every token, also where
+                                                        that began at once
     mismatch           1e-7, 1e-7        1e-5           ten times; rounding may be 1e-5 in any case, and never
                                                         1e-4 in float32 or 0.1 in bfloat16 (docs/precision.md)
 """
