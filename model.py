@@ -124,9 +124,11 @@ class Policy(torch.nn.Module):
         self.visual.requires_grad_(False)
         return self
 
-    def frozen_copy(self):
-        """The policy as it is now, without gradients: the reference."""
-        hf = copy.deepcopy(self.hf).eval().requires_grad_(False)
+    def frozen_copy(self, instead=None):
+        """The policy as it is now, without gradients and with the same vision tower: the reference. instead:
+        {id of a parameter: what takes its place}."""
+        same = {id(self.visual): self.visual}  # deepcopy's memo: for what it takes these, without a copy
+        hf = copy.deepcopy(self.hf, same | (instead or {})).eval().requires_grad_(False)
         return Policy(hf, self.tokenizer, self.image_processor, self.env_config)
 
     def checkpoint_layers(self):

@@ -172,7 +172,6 @@ def track(name, config, processes, tokens, layers=None):
             else:
                 if is_rl and config.kl_weight:
                     reference = policy.frozen_copy()
-                    reference.hf.model.visual = policy.visual
                 weights = MasterWeights(policy.freeze_vision(), reference)
             optimizer = torch.optim.AdamW(weights.parameters, lr=1e-6, fused=True)
             policy.train()

@@ -15,14 +15,12 @@ Host memory that the device copies from or to is pinned: the three slabs, so tha
 little of it ends before it begins, and the memory that a group passes through.
 """
 
-import copy
 import re
 from functools import partial
 from itertools import groupby
 
 import torch
 
-from model import Policy
 from scale.devices import Copies, pin_memory
 from scale.sharding import WeightFiles
 from training.checkpoints import find_checkpoint, loading
@@ -135,12 +133,11 @@ def group_of(name):
 
 @torch.no_grad()
 def reference_of(policy, on_host=False):
-    """The policy as it is now, without gradients and with the same vision tower.
+    """The policy as it is now, see `Policy.frozen_copy`.
 
     With `on_host` its layers' weights are in host memory, and come before each layer's pass to one of two
     places on the device, while the layer before computes. Its parameters are these places."""
-    same = {id(policy.visual): policy.visual}  # deepcopy's memo: for what it takes these, without a copy
-    layers, weights = policy.language_model.layers, []
+    instead, layers, weights = {}, policy.language_model.layers, []
     if on_host:
         shapes = [p.shape for p in layers[0].parameters()]
         sizes = [shape.numel() for shape in shapes]
@@ -149,10 +146,9 @@ def reference_of(policy, on_host=False):
             host = pin_memory(torch.empty(sum(sizes), dtype=policy.dtype), policy.device)
             for p, part, place in zip(layer.parameters(), host.split(sizes), places[number % 2].split(sizes)):
                 part.view(p.shape).copy_(p)
-                same[id(p)] = torch.nn.Parameter(place.view(p.shape), requires_grad=False)
+                instead[id(p)] = torch.nn.Parameter(place.view(p.shape), requires_grad=False)
             weights.append(host)
-    hf = copy.deepcopy(policy.hf, same).eval().requires_grad_(False)
-    reference = Policy(hf, policy.tokenizer, policy.image_processor, policy.env_config)
+    reference = policy.frozen_copy(instead)
     if on_host:
         stream_layers(reference.language_model.layers, weights, places, Copies(policy.device))
     return reference

@@ -260,7 +260,7 @@ def test_a_reference_on_the_host_says_the_same_to_the_bit(place, layers, dtype):
         assert torch.equal(log_probs(on_device, dialogues), expected)
     assert not torch.equal(log_probs(policy, dialogues), expected)
     assert not any(p.requires_grad for p in on_host.parameters())
-    assert on_host.visual is on_device.visual is policy.visual
+    assert plain.visual is on_host.visual is on_device.visual is policy.visual
     places = {p.untyped_storage().data_ptr() for p in on_host.language_model.layers.parameters()}
     assert len(places) == min(2, layers)
 

@@ -82,8 +82,6 @@ def bytes_of_an_update(config, model, model_config, tokens):
         weights = LoRAWeights(policy, model, config, in_rl)
     else:
         weights = MasterWeights(policy, policy.frozen_copy() if in_rl else None)
-        if in_rl:
-            weights.reference.hf.model.visual = policy.visual
     optimizer = torch.optim.AdamW(weights.parameters, lr=1e-6, fused=True)
     policy.train()
 
