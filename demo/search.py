@@ -18,10 +18,12 @@ look a second time, but guesses. So looking twice is in a third of its trajector
 left for RL to find out.
 """
 
+from functools import partial
+
 from demo import synthetic
-from demo.synthetic import (COLOURS, MARGIN_S, NUM_FLASHES, NUM_SLOTS, VIDEO_FPS, Flash, Picture, Scene, Suite,
-                            Visit, answer, between_cards, draw_figure, look, named_scenes, overview_of, signed,
-                            teach_without_zooms, transcript, with_frames)
+from demo.synthetic import (MARGIN_S, NUM_SLOTS, Flash, Picture, Scene, Suite, Visit, answer, between_cards,
+                            draw_figure, look, named_scenes, overview_of, signed, teach_without_zooms,
+                            transcript, with_frames)
 from protocols import make_env
 
 SLOT_S = (60.0, 62.4)  # a slot's length: 16 frames are 3 a second between two of the first look
@@ -37,25 +39,6 @@ FLASH_S = 0.75  # a flash's length where it is alone
 SHORT_S, PAUSE_S = 0.375, 0.25  # ... and where there are several, with the time between two
 APART_S = 0.5  # least time between a flash and a frame of the first look
 ON = " on the card"  # where a question says that the shapes are
-
-
-def make_scenes(rng):
-    """A random video: (duration in seconds, its NUM_SLOTS scenes in order of time). Scenes begin as in the
-    demo; a scene's cue and flashes come after its frame in the overview and before the next scene."""
-    duration_s = round(rng.uniform(*SLOT_S) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
-    slot_s = duration_s / NUM_SLOTS
-    starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
-    colours = [*rng.sample(COLOURS, len(COLOURS)), "grey"]
-    num_flashes = rng.sample(NUM_FLASHES, len(COLOURS))
-    scenes = []
-    for i, colour in enumerate(colours):
-        start_s = 0.0 if i == 0 else starts[i]
-        if colour == "grey":
-            scenes.append(Scene(colour, start_s, []))
-        else:
-            overview_s, last_s = (i + 0.5) * slot_s, starts[i + 1] - MARGIN_S
-            scenes.append(make_scene(rng, colour, start_s, num_flashes[i], overview_s, last_s, slot_s))
-    return duration_s, scenes
 
 
 def make_scene(rng, colour, start_s, number, overview_s, last_s, slot_s):
@@ -88,10 +71,6 @@ def make_scene(rng, colour, start_s, number, overview_s, last_s, slot_s):
             break
     loose = Flash(loose_s, loose_s + FLASH_S, Picture(colour, draw_figure(rng, colour), offset, card=False))
     return Scene(colour, start_s, flashes, [cue, loose])
-
-
-def make_questions(rng, video, number, duration_s, scenes):
-    return synthetic.make_questions(rng, video, number, duration_s, scenes, ON)
 
 
 def teach(question, scenes, rng, root, wrong_first=False):
@@ -157,4 +136,5 @@ def teach_all(questions, scenes, rng, root, seed):
     return signed(rows, seed)
 
 
-SEARCH = Suite("search", make_scenes, make_questions, teach_all)
+SEARCH = Suite("search", partial(synthetic.make_scenes, slot_s=SLOT_S, make_scene=make_scene),
+               partial(synthetic.make_questions, on=ON), teach_all)

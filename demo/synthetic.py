@@ -111,24 +111,27 @@ class Scene(NamedTuple):
     others: list = []  # of Flash: what else is to be seen, behind these (the suite "search")
 
 
-def make_scenes(rng):
+def make_scene(rng, colour, start_s, number, overview_s, last_s, slot_s):
+    """A scene with `number` flashes, all between the time of its frame in the overview and last_s."""
+    return Scene(colour, start_s, make_flashes(rng, colour, number, overview_s + MARGIN_S, last_s))
+
+
+def make_scenes(rng, slot_s=SLOT_S, make_scene=make_scene):
     """A random video: (duration in seconds, its NUM_SLOTS scenes in order of time).
 
     A scene begins a little before the middle of its slot, where the overview looks. Its flashes come after
     that frame and before the next scene. So the overview shows every scene and no flash, and where to zoom is
-    from a scene's frame to the next one."""
-    duration_s = round(rng.uniform(*SLOT_S) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
+    from a scene's frame to the next one. slot_s: the limits of a slot's length. make_scene: fills a scene."""
+    duration_s = round(rng.uniform(*slot_s) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
     slot_s = duration_s / NUM_SLOTS
     starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
     colours = [*rng.sample(COLOURS, len(COLOURS)), "grey"]
-    num_flashes = [*rng.sample(NUM_FLASHES, len(COLOURS)), 0]
+    num_flashes = rng.sample(NUM_FLASHES, len(COLOURS))
     scenes = []
-    for i in range(NUM_SLOTS):
-        first_s = (i + 0.5) * slot_s + MARGIN_S
-        last_s = starts[i + 1] - MARGIN_S
-        flashes = make_flashes(rng, colours[i], num_flashes[i], first_s, last_s)
-        scenes.append(Scene(colours[i], 0.0 if i == 0 else starts[i], flashes))
-    return duration_s, scenes
+    for i, number in enumerate(num_flashes):
+        start_s, overview_s, last_s = starts[i] if i else 0.0, (i + 0.5) * slot_s, starts[i + 1] - MARGIN_S
+        scenes.append(make_scene(rng, colours[i], start_s, number, overview_s, last_s, slot_s))
+    return duration_s, [*scenes, Scene("grey", starts[-2], [])]
 
 
 def make_flashes(rng, background, n, first_s, last_s):

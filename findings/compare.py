@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, open_folder, write_json
-from training.tables import interval, ratio
+from training.tables import interval, known, ratio
+from training.tables import mean as mean_of_known
 from zoom_env import between
 
 RESAMPLES = 2000
@@ -174,14 +175,8 @@ def row_figures(seeds, full):
     results = list(seeds.values())
     right = [q["right"] >= 0.5 for r in results for q in r["questions"].values() if q["right"] is not None]
     low, high = interval(sum(right), len(right)) if right else (None, None)
-    of_seeds = [r["figures"]["accuracy"] for r in results if r["figures"]["accuracy"] is not None]
-
-    def over_seeds(name):
-        values = [r["figures"].get(name) for r in results]
-        values = [value for value in values if value is not None]
-        return mean(values) if values else None
-
-    bounds = [r["bound"] for r in results if r["bound"] is not None]
+    of_seeds = known(r["figures"]["accuracy"] for r in results)
+    over_seeds = lambda name: mean_of_known(r["figures"].get(name) for r in results)
     return {
         "seeds": sorted(seeds), "questions": len(right), "accuracy": ratio(sum(right), len(right)),
         "low": low, "high": high, "spread": stdev(of_seeds) if len(of_seeds) > 1 else None,
@@ -189,7 +184,7 @@ def row_figures(seeds, full):
         "zooms": over_seeds("zooms_per_question"), "frames": over_seeds("frames_per_question"),
         "invalid": over_seeds("invalid_call_rate"), "hits": over_seeds("hit_rate"),
         "without_tool": over_seeds("calls_without_tool"),
-        "tokens": over_seeds("tokens_per_question"), "bound": mean(bounds) if bounds else None,
+        "tokens": over_seeds("tokens_per_question"), "bound": mean_of_known(r["bound"] for r in results),
         "seconds": mean(r["seconds"] for r in results)}
 
 

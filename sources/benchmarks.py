@@ -18,7 +18,7 @@ from typing import Callable
 
 from common import UserError, open_folder, write_jsonl
 from grading import LETTERS
-from sources.files import SUBTITLES, VIDEOS, FileIndex, in_threads, read_annotations, relative_to_file
+from sources.files import SUBTITLES, VIDEOS, FileIndex, of_videos, read_annotations, relative_to_file
 from sources.images import place_images, save_image
 from sources.rows import question_error
 from sources.shapes import (KINDS, RowFault, control_in, first_of, letter_at, read_answer, read_list,
@@ -439,7 +439,7 @@ def convert(name, annotations, videos, out, subtitles=None, check_videos=False):
         raise UserError(f"no row of {', '.join(map(str, annotations))} is one of {name} ({first})")
     looked_at = [row for row in rows.values() if check_videos or row["id"] in frames]
     look = lambda row: look_at_video(row, out.parent, frames.get(row["id"], ()))
-    for row, lack in zip(looked_at, in_threads(look, looked_at, "videos")):
+    for row, lack in zip(looked_at, of_videos(look, looked_at, "videos")):
         if lack:
             named.append(skipped_line(row["id"], True, *lack))
     rows, skipped_file = list(rows.values()), out.with_suffix(".skipped.jsonl")

@@ -6,10 +6,9 @@ import json
 import os
 import re
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from common import UserError, read_text
 from sources.shapes import RowFault, without_nan
@@ -238,9 +237,7 @@ def relative_to_file(path, file):
     return Path(os.path.relpath(os.path.abspath(path), os.path.realpath(Path(file).parent))).as_posix()
 
 
-def in_threads(function, items, what):
+def of_videos(function, items, what):
     """[function(item), ...], eight at a time, with a bar. what: what the bar calls them."""
-    with ThreadPoolExecutor(8) as pool:
-        results = pool.map(function, items)
-        bar = tqdm(results, total=len(items), desc=what, unit="video", dynamic_ncols=True, disable=not items)
-        return list(bar)
+    return thread_map(function, items, max_workers=8, desc=what, unit="video", dynamic_ncols=True,
+                      disable=not items)

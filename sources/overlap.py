@@ -8,7 +8,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from grading import normalise
-from sources.files import in_threads
+from sources.files import of_videos
 from sources.read import read_either
 from sources.rows import question_of
 from training.run_folder import hash_file
@@ -87,4 +87,4 @@ def content_hashes(first, second):
     read."""
     sizes = {file["size"] for file in first} & {file["size"] for file in second} - {None}
     paths = list({file["path"] for file in [*first, *second] if file["size"] in sizes})
-    return dict(zip(paths, in_threads(hash_file, paths, "hashes")))
+    return dict(zip(paths, of_videos(hash_file, paths, "hashes")))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from model import encode, replay
 from protocols import make_env
-from sources.files import in_threads
+from sources.files import of_videos
 from sources.read import read_either
 from sources.released_data import encode_stored
 from sources.rows import is_number, is_trajectory, question_of
@@ -33,7 +33,7 @@ def stats(path, model=None):
     folder, questions = Path(path).parent, [question_of(row) for row in rows]
     trajectories = [row for row in rows if is_trajectory(row)]
     by_video = {q["video"]: q for q in questions if "video" in q}
-    durations_s = in_threads(lambda question: duration_of(question, folder), by_video.values(), "videos")
+    durations_s = of_videos(lambda question: duration_of(question, folder), by_video.values(), "videos")
     durations = dict(zip(by_video, durations_s))
     answer_types = Counter(q["answer_type"] for q in questions if "answer_type" in q)
     letters = Counter(q["answer"].strip().upper() for q in questions

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def pytest_addoption(parser):
     parser.addoption("--device", choices=["cpu", "cuda"],
                      help="only the tests of what a device computes, there, slow ones, too")
+    parser.addoption("--times", type=int, default=1, help="so many times as many random faults, with -m slow")
 
 
 def pytest_configure(config):
@@ -22,6 +23,12 @@ def pytest_configure(config):
     if config.getoption("device"):
         os.environ["TEST_DEVICE"] = config.getoption("device")
         config.option.markexpr = "device"
+
+
+@pytest.fixture(scope="session")
+def times(pytestconfig):
+    """How many times as many random faults a test tries."""
+    return pytestconfig.getoption("times")
 
 
 @pytest.fixture(scope="session")

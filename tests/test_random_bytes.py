@@ -1,5 +1,5 @@
 """Random bytes in each file that a command reads: one line that names it, or what can still be read; never another
-exception, never a hang. bench_faults.py does the same 500 times."""
+exception, never a hang. `pytest -m slow --times 10` does the same 500 times."""
 
 import json
 import random
@@ -107,5 +107,5 @@ def test_random_bytes_in_each_file(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_random_bytes_in_any_file(place, tmp_path):
-    check_cases(place, tmp_path / "copy", range(50))
+def test_random_bytes_in_any_file(place, tmp_path, times):
+    check_cases(place, tmp_path / "copy", range(50 * times))

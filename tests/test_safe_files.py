@@ -1,5 +1,5 @@
 """Saves of a policy and of a run that are killed at any moment, or meet a full disk: what was saved before is
-there, whole, or what is saved now. bench_faults.py kills more of them."""
+there, whole, or what is saved now. `pytest -m slow --times 10` kills more of them."""
 
 import functools
 import json
@@ -292,9 +292,9 @@ def reported(process):
 
 @pytest.mark.slow
 @both_kinds
-def test_a_killed_save_leaves_a_whole_one(tmp_path, kind):
+def test_a_killed_save_leaves_a_whole_one(tmp_path, kind, times):
     rng = random.Random()
-    for folder, reported in kill_saves(tmp_path, [rng.uniform(0.05, 1) for _ in range(2)], kind):
+    for folder, reported in kill_saves(tmp_path, [rng.uniform(0.05, 1) for _ in range(2 * times)], kind):
         assert number_in(kind, folder) in (reported, reported + 1)
         save(kind, folder, reported + 2)
         assert number_in(kind, folder) == reported + 2 and not left_over(kind, folder)

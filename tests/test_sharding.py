@@ -296,8 +296,9 @@ def random_splits(folder, out, seed, cases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
-def test_unequal_numbers_of_passes_do_not_hang(place, tmp_path, processes):
-    launch(processes, "test_sharding:random_splits", [place, tmp_path, 0, 5]).wait()
+def test_unequal_numbers_of_passes_do_not_hang(place, tmp_path, processes, times):
+    runs = launch(processes, "test_sharding:random_splits", [place, tmp_path, 0, 5 * times])
+    runs.wait(timeout_s=300 * times)
     assert len(list(tmp_path.glob("*.done"))) == processes
 
 

@@ -126,9 +126,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(place, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, shard, after_lines", [("sft.py", "all", 4)])
-def test_two_killed_processes_go_on_as_if_nothing_had_been(place, tmp_path, script, shard, after_lines):
-    same_after_a_kill(place, tmp_path, script, shard, 2, after_lines)
-    assert "is finished" in finish(place, tmp_path, script, shard, 2)
+def test_two_killed_processes_go_on_as_if_nothing_had_been(place, tmp_path, script, shard, after_lines, times):
+    for number in range(times):
+        same_after_a_kill(place, tmp_path / str(number), script, shard, 2, after_lines)
+    assert "is finished" in finish(place, tmp_path / "0", script, shard, 2)
 
 
 def same_after_a_kill(place, out, script, shard, processes, after_lines):

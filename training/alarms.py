@@ -143,23 +143,6 @@ def why_stuck(run, start, metrics):
     return f"--data is too hard for it, --group_size too small, or {large_step(run)}"
 
 
-def why_sure(run, start, metrics):
-    return f"it tries nothing new (--entropy_weight, --clip_high, --temperature), or {large_step(run)}"
-
-
-def why_unsure(run, start, metrics):
-    return f"{large_step(run)}, or --entropy_weight is too large"
-
-
-def why_far(run, start, metrics):
-    return f"{large_step(run)}, or --kl_weight is too small"
-
-
-def why_mismatch(run, start, metrics):
-    return ("a fault in what samples or what scores (does --no-compile help?); against rounding there are "
-            "--old_log_probs recomputed, --max_mismatch, --dtype float32")
-
-
 def most_mismatch(run, start):
     return min(max(10 * start, 1e-5), 1e-4 if run.dtype == torch.float32 else 0.1)
 
@@ -171,12 +154,17 @@ ALARMS = (
     Alarm("format", -1, lambda run, start: 0.7 * start, "the format decays", why_bad_format),
     Alarm("no_spread_wrong", 1, lambda run, start: min(start + 0.3, 0.8),
           "groups are wrong in all answers alike, which teaches nothing", why_stuck),
-    Alarm("entropy", -1, lambda run, start: start / 10, "the entropy collapses", why_sure,
+    Alarm("entropy", -1, lambda run, start: start / 10, "the entropy collapses", lambda run, *_:
+          f"it tries nothing new (--entropy_weight, --clip_high, --temperature), or {large_step(run)}",
           silent=lambda run: run.config.entropy_weight == 0,
           counts=lambda metrics: metrics["accuracy"] < 0.9),
-    Alarm("entropy", 1, lambda run, start: 5 * start, "the entropy explodes", why_unsure,
+    Alarm("entropy", 1, lambda run, start: 5 * start, "the entropy explodes",
+          lambda run, *_: f"{large_step(run)}, or --entropy_weight is too large",
           silent=lambda run: run.config.entropy_weight == 0),
-    Alarm("kl", 1, lambda run, start: min(max(20 * start, 0.2), 0.5), "the KL runs away", why_far,
+    Alarm("kl", 1, lambda run, start: min(max(20 * start, 0.2), 0.5), "the KL runs away",
+          lambda run, *_: f"{large_step(run)}, or --kl_weight is too small",
           silent=lambda run: run.config.kl_weight == 0),
-    Alarm("mismatch", 1, most_mismatch, "sampling and scoring differ", why_mismatch),
+    Alarm("mismatch", 1, most_mismatch, "sampling and scoring differ", lambda *_:
+          "a fault in what samples or what scores (does --no-compile help?); against rounding there are "
+          "--old_log_probs recomputed, --max_mismatch, --dtype float32"),
 )
