@@ -8,7 +8,7 @@
     python data_prep.py stats FILE                    what a file holds (sources/stats.py)
     python data_prep.py successes --model DIR ...     its own successes, to train on (sources/successes.py)
 
-sources/rows.py says what a row of questions or of trajectories holds.
+docs/data.md says what a row of questions or of trajectories holds.
 """
 
 import argparse

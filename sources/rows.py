@@ -1,36 +1,4 @@
-"""The two file formats, questions and trajectories: what a row holds, and what is wrong with one.
-
-A file has one JSON object a line. A question:
-
-    {"id": "q1", "video": "clips/1.mp4", "question": "What is red?", "options": ["a car", "a bus"],
-     "answer": "B", "answer_type": "multiple_choice", "source": "mine", "evidence": [[12, 15.5]], "meta": {}}
-
-    id, source        of the question and of its data set: names for reports
-    video             path, relative to the file that the row is in
-    question, options a text, and the texts to choose from, or null; two may be the same, or one empty, where
-                      the answer is a letter, as public benchmarks have them
-    answer            by answer_type: multiple_choice a letter, number a number, open_ended a text,
-                      segment [start_s, end_s], whose score is the intersection over union
-    evidence          [[start_s, end_s], ...] to be seen, or null; tells which zooms hit, is never shown; a
-                      moment ends where it starts
-    meta              anything else; results are grouped by its "kind", or else by source, and by its
-                      "duration_group" or "duration_s"; with "judge": true no grade counts
-    overview_frames   optional: numbers of the frames to show in the overview instead of its own choice
-    num_frames        optional: how many frames its overview has, in place of the run's number
-    images            optional: image files, as video, one for each <image> in the question's text
-    subtitles         optional: [[start_s, end_s, text], ...] of what is said
-
-and a trajectory, which is what a teacher said on such a question:
-
-    {"question": {...}, "kind": "exemplar", "turns": ["<think>...</think><video_zoom>...</video_zoom>", ...],
-     "learn": [true, true], "provenance": {"teacher": "scripted", "seed": 0}}
-
-    kind              exemplar; reflection: it first looks in a wrong place, and mends it; success: a policy's
-                      own play (sources/successes.py)
-    turns             the assistant's texts; what it saw is replayed from the video
-    learn             for each turn, whether it is in the loss
-    provenance        how it was made; "max_zooms" in it is how many zooms the episode allows
-"""
+"""What is wrong with a row of questions or of trajectories; docs/data.md says what it holds."""
 
 import json
 
