@@ -7,9 +7,8 @@ A row of ROWS says in which flags of sft.py, rl.py and eval.py it differs from t
 run. To try an idea, add a row. A row is a chain of stages (findings/stage.py); those of the same flags and
 inputs are made once: one cold start serves many rows. A finished stage is not run again while its inputs are
 the same, a stopped one goes on by the same command. Code is not among the inputs: after a change of the method
-remove the folder of the first stage that it concerns, what hangs on it follows. Writes
-<runs>/<suite>/<seed>/rows/<row>/result.json, which lists the row's folders under `stages`, and the tables of
-all rows there are (findings/compare.py).
+remove the folder of the first stage that it concerns, what hangs on it follows. Writes each row's
+<runs>/<suite>/<seed>/rows/<row>/result.json, with its folders as `stages`, and tables (findings/compare.py).
 """
 
 import argparse
@@ -56,7 +55,8 @@ ROWS = [
     Row("no-reflection", "paper", "no rows that look again, so fewer updates in SFT (table 3, figure 6)",
         sft="--kinds exemplar direct"),
     *[Row(f"zooms-{n}", "paper", "table 11", of="full", eval=f"--max_zooms {n}") for n in range(4)],
-    *[Row(f"overview-{n}", "paper", "figure 5", of="full", eval=f"--num_frames {n}") for n in (5, 17, 33)],
+    *[Row(f"{name}overview-{n}", "paper", "figure 5", of=of, eval=f"--num_frames {n}")
+      for name, of in (("", "full"), ("no-rl-", "no-rl")) for n in (5, 17, 33)],
     *[Row(f"uniform-{n}", "paper", "the base, without the tool (figure 5)", sft=None, rl=None,
           eval=f"--mode uniform --protocol direct --num_frames {n}", mode="uniform") for n in (9, 17, 33)],
 
