@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from test_safe_files import Stop, end_at_each_call, fill, one_value, small_policy
-from tiny import DEVICE, random_policy
+from tiny import DEVICE, full_copy, random_policy
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from model import Policy, PolicyError, Sampled, encode
@@ -102,7 +102,7 @@ def test_weights_that_are_none(folder, form):
 @pytest.mark.device
 def test_weights_that_are_not_finite_are_named(folder, policy):
     """Else an evaluation says that nothing is right, and sampling fails."""
-    policy = policy.frozen_copy()
+    policy = full_copy(policy)
     policy.language_model.layers[0].mlp.up_proj.weight[1, 2] = float("nan")
     policy.language_model.layers[1].mlp.up_proj.weight[1, 2] = float("-inf")
     save_policy(policy, folder)
@@ -117,7 +117,7 @@ def test_a_tokenizer_may_be_smaller_than_the_embedding_but_not_larger(folder, po
     tokenizer.save_pretrained(folder)
     line = refusal(folder)
     assert "tokenizer" in line and "embedding" in line
-    padded = policy.frozen_copy()
+    padded = full_copy(policy)
     padded.hf.resize_token_embeddings(len(tokenizer) + 60)
     save_policy(padded, folder)
     assert load_policy(folder).head.out_features == len(tokenizer) + 60
@@ -213,7 +213,7 @@ def test_all_end_tokens_of_the_checkpoint_end_a_turn(policy):
 
 
 def assert_end_tokens_end_a_turn(policy, eos):
-    policy = policy.frozen_copy()
+    policy = full_copy(policy)
     policy.hf.generation_config = GenerationConfig(eos_token_id=eos)
     policy = Policy(policy.hf, policy.tokenizer, policy.image_processor, policy.env_config)
     endoftext = policy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -241,7 +241,7 @@ def test_end_tokens_are_saved(folder):
 
 
 def test_ids_of_a_padded_vocabulary_do_no_harm(policy):
-    policy = policy.frozen_copy()
+    policy = full_copy(policy)
     policy.hf.resize_token_embeddings(len(policy.tokenizer) + 60)
     policy = Policy(policy.hf, policy.tokenizer, policy.image_processor, policy.env_config)
     last = policy.head.out_features - 1

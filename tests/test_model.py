@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import DEVICE, plain_log_probs, random_policy, seeded
+from tiny import DEVICE, full_copy, plain_log_probs, random_policy, seeded
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import model
@@ -204,7 +204,7 @@ def test_frames_are_computed_alone(policy):
 
 def test_what_looks_the_same_is_kept_once_and_no_longer_than_it_is_used(policy):
     """As of two episodes that zoom to overlapping clips, from other times and in other calls."""
-    policy, calls = policy.frozen_copy(), []
+    policy, calls = full_copy(policy), []
     policy.visual.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
     looks = torch.randint(0, 256, (4, 3, 28, 56), dtype=torch.uint8)
     first, second, third = (Dialogue(frames=[Frame(1.0 + i, looks[i].clone()) for i in some])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from launcher import launch
-from tiny import DEVICE, make_groups, random_policy, seeded, shift
+from tiny import DEVICE, full_copy, make_groups, random_policy, seeded, shift
 from tqdm import tqdm
 
 import rl
@@ -113,7 +113,7 @@ def made_once(seed):
 
 def make_policy(seed=0):
     """A random policy that can be trained."""
-    policy = made_once(seed).frozen_copy()
+    policy = full_copy(made_once(seed))
     policy.requires_grad_(True)
     return policy.freeze_vision()
 

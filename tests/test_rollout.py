@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import DEVICE, ScriptedEnv, chatty, plain_log_probs, random_policy, restless, seeded
+from tiny import DEVICE, ScriptedEnv, chatty, full_copy, plain_log_probs, random_policy, restless, seeded
 
 import generation
 from common import capture_graph, has_graphs
@@ -369,7 +369,7 @@ def test_steps_follow_the_weights(small, monkeypatch):
 
     monkeypatch.setattr(generation, "capture_graph", counted)
     decoders = [make_decoder(small, path) for path in ("plain", *PATHS)]
-    unmoved, rows = make_decoder(small.frozen_copy(), "plain")
+    unmoved, rows = make_decoder(full_copy(small), "plain")
     all_go_on(decoders, 8)
     assert len(captured) == has_graphs(DEVICE)
     move(small)

@@ -1,6 +1,7 @@
 """What several tests play with: random policies of the demo's architecture, some of which say what ends a
 turn, groups of episodes to train on, and the plain way to log-probabilities."""
 
+import copy
 import json
 import os
 
@@ -9,7 +10,7 @@ import torch
 import rl
 from demo.synthetic import TINY_PROMPT, synthetic
 from demo.tiny_base import make_tiny_model, make_tokenizer
-from model import Sampled, encode, fill_features, token_log_probs
+from model import Policy, Sampled, encode, fill_features, token_log_probs
 from rollout import Episode
 from training.checkpoints import save_policy
 from zoom_env import Message, ZoomEnv
@@ -32,6 +33,13 @@ def random_policy(seed=0, layers=None):
     text = policy.hf.config.text_config  # so that it can be saved and loaded
     text.num_hidden_layers, text.layer_types = len(policy.language_model.layers), text.layer_types[:layers]
     return policy.eval().to(DEVICE)
+
+
+def full_copy(policy):
+    """A policy of its own, without gradients: unlike `frozen_copy` with its own vision tower, which a test may
+    change."""
+    hf = copy.deepcopy(policy.hf).eval().requires_grad_(False)
+    return Policy(hf, policy.tokenizer, policy.image_processor, policy.env_config)
 
 
 def make_place(folder, layers=None, train=10, test=5, seed=3):
@@ -120,7 +128,7 @@ class ConstantChannel(torch.nn.Module):
 
 def chatty(policy):
     """A copy of a random policy that often says what ends a turn; a random one never would."""
-    policy = policy.frozen_copy()
+    policy = full_copy(policy)
     policy.language_model.norm = ConstantChannel(policy.language_model.norm)
     weight = 0.3 * policy.head.weight.detach()
     weight[:, 0] = 0.0
@@ -144,7 +152,7 @@ class Restless(torch.nn.Module):
 def restless(policy):
     """A copy of a random policy whose most likely token is another one each time; a random one repeats
     itself."""
-    policy = policy.frozen_copy()
+    policy = full_copy(policy)
     policy.language_model.norm = Restless(policy.language_model.norm)
     policy.hf.lm_head.weight = torch.nn.Parameter(policy.head.weight.detach().clone())
     with torch.no_grad():
