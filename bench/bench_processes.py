@@ -1,10 +1,11 @@
 """What two processes lose by working together: RL steps of the demo's policy, the same work for each process,
 each with one core, beside two processes that do not know each other and run at the same time.
 
-    python bench/bench_processes.py [runs/sft] [--steps 4] [--trials 3]
+    python bench/bench_processes.py [runs/sft] [--steps 4] [--trials 3] [--others]
 
 A step is rollouts of 8 questions x 8 episodes and two optimizer steps on them. The learning rate is 0 and the
-random numbers of a step are the same each time, so all steps are the same work. A trial's figure is the
+random numbers of a step are the same each time, so all steps are the same work. With --others the second
+process has other questions, as in training, and who has the longer ones is waited for. A trial's figure is the
 seconds a step of both processes; a row is the median of the trials' ratios, each of runs one after the other.
 """
 
@@ -48,12 +49,13 @@ def worker(args):
     generator = torch.Generator()
     engine = rl.Engine(weights.player, GROUP, config, generator)
     rows, _ = read_questions(args.data, 0.0)
-    rows = rows[:QUESTIONS]  # the same for both: none waits for longer questions of the other
+    share = number if args.others else 0
+    rows = rows[share * QUESTIONS:][:QUESTIONS]
     began = 0.0
     for step in range(args.steps + 1):
         if step == 1:
             began = time.perf_counter()
-        generator.manual_seed(0)
+        generator.manual_seed(share)
         weights.policy.eval()
         with weights.gathered():
             groups, _ = engine.play(rows, Path(args.data).parent)
@@ -75,7 +77,7 @@ def run(args, together, shard):
         own = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if together else {}
         command = [sys.executable, __file__, args.model, "--data", args.data, "--steps", str(args.steps),
-                   "--worker", "--shard", shard]
+                   "--worker", "--shard", shard, *["--others"] * args.others]
         variables = os.environ | {"CORE": str(number), "OMP_NUM_THREADS": "1"} | own
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables))
     said = [process.communicate()[0] for process in processes]
@@ -89,6 +91,7 @@ def main():
     parser.add_argument("--data", default="runs/data/train.jsonl")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--others", action="store_true", help="other questions for each process")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="none", help=argparse.SUPPRESS)
     args = parser.parse_args()

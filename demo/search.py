@@ -136,5 +136,5 @@ def teach_all(questions, scenes, rng, root, seed):
     return signed(rows, seed)
 
 
-SEARCH = Suite("search", partial(synthetic.make_scenes, slot_s=SLOT_S, make_scene=make_scene),
+SEARCH = Suite("search", partial(synthetic.make_scenes, limits_s=SLOT_S, make_scene=make_scene),
                partial(synthetic.make_questions, on=ON), teach_all)

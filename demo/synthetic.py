@@ -116,13 +116,13 @@ def make_scene(rng, colour, start_s, number, overview_s, last_s, slot_s):
     return Scene(colour, start_s, make_flashes(rng, colour, number, overview_s + MARGIN_S, last_s))
 
 
-def make_scenes(rng, slot_s=SLOT_S, make_scene=make_scene):
+def make_scenes(rng, limits_s=SLOT_S, make_scene=make_scene):
     """A random video: (duration in seconds, its NUM_SLOTS scenes in order of time).
 
     A scene begins a little before the middle of its slot, where the overview looks. Its flashes come after
     that frame and before the next scene. So the overview shows every scene and no flash, and where to zoom is
-    from a scene's frame to the next one. slot_s: the limits of a slot's length. make_scene: fills a scene."""
-    duration_s = round(rng.uniform(*slot_s) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
+    from a scene's frame to the next one. limits_s: of a slot's length. make_scene: fills a scene."""
+    duration_s = round(rng.uniform(*limits_s) * NUM_SLOTS * VIDEO_FPS) / VIDEO_FPS
     slot_s = duration_s / NUM_SLOTS
     starts = [(i + rng.uniform(0.3, 0.46)) * slot_s for i in range(NUM_SLOTS)] + [duration_s]
     colours = [*rng.sample(COLOURS, len(COLOURS)), "grey"]

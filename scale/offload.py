@@ -137,20 +137,20 @@ def reference_of(policy, on_host=False):
 
     With `on_host` its layers' weights are in host memory, and come before each layer's pass to one of two
     places on the device, while the layer before computes. Its parameters are these places."""
-    instead, layers, weights = {}, policy.language_model.layers, []
-    if on_host:
-        shapes = [p.shape for p in layers[0].parameters()]
-        sizes = [shape.numel() for shape in shapes]
-        places = [torch.empty(sum(sizes), dtype=policy.dtype, device=policy.device) for _ in range(2)]
-        for number, layer in enumerate(layers):
-            host = pin_memory(torch.empty(sum(sizes), dtype=policy.dtype), policy.device)
-            for p, part, place in zip(layer.parameters(), host.split(sizes), places[number % 2].split(sizes)):
-                part.view(p.shape).copy_(p)
-                instead[id(p)] = torch.nn.Parameter(place.view(p.shape), requires_grad=False)
-            weights.append(host)
+    if not on_host:
+        return policy.frozen_copy()
+    layers, weights, instead = policy.language_model.layers, [], {}
+    shapes = [p.shape for p in layers[0].parameters()]
+    sizes = [shape.numel() for shape in shapes]
+    places = [torch.empty(sum(sizes), dtype=policy.dtype, device=policy.device) for _ in range(2)]
+    for number, layer in enumerate(layers):
+        host = pin_memory(torch.empty(sum(sizes), dtype=policy.dtype), policy.device)
+        for p, part, place in zip(layer.parameters(), host.split(sizes), places[number % 2].split(sizes)):
+            part.view(p.shape).copy_(p)
+            instead[id(p)] = torch.nn.Parameter(place.view(p.shape), requires_grad=False)
+        weights.append(host)
     reference = policy.frozen_copy(instead)
-    if on_host:
-        stream_layers(reference.language_model.layers, weights, places, Copies(policy.device))
+    stream_layers(reference.language_model.layers, weights, places, Copies(policy.device))
     return reference
 
 
