@@ -168,10 +168,15 @@ def parse_flags(config_class, description, at_least_one, preset=None, argv=None)
         at_least_one: fields that must not be below 1. No number may be negative or nan.
         preset: given the settings that were typed, a dict, returns those that replace the defaults of others.
     Ends with one line and status 2 on a wrong flag."""
-    # a flag for each field; only those that are given come back (SUPPRESS)
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=plain)
     parser.error = lambda message: fail(f"{message} (see --help)")
+    add_flags(parser, config_class)
+    return config_of(config_class, vars(parser.parse_args(argv)), at_least_one, preset)
+
+
+def add_flags(parser, config_class):
+    """A flag for each field of a dataclass; only those that are given come back (SUPPRESS)."""
     comments = field_comments(config_class)
     for f in sorted(fields(config_class), key=lambda f: f.name not in config_class.__annotations__):
         settings = dict(default=argparse.SUPPRESS)
@@ -184,7 +189,10 @@ def parse_flags(config_class, description, at_least_one, preset=None, argv=None)
         else:
             settings |= {"type": kind, "metavar": kind.__name__.removesuffix("_or_auto")}
         parser.add_argument(f"--{f.name}", **settings)
-    given = vars(parser.parse_args(argv))
+
+
+def config_of(config_class, given, at_least_one, preset=None):
+    """The config of the flags that were given, see `parse_flags`."""
     config = config_class(**(preset(given) if preset else {}) | given)
     for f in fields(config_class):
         value, least = getattr(config, f.name), int(f.name in at_least_one)

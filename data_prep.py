@@ -7,6 +7,8 @@
     python data_prep.py overlap FILE FILE             what two files share (sources/overlap.py)
     python data_prep.py stats FILE                    what a file holds (sources/stats.py)
     python data_prep.py successes --model DIR ...     its own successes, to train on (sources/successes.py)
+    python data_prep.py exemplars --base_url URL ...  trajectories of a served teacher (sources/teacher.py)
+    python data_prep.py reflections --student DIR ... a served teacher's corrections of a student's failures
 
 docs/data.md says what a row of questions or of trajectories holds.
 """
@@ -14,7 +16,7 @@ docs/data.md says what a row of questions or of trajectories holds.
 import argparse
 import sys
 
-from common import check_shown, fail, open_folder, run_main
+from common import add_flags, check_shown, config_of, fail, open_folder, run_main
 from demo.search import SEARCH
 from demo.synthetic import DEMO, NUM_TEST, NUM_TRAIN, synthetic
 from demo.tiny_base import BASE_STEPS, TINY_BASE, tiny_base
@@ -23,6 +25,7 @@ from sources.benchmarks import FORMATS, convert
 from sources.overlap import overlap
 from sources.stats import stats
 from sources.successes import successes
+from sources.teacher import ReflectionConfig, TeacherConfig, distil
 
 SUITES = {suite.name: suite for suite in (DEMO, SEARCH)}
 
@@ -68,6 +71,12 @@ def add_commands(commands, show):
     flag("--keep", type=at_least_one, default=1, help="trajectories a question, at most")
     flag("--seed", type=int, default=0, help="seed of the sampling")
     flag("--device", help="cpu, cuda; by default cuda where there is one")
+    for name, config_class, help in (
+            ("exemplars", TeacherConfig, "trajectories of a served teacher"),
+            ("reflections", ReflectionConfig, "a served teacher's corrections of a student's failures")):
+        parser = commands.add_parser(name, help=help, **show)
+        add_flags(parser, config_class)
+        parser.set_defaults(run=run_distil, config_class=config_class)
 
 
 def at_least_one(text):
@@ -100,6 +109,13 @@ def run_stats(args):
 
 def run_successes(args):
     successes(args.model, args.questions, args.out, args.samples, args.keep, args.seed, args.device)
+
+
+def run_distil(args):
+    given = vars(args)
+    config_class = given.pop("config_class")
+    flags = {name: given[name] for name in given if name not in ("command", "run")}
+    distil(config_of(config_class, flags, ("samples", "keep", "rounds", "concurrency", "max_tokens_total")))
 
 
 class Parser(argparse.ArgumentParser):

@@ -50,8 +50,11 @@ from demo import synthetic
 from protocols import protocol_of
 from rollout import RolloutConfig
 from scale.pick import cache_gb
+from sources import served
+from sources.judge import judge
 from sources.read import read_questions
 from sources.rows import question_error
+from sources.served import ServedConfig, ServedEngine, Server
 from training import run_folder, tables
 from training.checkpoints import load_policy
 from training.environment import run_environment, with_chosen_frames
@@ -61,7 +64,7 @@ from video import open_video
 
 
 @dataclass(frozen=True)
-class Config(RolloutConfig, RunConfig):
+class Config(RolloutConfig, RunConfig, ServedConfig):
     model: list[str] | None = None  # folders or hub names; else those of runs/sft and runs/rl that are there
     data: str = "runs/data/test.jsonl"  # questions
     out: str = "runs/eval"  # folder for results.json and episodes.jsonl
@@ -78,31 +81,39 @@ class Config(RolloutConfig, RunConfig):
     video: str | None = None  # ask about this video file instead
     question: str | None = None  # ... this question
     options: list[str] | None = None  # ... with these options
+    judge_url: str | None = None  # of a server with a judge of open answers; by default none
+    judge_model: str | None = None  # the judge's name there; else the only model that it has
     save_frames: str | None = None  # ... and write what was seen as PNG strips into this folder
 
 
-MAY_DIFFER = ("strict", "video", "question", "options", "save_frames")  # when a run goes on
+MAY_DIFFER = (*served.MAY_DIFFER, "judge_url", "judge_model", "strict", "video", "question", "options",
+              "save_frames")  # when a run goes on
 TABLES = "by_kind", "by_duration", "skipped", "clips", "clips_by_kind", "gate", "zooms", "zooms_by_number"
-FILES = rf"results\.json|(episodes(\.rank\d+)?|{'|'.join(TABLES)})\.jsonl"  # that it writes
+FILES = rf"results\.json|(episodes(\.rank\d+)?|answers|judge|{'|'.join(TABLES)})\.jsonl"  # that it writes
 
 
 def environment(name, config):
     """What a checkpoint plays, by the flags. Raises UserError."""
     if config.mode == "uniform":
         config = replace(config, max_zooms=0)
-    return run_environment(name, config)
+    return run_environment(None if config.base_url and not config.model else name, config)
 
 
-def load(name, env_config, config, device):
-    """The policy of a checkpoint. Raises UserError."""
+def load(name, env_config, config, device, answers=os.devnull):
+    """The policy of a checkpoint; with --base_url the server that plays it, whose answers are kept in the
+    file `answers`. Raises UserError."""
+    if config.base_url:
+        return Server(config, answers, env_config)
     return load_policy(name, device, choose_dtype(config.dtype, device), env_config)
 
 
 def make_engine(policy, mode, config, rank):
     """What plays a policy's episodes, as many a question as a Mode has votes."""
     turn_tokens = policy.env_config.max_turn_tokens
-    config = replace(config, cache_gb=cache_gb(policy, config), max_turn_tokens=turn_tokens,
-                     temperature=mode.temperature)
+    config = replace(config, max_turn_tokens=turn_tokens, temperature=mode.temperature)
+    if config.base_url:
+        return ServedEngine(policy, mode.votes, config, config.seed)
+    config = replace(config, cache_gb=cache_gb(policy, config))
     generator = torch.Generator(policy.device).manual_seed(config.seed * 1000 + rank)
     return make_player(policy, config, generator, mode.votes)
 
@@ -155,8 +166,7 @@ def record(e):
             "zooms": env.num_calls(), "hits": sum(hits), "hits_known": len(hits),
             "invalid": env.num_invalid() - refused if with_tool else None, "refused": refused,
             "calls_without_tool": None if with_tool else calls,
-            "tokens": len(e.dialogue.ids), "generated": sum(e.dialogue.trained),
-            "prompt_tokens": e.dialogue.prompt_length, "overview_frames": len(env.watched[0]),
+            **e.token_counts(), "overview_frames": len(env.watched[0]),
             "turns": [turn.text for turn in env.turns], "calls": [*places.calls_of(env)]}
 
 
@@ -175,6 +185,7 @@ def summarise(written, names, ways, questions, bad, config):
     skipped = list(dict.fromkeys(bad + [(line["question"], line["skipped"]) for line in unread]))
     if not episodes:
         raise no_question(config.data, skipped)
+    judged = {"judge": judge(episodes, questions, config, out / "judge.jsonl")} if config.judge_url else {}
     by_play, run = defaultdict(list), run_folder.note(out)
     for e in episodes:
         by_play[e["policy"], e["mode"]].append(e)
@@ -183,7 +194,7 @@ def summarise(written, names, ways, questions, bad, config):
 
     def add_rows(play, played, settings):
         kinds, durations = tables.table_rows(*play, played, questions, len(bad))
-        kinds[0]["settings"] = settings
+        kinds[0]["settings"] = settings | judged
         asked = [questions[e["number"]] for e in played]
         synthetic_ones = all("uniform_accuracy" in (q.get("meta") or {}) for q in asked)
         if asked and play.mode in ("zoom", "uniform") and synthetic_ones:
@@ -291,6 +302,11 @@ class Play(NamedTuple):
 
 def checkpoints(config):
     """The names of the checkpoints that are evaluated. Raises UserError where there is none."""
+    if config.base_url:
+        names = config.model or [config.served_model or "served"]
+        if len(names) > 1:
+            raise UserError("--base_url plays one model: --model is the one folder that says what is played")
+        return names
     names = config.model or [name for name in ("runs/sft", "runs/rl") if os.path.exists(name)]
     if not names:
         raise UserError("no runs/sft or runs/rl yet: run sft.py and rl.py, or name checkpoints with --model")
@@ -312,7 +328,7 @@ def play_share(name, env_config, ways, questions, done, written, config, rank, w
         left[play] = {number: questions[number] for number in numbers[rank::world]}
     if not any(left.values()):
         return
-    policy = load(name, env_config, config, device)
+    policy = load(name, env_config, config, device, Path(config.out) / "answers.jsonl")
     engine = sampling = None
     for play, share in left.items():
         mode, env_config = ways[play.mode], policy.env_config
@@ -322,19 +338,26 @@ def play_share(name, env_config, ways, questions, done, written, config, rank, w
             engine, first = make_engine(policy, mode, config, rank), engine is None
             sampling = mode.votes, mode.temperature
             if rank == 0 and first:
-                print(f"{name}: {len(questions)} questions, {world} process(es) on {device}, {policy.dtype}, "
-                      f"decode step {engine.decoder.path}", flush=True)
+                by = f"{policy.model} on a server, {config.concurrency} at one time" if config.base_url else (
+                    f"{world} process(es) on {device}, {policy.dtype}, decode step {engine.decoder.path}")
+                print(f"{name}: {len(questions)} questions, {by}", flush=True)
         if mode.zoom == "never":
             env_config = replace(env_config, max_zooms=0)
+        settings = tables.environment_settings(env_config)
+        if config.base_url:
+            settings |= {"served_model": policy.model, "image_format": config.image_format}
         if rank == 0:
-            run_folder.note(config.out, **{environment_key(play): tables.environment_settings(env_config)})
+            run_folder.note(config.out, **{environment_key(play): settings})
         root = Path(config.data).parent
         evaluate(engine, play, mode, share, root, env_config, written.write, show=rank == 0)
 
 
 def main():
-    config = parse_flags(Config, __doc__, ("max_questions", "max_turn_tokens", "max_rows", "votes"))
+    least_one = "max_questions", "max_turn_tokens", "max_rows", "votes", "concurrency", "max_tokens_total"
+    config = parse_flags(Config, __doc__, least_one)
     rank, world, device = start_processes(config.device)
+    if config.base_url and world > 1:
+        raise UserError("--base_url: one process asks, --concurrency episodes at one time")
     if len(config.num_frames or []) > 1:
         raise UserError("--num_frames takes one number here: evaluate each in a run of its own")
     for flag, known in (("mode", (None, "zoom", "uniform")), ("resume", ("auto", "never"))):
@@ -342,7 +365,7 @@ def main():
             names = " or ".join(name for name in known if name)
             raise UserError(f"--{flag} must be {names}, not {getattr(config, flag)}")
     modes.check_flags(config)
-    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    dtype = None if config.base_url else str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     if config.video is not None or config.question is not None:
         return ask(config, world, device)
 
@@ -402,7 +425,7 @@ def main():
             play_share(name, environments[name], ways, questions, done, written, config, rank, world, device)
     written.wait()
     if rank == 0:
-        if state != "finished":
+        if state != "finished" or config.judge_url:
             summarise(written, names, ways, questions, bad + without, replace(config, dtype=dtype))
             run_folder.finish_run(config.out)
         report(Path(config.out), config.strict)

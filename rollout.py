@@ -61,6 +61,11 @@ class Episode(Row):
         """Neither are the features: nothing is trained on it."""
         self.dialogue.features, self.dialogue.frames, self.env.watched = [], [], self.env.when_watched()
 
+    def token_counts(self):
+        """Of all that was shown and said, of what was said, and of the prompt."""
+        d = self.dialogue
+        return {"tokens": len(d.ids), "generated": sum(d.trained), "prompt_tokens": d.prompt_length}
+
     def turn_is_over(self, policy):
         """Whether the turn ends with the token that was sampled last."""
         return turn_is_over(policy, self.turn_ids, self.env)

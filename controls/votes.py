@@ -36,7 +36,8 @@ def vote(samples, question):
     costs = {key: known_sum(samples, key) for key in SUMS}
     again = len(samples) - 1
     costs["frames"] -= again * samples[0]["overview_frames"]
-    costs["tokens"] -= again * samples[0]["prompt_tokens"]
+    if costs["tokens"] is not None:  # some servers do not count them
+        costs["tokens"] -= again * (samples[0]["prompt_tokens"] or 0)
     return samples[winner] | costs | {"disagreeing": len(samples) - most, "samples": samples}
 
 
@@ -53,7 +54,7 @@ def gated(direct, zoomed, threshold):
     line = zoomed if zooms else direct
     costs = {}
     if zooms:
-        costs = {key: direct[key] + zoomed[key] for key in ("tokens", "generated", "seconds")}
+        costs = {key: known_sum([direct, zoomed], key) for key in ("tokens", "generated", "seconds")}
     return line | costs | {"disagreeing": direct["disagreeing"], "threshold": threshold, "gate_zooms": zooms}
 
 

@@ -237,6 +237,14 @@ def relative_to_file(path, file):
     return Path(os.path.relpath(os.path.abspath(path), os.path.realpath(Path(file).parent))).as_posix()
 
 
+def moved_question(question, root, file):
+    """A question row as it stands in `file`; its own files are relative to the folder `root`."""
+    moved = question | {"video": relative_to_file(Path(root, question["video"]), file)}
+    if question.get("images"):
+        moved["images"] = [relative_to_file(Path(root, name), file) for name in question["images"]]
+    return moved
+
+
 def of_videos(function, items, what):
     """[function(item), ...], eight at a time, with a bar. what: what the bar calls them."""
     return thread_map(function, items, max_workers=8, desc=what, unit="video", dynamic_ncols=True,

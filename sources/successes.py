@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import UserError, choose_dtype, gather, open_folder, start_processes, write_jsonl
 from model import end_turn, until_call
 from rollout import RolloutConfig
-from sources.files import relative_to_file
+from sources.files import moved_question
 from sources.read import read_questions
 from training.checkpoints import load_policy
 from training.held_out import make_player
@@ -122,9 +122,6 @@ def why_not(policy, episode):
 def trajectory(episode, root, out):
     """A row of the trajectory file `out`, of an episode whose question's files are relative to `root`."""
     env = episode.env
-    question = env.question | {"video": relative_to_file(root / env.question["video"], out)}
-    if question.get("images"):
-        question["images"] = [relative_to_file(root / name, out) for name in question["images"]]
     turns = [turn.text for turn in env.turns]
-    return {"question": question, "kind": "success", "turns": turns, "learn": [True] * len(turns),
+    return {"question": moved_question(env.question, root, out), "kind": "success", "turns": turns, "learn": [True] * len(turns),
             "provenance": {"sample": episode.number, "max_zooms": env.config.max_zooms}}

@@ -15,6 +15,7 @@ from common import UserError
 from controls import altered, effects, modes, places, votes
 from model import encode
 from protocols.released import TEXTS
+from rollout import Episode
 from training.checkpoints import load_policy
 from video import Frame, read_frames
 from zoom_env import EnvConfig
@@ -354,7 +355,7 @@ def test_answers_are_refused_in_a_run(folder, rows, tmp_path):
             dialogue = encode(policy, env.reset())
             for text in (ANSWER % "A", "what?", ZOOM % (20, 24), ANSWER % questions[0]["answer"]):
                 env.step(text)
-            on_end(Over(env, dialogue))
+            on_end(Episode(dialogue, env=env))
             return None, []
 
     mode = modes.Mode("always zoom", zoom="always")
@@ -362,16 +363,6 @@ def test_answers_are_refused_in_a_run(folder, rows, tmp_path):
     evaluation.evaluate(Says(), play, mode, {0: rows[0]}, folder, policy.env_config, written.append)
     line, = written
     assert (line["right"], line["refused"], line["invalid"], line["zooms"]) == (1.0, 1, 1, 1)
-
-
-class Over:
-    """An episode that is over."""
-
-    def __init__(self, env, dialogue):
-        self.env, self.dialogue, self.question_number, self.number = env, dialogue, 0, 0
-
-    def forget_frames(self):
-        pass
 
 
 def scripted_run(*flags):

@@ -77,12 +77,12 @@ def run_environment(model, config):
     """The EnvConfig that a run plays.
 
     Args:
-        model: the checkpoint's folder or name.
+        model: the checkpoint's folder or name; None: what plays is on a server, by the paper's settings.
         config: the run's settings, a RunConfig; in RL with the weights of RewardWeights.
     Raises UserError."""
-    env_config = load_env_config(model)
+    env_config = EnvConfig() if model is None else load_env_config(model)
     protocol = config.protocol
-    if protocol is None and find_env_config(model) is None:
+    if protocol is None and model is not None and find_env_config(model) is None:
         protocol = "direct" if config.max_zooms == 0 else "videozoomer"
         warn(f"{model} has no zoom_config.json, so it is played by the protocol {protocol}; "
              "--protocol takes another")

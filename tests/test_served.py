@@ -1,0 +1,375 @@
+"""What a server plays: the same episodes, whatever the server does otherwise; no answer lost or asked again."""
+
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from api_server import KEY, Raw, api_server, completion, images_of, refusal, text_of
+from tiny import make_place
+
+import eval as evaluation
+from common import UserError
+from rollout import RolloutConfig
+from sources.served import Said, ServedConfig, ServedEngine, Server, said_in
+from training.environment import load_env_config
+from zoom_env import Message, ZoomEnv
+
+pytest.importorskip("openai")
+ZOOM = '<think>Closer.</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'
+STOP = ("</video_zoom>",)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("served"), layers=1, test=6)
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+
+
+def turns_so_far(body):
+    return sum(message["role"] == "assistant" for message in body["messages"])
+
+
+def zoom_then_answer(body):
+    """A policy: it zooms, then says A."""
+    return ZOOM if turns_so_far(body) == 0 else "<think>Seen.</think><answer>A</answer>"
+
+
+def questions_of(place, name="test"):
+    return [json.loads(line) for line in open(place / f"{name}.jsonl")]
+
+
+def engine_of(place, server, tmp_path, group_size=1, **how):
+    settings = {name: how.pop(name) for name in list(how) if name in ServedConfig.__annotations__}
+    env_config = load_env_config(place / "model")
+    served = Server(ServedConfig(base_url=server.url, **settings), tmp_path / "answers.jsonl", env_config)
+    config = RolloutConfig(temperature=how.pop("temperature", 0.0), max_turn_tokens=50, **how)
+    return ServedEngine(served, group_size, config)
+
+
+# ------------------------------------------------------------------------------------------------- the episode
+def test_what_is_asked_is_what_the_environment_shows(place, tmp_path, key):
+    """Texts, frames to the last bit, sampling, and the dialogue that grows; no turn of another question."""
+    questions = questions_of(place)
+    with api_server(zoom_then_answer) as server:
+        groups, skipped = engine_of(place, server, tmp_path, concurrency=3).play(questions, place)
+    assert not skipped and len(server.requests) == 2 * len(questions)
+    for question, (e,) in zip(questions, groups):
+        env = ZoomEnv(question, load_env_config(place / "model"), place)
+        shown = env.reset()
+        asked = [body for body in server.requests if body["messages"][:2] == e.messages[:2]]
+        for body in sorted(asked, key=turns_so_far):
+            frames = [item for message in shown for item in message.content if not isinstance(item, str)]
+            assert all(map(torch.equal, images_of(body), [frame.image for frame in frames]))
+            assert len(images_of(body)) == len(frames)
+            assert text_of(body).replace("\n", "") == "".join(
+                item for message in shown for item in message.content if isinstance(item, str)).replace("\n", "")
+            assert [m["role"] for m in body["messages"]] == [m.role for m in shown]
+            text = zoom_then_answer(body)
+            shown += [Message("assistant", [text]), *env.step(text)]
+            assert (body["temperature"], body["top_p"], body["top_k"]) == (0.0, 1.0, -1)
+            assert body["stop"] == [*STOP] and body["max_tokens"] == 50 and body["model"] == "teacher"
+            assert body["key"] == f"Bearer {KEY}"
+        assert e.env.rewards == env.rewards and e.env.turns == env.turns
+        assert e.token_counts() == {"tokens": 110, "generated": 20, "prompt_tokens": 100}
+    assert KEY not in (tmp_path / "answers.jsonl").read_text()
+
+
+def test_samples_of_a_question_have_seeds_of_their_own(place, tmp_path, key):
+    """And its video is read once for all of them, and not kept."""
+    opened = []
+
+    def begin(env):
+        opened.append(env.question["id"])
+        return env.reset()
+
+    questions = questions_of(place)
+    with api_server(zoom_then_answer) as server:
+        engine = engine_of(place, server, tmp_path, group_size=3, temperature=1.0, concurrency=4)
+        engine.begin = begin
+        groups, _ = engine.play(questions, place, on_end=lambda e: e.forget_frames())
+    assert sorted(opened) == sorted(question["id"] for question in questions)
+    assert [[e.number for e in group] for group in groups] == [[0, 1, 2]] * len(questions)
+    assert len({body["seed"] for body in server.requests}) == len(server.requests) == 6 * len(questions)
+    assert all(e.messages == [] and e.env.watched[0][0].image is None for group in groups for e in group)
+
+
+@pytest.mark.parametrize("text, choice, becomes", [
+    # the stop string is left out, and the server says so, or does not; it is kept; it was never known
+    (ZOOM.removesuffix(*STOP), {"stop_reason": STOP[0]}, ZOOM),
+    (ZOOM.removesuffix(*STOP), {"matched_stop": STOP[0]}, ZOOM),
+    (ZOOM.removesuffix(*STOP), {}, ZOOM),
+    (ZOOM.removesuffix(*STOP), {"finish_reason": "length"}, ZOOM.removesuffix(*STOP)),
+    (ZOOM, {}, ZOOM), (ZOOM + " and", {}, ZOOM + " and"),
+    # a text that ends by itself and only names the tool
+    ("<think>I may <video_zoom> here {x}</think>no", {}, "<think>I may <video_zoom> here {x}</think>no"),
+    ("I may <video_zoom> here", {}, "I may <video_zoom> here"),
+    (ZOOM.removesuffix(*STOP), {"stop_reason": None}, ZOOM.removesuffix(*STOP)),
+    (ZOOM.removesuffix(*STOP), {"matched_stop": 151645}, ZOOM.removesuffix(*STOP)),
+])
+def test_the_end_of_a_call(text, choice, becomes):
+    body = completion(text)
+    body["choices"][0] |= choice
+    assert said_in(json.dumps(body), STOP).text == becomes
+
+
+def test_what_an_answer_may_look_like():
+    said = lambda *a, **how: said_in(json.dumps(completion(*a, **how)))
+    assert said("A") == Said("A", False, 100, 10)
+    assert said("A", "length").cut_off
+    assert said("<answer>A</answer>", reasoning="so").text == "<think>so</think><answer>A</answer>"
+    assert said(None, reasoning_content="so").text == "<think>so</think>"
+    assert said("<think>x</think>A", reasoning="so").text == "<think>x</think>A"
+    assert said([{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]).text == "AB"
+    assert said("").text == ""
+    assert said_in(json.dumps(completion("A") | {"usage": None})) == Said("A", False, None, None)
+    for bad in ({"choices": []}, {"error": "x"}, {}, [], completion(None), completion("", "content_filter")):
+        with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
+            said_in(json.dumps(bad))
+
+
+def test_a_turn_or_an_episode_that_is_too_long_ends_it(place, tmp_path, key):
+    """Cut off by max_tokens; beyond the context: the reply that nobody saw is dropped; beyond
+    --max_response_tokens, too."""
+    question = questions_of(place)[0]
+
+    def played(say, **how):
+        with api_server(say) as server:
+            engine = engine_of(place, server, tmp_path / str(time.monotonic()), **how)
+            engine.server.answers.path.parent.mkdir()
+            return engine.play([question], place)
+
+    ((e,),), _ = played(lambda body: completion("<answer>A</answer>", "length"))
+    assert e.truncated and e.env.done and e.env.turns[0].answer == "A"
+    ((e,),), _ = played(lambda body: completion(ZOOM, "length"))
+    assert e.truncated and e.env.num_calls() == 0 and e.env.turns[0].kind == "dropped"
+    too_long = refusal(400, "This model's maximum context length is 2048 tokens, but max_tokens 50 and more")
+    ((e,),), _ = played(lambda body: ZOOM if not turns_so_far(body) else too_long)
+    assert e.truncated and e.env.turns[0].kind == "dropped" and e.env.frames_shown == len(e.env.watched[0])
+    (group,), [(_, reason)] = played(lambda body: too_long)
+    assert group == [] and "maximum context length" in reason
+
+    def grows(body):
+        said = completion(zoom_then_answer(body))
+        said["usage"]["prompt_tokens"] += 40 * turns_so_far(body)
+        return said
+
+    ((e,),), _ = played(grows, max_response_tokens=39)
+    assert e.truncated and e.env.turns[0].kind == "dropped" and len(e.env.turns) == 1
+    ((e,),), _ = played(grows, max_response_tokens=40)
+    assert not e.truncated and len(e.env.turns) == 2
+
+
+# ------------------------------------------------------------------------------------------ servers that differ
+def test_parameters_that_are_refused_are_left_out(place, tmp_path, key, capsys):
+    """One after the other, by `param` or by name; each is refused once, others are warned of."""
+    def say(body):
+        for name in ("top_k", "repetition_penalty"):
+            if name in body:
+                return refusal(400, f"Unrecognized request argument supplied: {name}")
+        if "seed" in body:
+            return refusal(422, "Unexpected fields in the request: {'seed'}")
+        if "max_tokens" in body:
+            return refusal(400, "Unsupported parameter: use 'max_completion_tokens' instead.", param="max_tokens")
+        assert body["max_completion_tokens"] == 50
+        return zoom_then_answer(body)
+
+    questions = questions_of(place)
+    with api_server(say) as server:
+        groups, skipped = engine_of(place, server, tmp_path, concurrency=1).play(questions, place)
+    assert not skipped and len(server.requests) == 4 + 2 * len(questions)
+    assert all(e.env.num_calls() == 1 for e, in groups)
+    assert capsys.readouterr().err.count("the server refuses seed") == 1
+
+
+def test_an_error_that_only_mentions_a_parameter_drops_none(place, tmp_path, key):
+    """Neither for good nor for this request."""
+    errors = iter(["temperature 0 with this seed failed", "extra bytes in the image at top_p"])
+    with api_server(lambda body: refusal(400, next(errors)) if turns_so_far(body) == 0 and len(
+            server.requests) <= 2 else zoom_then_answer(body)) as server:
+        engine = engine_of(place, server, tmp_path, concurrency=1)
+        _, skipped = engine.play(questions_of(place), place)
+    assert len(skipped) == 1 and "temperature 0 with this seed failed" in skipped[0][1]
+    # the second was tried without top_p, and answered: so that is what it refused
+    assert engine.server.left_out == {"top_p"}
+
+
+BAD = {
+    "500": refusal(500, "oops"),
+    "429": refusal(429, "slow down"),
+    "429 with its time": refusal(429, "slow down", {"Retry-After": "0.05"}),
+    "503, no JSON": Raw(503, b"<html>"),
+    "cut": Raw(200, completion("A"), cut=True),
+    "no JSON": Raw(200, b'{"choices": [{"mess'),
+    "no choice": completion("A") | {"choices": []},
+    "no text": completion(None),
+    "100 MB": Raw(200, b'{"choices": "' + b"x" * 100_000_000),
+    "an error with status 200": {"error": {"message": "busy"}},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_goes_wrong_once_is_asked_again(place, tmp_path, key, what):
+    with api_server(lambda body: BAD[what] if len(server.requests) == 1 else "<answer>A</answer>") as server:
+        ((e,),), skipped = engine_of(place, server, tmp_path).play(questions_of(place)[:1], place)
+    assert e.env.answer() == "A" and not skipped and len(server.requests) == 2
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+NEVER = BAD | {
+    "the key in an error": refusal(400, f"your key {KEY} is odd"),
+    "images": refusal(400, "At most 8 image(s) may be provided in one prompt."),
+    "slow": Raw(200, completion("A"), every_s=0.2),
+    "a long wait": refusal(429, "come back", {"Retry-After": "900"}),
+}
+
+
+@pytest.mark.parametrize("what", NEVER)
+def test_what_never_comes_is_skipped_by_name(place, tmp_path, key, capsys, what):
+    """No crash, no hang beyond the time-out, no key; the others are played, and the same command asks again."""
+    questions = questions_of(place)[:3]
+    bad = questions[1]["question"]
+    say = lambda body: NEVER[what] if bad in text_of(body) else zoom_then_answer(body)
+    began = time.monotonic()
+    with api_server(say) as server:
+        engine = engine_of(place, server, tmp_path, timeout_s=4, concurrency=3)
+        groups, skipped = engine.play(questions, place)
+    assert time.monotonic() - began < 12
+    failed = [question["id"] for question in questions if question["question"] == bad]
+    assert [name for name, _ in skipped] == failed
+    assert all(bool(group) == (q["id"] not in failed) for q, group in zip(questions, groups))
+    assert KEY not in str(skipped) + capsys.readouterr().err
+    # now it answers
+    with api_server(zoom_then_answer) as again:
+        groups, skipped = engine_of(place, again, tmp_path).play(questions, place)
+    assert not skipped and all(groups) and len(again.requests) == 2 * len(failed)
+
+
+@pytest.mark.parametrize("error, words", [
+    (refusal(401, f"Incorrect API key provided: {KEY}"), "status 401: Incorrect API key provided: ***"),
+    (refusal(404, "The model does not exist"), "status 404: The model does not exist"),
+    (Raw(307, headers={"Location": "http://127.0.0.1:9/v1"}), "status 307: it points to another address"),
+])
+def test_what_no_question_would_survive_ends_the_run(place, tmp_path, key, error, words):
+    with api_server(lambda body: error) as server:
+        with pytest.raises(UserError, match=re.escape(words)) as raised:
+            engine_of(place, server, tmp_path, concurrency=2).play(questions_of(place), place)
+    assert KEY not in str(raised.getrepr())
+    assert len(server.requests) <= 2
+
+
+def test_a_server_that_is_gone_ends_the_run(place, tmp_path, key):
+    """Not each question after its own time-out."""
+    questions = questions_of(place, "train") * 3
+    with api_server(lambda body: refusal(500, "out of memory")) as server:
+        with pytest.raises(UserError, match="no answer to 8 questions in a row .*out of memory"):
+            engine_of(place, server, tmp_path, concurrency=4).play(questions, place)
+    assert len({body["seed"] for body in server.requests}) <= 8 + 4
+    with pytest.raises(UserError, match="cannot reach the server"):
+        engine_of(place, server, tmp_path)
+    with api_server(zoom_then_answer, models=("a", "b")) as server:
+        with pytest.raises(UserError, match="must be one of a, b, not c"):
+            engine_of(place, server, tmp_path, served_model="c")
+        with pytest.raises(UserError, match="must be one of a, b, not None"):
+            engine_of(place, server, tmp_path)
+
+
+def test_a_limit_of_tokens_stops_cleanly(place, tmp_path, key):
+    """What was on its way is kept; with more of them it goes on, and asks nothing again."""
+    questions = questions_of(place)
+    with api_server(zoom_then_answer) as server:
+        with pytest.raises(UserError, match="stopped after (330|440) tokens, --max_tokens_total 330"):
+            engine_of(place, server, tmp_path, max_tokens_total=330, concurrency=2).play(questions, place)
+        came = len(server.requests)
+        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == came <= 4
+        groups, _ = engine_of(place, server, tmp_path, max_tokens_total=10_000).play(questions, place)
+    assert all(groups) and len(server.requests) == 2 * len(questions)
+
+
+def test_a_cut_line_is_asked_again_and_a_whole_one_never(place, tmp_path, key):
+    questions, path = questions_of(place), tmp_path / "answers.jsonl"
+    with api_server(zoom_then_answer) as server:
+        engine_of(place, server, tmp_path).play(questions, place)
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
+        before = len(server.requests)
+        groups, _ = engine_of(place, server, tmp_path).play(questions, place)
+        assert all(groups) and len(server.requests) == before + 1
+        assert path.read_bytes() == b"".join(lines)
+
+
+def test_equal_requests_on_their_way_are_asked_once(place, tmp_path, key):
+    def slowly(body):
+        time.sleep(0.2)
+        return zoom_then_answer(body)
+
+    with api_server(slowly) as server:
+        groups, _ = engine_of(place, server, tmp_path, concurrency=4).play(questions_of(place)[:1] * 4, place)
+    assert all(groups) and len(server.requests) == 2
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+def evaluated(place, out, *flags):
+    sys.argv = ["eval.py", "--data", str(place / "test.jsonl"), "--out", str(out), *map(str, flags)]
+    evaluation.main()
+    return json.loads((out / "results.json").read_text())
+
+
+def test_evaluation_of_a_served_policy(place, tmp_path, key, capsys):
+    """The tables of local play; the settings say what played; a finished run asks nothing; no key and no
+    address anywhere."""
+    with api_server(zoom_then_answer) as server:
+        flags = "--base_url", server.url, "--model", place / "model", "--mode", "zoom"
+        row, bound = evaluated(place, tmp_path / "out", *flags)
+        came = len(server.requests)
+        assert evaluated(place, tmp_path / "out", *flags) == [row, bound] and len(server.requests) == came
+    truths = [question["answer"] for question in questions_of(place)]
+    assert row["accuracy"] == truths.count("A") / len(truths) and row["zooms_per_question"] == 1
+    assert row["settings"]["served_model"] == "teacher" and row["settings"]["dtype"] is None
+    assert "teacher on a server" in capsys.readouterr().out
+    written = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    assert KEY not in written and "127.0.0.1" not in written
+    with pytest.raises(UserError, match="--temperature"):
+        evaluated(place, tmp_path / "out", *flags, "--temperature", "0.5")
+
+
+def test_served_votes_and_a_gate_without_token_counts(place, tmp_path, key):
+    """Servers that do not count tokens leave these columns empty."""
+    say = lambda body: completion(zoom_then_answer(body)) | {"usage": None}
+    with api_server(say) as server:
+        rows = evaluated(place, tmp_path / "out", "--base_url", server.url, "--model", place / "model", "--zoom",
+                         "policy", "never", "gate", "--votes", 3)
+    assert [row["mode"] for row in rows if row["mode"] != "bound"] == ["zoom x3", "zoom off x3", "zoom", "gate x3"]
+    assert all(row["tokens_per_question"] is None for row in rows)
+
+
+def test_without_a_checkpoint_it_is_the_papers_environment(place, tmp_path, key):
+    with api_server(lambda body: "<think>t</think><answer>A</answer>") as server:
+        row, _ = evaluated(place, tmp_path / "out", "--base_url", server.url, "--num_frames", 4)
+    assert row["policy"] == "served" and row["settings"]["max_pixels"] == 100_352
+    assert all(image.shape[1] * image.shape[2] >= 25_088 for body in server.requests for image in images_of(body))
+
+
+def test_a_question_about_one_video(place, key, monkeypatch, capsys):
+    video = place / questions_of(place)[0]["video"]
+    with api_server(zoom_then_answer) as server:
+        sys.argv = ["eval.py", "--base_url", server.url, "--model", str(place / "model"), "--video", str(video),
+                    "--question", "What is it?"]
+        evaluation.main()
+    assert "looked at 4 frames" in (said := capsys.readouterr().out) and "answer: A" in said
+
+
+def test_flags_that_do_not_go_together(place, tmp_path, key, monkeypatch):
+    with pytest.raises(UserError, match="--image_format must be png or jpeg"):
+        Server(replace(ServedConfig(base_url="http://127.0.0.1:9"), image_format="bmp"), tmp_path / "a")
+    with pytest.raises(UserError, match="plays one model"):
+        evaluated(place, tmp_path / "out", "--base_url", "http://127.0.0.1:9", "--model", "a", "b")
