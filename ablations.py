@@ -8,7 +8,8 @@ run. To try an idea, add a row. A row is a chain of stages (findings/stage.py); 
 inputs are made once: one cold start serves many rows. A finished stage is not run again while its inputs are
 the same, a stopped one goes on by the same command. Code is not among the inputs: after a change of the method
 remove the folder of the first stage that it concerns, what hangs on it follows. Writes each row's
-<runs>/<suite>/<seed>/rows/<row>/result.json, with its folders as `stages`, and tables (findings/compare.py).
+<runs>/<suite>/<seed>/rows/<row>/result.json, with its folders as `stages`, and tables (findings/compare.py) of
+these rows and of those that were made before (docs/ablations.jsonl, findings/kept.py).
 """
 
 import argparse
@@ -26,7 +27,7 @@ import sft
 from common import UserError, fail, open_folder, run_main, write_json
 from controls.modes import CLIPS
 from demo.tiny_base import TINY_BASE
-from findings import compare, plots
+from findings import compare, kept, plots
 from findings.stage import Stage, show_plan
 from stopping import ENDING
 from training.run_folder import fingerprint, own_folder
@@ -167,25 +168,21 @@ def make_row(row, place):
         "begun": [result["begun"] for result in made], "commands": [result["command"] for result in made],
         "commits": sorted({commit for result in made for commit in result["commits"]}),
         "made_with": made[-1]["made_with"],
+        "made_of": made_of(row, place.suite), "inputs": [fingerprint(TINY_BASE), fingerprint(test)],
         "seconds": sum(result["seconds"] for result in made), "data": test,
         "stages": [str(stage.folder) for stage in stages],
         **compare.summary(stages[-1].folder, row.mode, test, rl_folder)})
 
 
+def made_of(row, suite):
+    """The flags that a row's result depends on."""
+    policy = BY_NAME[row.of] if row.of else row
+    return [policy.sft, policy.rl, policy.rft, row.eval, row.mode, SUITES[suite.removesuffix("-quick")]]
+
+
 def read_results(runs):
-    """{suite: {row: {seed: result}}} of the rows there are, in the order of ROWS. Left out is a row of which a
-    stage would be run anew, or was."""
-    found = {}
-    for row in ROWS:
-        for path in sorted(runs.glob(f"*/*/rows/{row.name}/result.json")):
-            *_, suite, seed = path.parents[2].parts
-            place, result = Place(suite, int(seed), path.parents[2]), json.loads(path.read_text())
-            made = [stage.result() for stage in chain(row, place)]
-            if row.mode == result["mode"] and [m and m["begun"] for m in made] == result["begun"]:
-                found.setdefault(suite, {}).setdefault(row.name, {})[place.seed] = result
-            else:
-                print(f"{row.name} is left out: {path} is of other flags or inputs")
-    return found
+    """(results, stale ones) of the rows that there are in the folder, see `kept.of_runs`."""
+    return kept.of_runs(runs, ROWS, lambda row, *place: chain(row, Place(*place)))
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -219,11 +216,11 @@ def main():
     parser.add_argument("--out", type=Path, help="tables; else docs/ablations.md, of --quick RUNS/quick.md")
     args = parser.parse_args()
     if args.report:
-        return report.write_report(args.runs, read_results(args.runs))
+        return report.write_report(args.runs, read_results(args.runs)[0])
     suite = args.suite + "-quick" * args.quick
     places = [Place(suite, seed, args.runs / suite / str(seed)) for seed in args.seeds]
     if args.picture:
-        return plots.picture(read_results(args.runs).get(suite, {}), args.seeds[0], args.picture)
+        return plots.picture(read_results(args.runs)[0].get(suite, {}), args.seeds[0], args.picture)
     rows = choose(args.names)
     ENDING.save = ENDING.lost = lambda: "stopped; the same command goes on where it was"
     own_folder(args.runs)  # a second start waits, then gives up
@@ -241,7 +238,9 @@ def main():
                 print(f"\n{row.name}: {error}", flush=True)
                 failed.append(f"{row.name} of seed {place.seed}")
     out = args.out or (args.runs / "quick.md" if args.quick else Path("docs/ablations.md"))
-    compare.write_tables(read_results(args.runs), args.quick, out)
+    found, stale = read_results(args.runs)
+    found = {suite: rows for suite, rows in found.items() if suite.endswith("-quick") == args.quick}
+    compare.write_tables(kept.with_kept(found, stale, out.with_suffix(".jsonl"), ROWS, made_of), out)
     if failed:
         raise UserError(f"not there: {', '.join(failed)}; the same command tries again")
 

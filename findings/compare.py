@@ -1,7 +1,7 @@
 """What the results of ablations.py say: tables, differences, and whether the paper's findings come out again.
 
     summary(folder, mode, data, rl_folder)  what a row's result.json holds of an evaluation and of RL
-    write_tables(found, quick, out)         the Markdown page, and .json beside it, of the results there are
+    write_tables(found, out)                the Markdown page, and .json beside it, of the results there are
 
 A difference between two rows is the mean over the questions that both were asked, of all seeds that both
 have; its 95% interval is of 2,000 bootstrap resamples of the videos that they are about. A finding agrees if
@@ -186,7 +186,8 @@ def row_figures(seeds, full):
         "invalid": over_seeds("invalid_call_rate"), "hits": over_seeds("hit_rate"),
         "without_tool": over_seeds("calls_without_tool"),
         "tokens": over_seeds("tokens_per_question"), "bound": mean_of_known(r["bound"] for r in results),
-        "seconds": mean(r["seconds"] for r in results)}
+        "seconds": mean(r["seconds"] for r in results),
+        "commits": sorted({commit[:7] + commit[40:] for r in results for commit in r["commits"]})}
 
 
 def levels(row, other, field):
@@ -248,12 +249,12 @@ def suite_page(suite, rows):
         ["row", "seeds", "right %, 95% interval", "spread over seeds (data and training)",
          "to the full run, same questions",
          "frames", "zooms", "invalid %", "calls where none is allowed", "hit %", "tokens", "best uniform %",
-         "minutes"],
+         "minutes", "commit"],
         [[name, " ".join(map(str, f["seeds"])),
           f"{percent(f['accuracy'])} ({percent(f['low'])} - {percent(f['high'])})", percent(f["spread"]),
           with_interval(f["against_full"], 100), number(f["frames"], "{:.1f}"), number(f["zooms"]),
           percent(f["invalid"]), number(f["without_tool"], "{:.0f}"), percent(f["hits"]),
-          number(f["tokens"], "{:.0f}"), percent(f["bound"]), number(f["seconds"] / 60, "{:.1f}")]
+          number(f["tokens"], "{:.0f}"), percent(f["bound"]), number(f["seconds"] / 60, "{:.1f}"), " ".join(f["commits"])]
          for name, f in figures.items()])]
     if tested:
         page += ["### Findings", markdown(
@@ -279,21 +280,18 @@ def suite_page(suite, rows):
             [[name, " → ".join(map(number, zooms)), " → ".join(map(percent, right))]
              for name, (zooms, right) in own.items()])]
     every = [r for seeds in rows.values() for r in seeds.values()]
-    page.append(f"{'; '.join(sorted({r['made_with'] for r in every}))}; commits "
-                + ", ".join(sorted({commit[:12] + commit[40:] for r in every for commit in r["commits"]})))
+    page.append("Made with " + "; ".join(sorted({r["made_with"] for r in every})))
     numbers = {"rows": figures, "findings": tested, "fps": shares, "training": trained,
                "commands": {name: [r["commands"] for r in seeds.values()] for name, seeds in rows.items()}}
     return page, numbers
 
 
-def write_tables(found, quick, out):
-    """Prints the page and writes it to `out`, and its numbers to .json beside it. Only --quick's results, or
-    only the others."""
+def write_tables(found, out):
+    """Prints the page and writes it to `out`, and its numbers to .json beside it."""
     pages, numbers = ["# Ablations", PREFACE], {}
     for suite, rows in found.items():
-        if suite.endswith("-quick") == quick:
-            lines, numbers[suite] = suite_page(suite, rows)
-            pages += lines
+        lines, numbers[suite] = suite_page(suite, rows)
+        pages += lines
     text = "\n\n".join(pages) + "\n"
     open_folder(out.parent)
     temporary = out.with_suffix(".tmp")

@@ -221,7 +221,11 @@ def make_all(monkeypatch, folder, played):
     monkeypatch.setattr(sys, "argv", ["ablations.py", *NAMES, "--runs", str(folder), "--out",
                                       str(folder / "page.md")])
     ablations.main()
-    return re.sub(r"[\d.]+ \|\n", "|\n", (folder / "page.md").read_text())  # without seconds
+    return without_seconds(folder / "page.md")
+
+
+def without_seconds(page):
+    return re.sub(r"[\d.]+ \| 0123 \|\n", "|\n", page.read_text())
 
 
 def test_after_a_kill_nothing_finished_runs_twice_and_the_tables_are_the_same(monkeypatch, tmp_path):
@@ -249,7 +253,7 @@ def test_a_row_takes_its_frames_from_the_full_runs_result(monkeypatch, tmp_path)
 
 
 def rows_of(folder):
-    return set(ablations.read_results(folder)["demo"])
+    return set(ablations.read_results(folder)[0]["demo"])
 
 
 def test_a_result_of_other_flags_is_in_no_table(monkeypatch, tmp_path, capsys):
@@ -286,7 +290,41 @@ def test_a_row_that_hangs_on_what_has_changed_is_in_no_table(monkeypatch, tmp_pa
     assert rows_of(tmp_path) == {*NAMES} - {"no-tool"}  # without the full run nobody knows its frames
     questions = tmp_path / "demo/0/data/test.jsonl"
     questions.write_text(questions.read_text() + "\n")
-    assert "demo" not in ablations.read_results(tmp_path)
+    assert "demo" not in ablations.read_results(tmp_path)[0]
+
+
+def test_results_stay_when_the_runs_are_gone(monkeypatch, tmp_path, capsys):
+    """The tables are the same without the runs, and where only some are made again; a line of other flags,
+    of other questions, or of a row that is to be made anew is in none."""
+    page, kept = make_all(monkeypatch, tmp_path, Played()), tmp_path / "page.jsonl"
+    lines = [json.loads(line) for line in open(kept)]
+    assert [(line["row"], line["seed"]) for line in lines] == [(name, 0) for name in ("full", *NAMES)]
+    assert str(tmp_path) not in json.dumps([line["questions"] for line in lines])
+    shutil.rmtree(tmp_path / "demo")
+
+    def again(*names):
+        monkeypatch.setattr(sys, "argv", ["ablations.py", *names, "--runs", str(tmp_path), "--out",
+                                          str(tmp_path / "page.md")])
+        ablations.main()
+        return without_seconds(tmp_path / "page.md")
+
+    assert again("full") == page
+    assert {name for line in open(kept) for name in [json.loads(line)["row"]]} == {"full", *NAMES}
+    # other flags, other questions
+    edited = [line | {"made_of": [], "inputs": line["inputs"]} if line["row"] == "no-kl" else
+              line | {"inputs": ["other", "ones"]} if line["row"] == "no-rl" else line for line in lines]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in edited))
+    again("full")
+    said = capsys.readouterr().out
+    assert "no-kl is left out: it was made with other flags" in said
+    assert "no-rl is left out: it is of other questions" in said
+    assert [json.loads(line)["row"] for line in open(kept)] == ["full", "zooms-0", "no-tool"]
+    # a row whose stage was taken away is not shown by its old line
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again("zooms-0")
+    shutil.rmtree(ablations.chain(ablations.BY_NAME["zooms-0"], ablations.Place("demo", 0, tmp_path / "demo/0"))[
+        -1].folder)
+    assert "zooms-0" not in again("full")
 
 
 def test_a_stage_that_was_stopped_goes_on_with_the_same_inputs_and_begins_anew_with_others(tmp_path):
@@ -443,7 +481,7 @@ def test_a_verdict_is_by_the_interval_the_seeds_and_the_signs(found, verdict):
 
 def test_seeds_are_pooled_and_their_spread_stands_beside():
     more = lambda accuracy: dict(figures={"accuracy": accuracy, "zooms_per_question": accuracy}, bound=None,
-                                 seconds=1.0)
+                                 seconds=1.0, commits=["c"])
     seeds = {0: result({n: (1, 1) for n in range(10)}, 0, **more(1.0)),
              1: result({n: (n < 5, 1) for n in range(10)}, 1, **more(0.5))}
     found = compare.row_figures(seeds, {})
