@@ -345,11 +345,17 @@ def play_share(name, env_config, ways, questions, done, written, config, rank, w
             env_config = replace(env_config, max_zooms=0)
         settings = tables.environment_settings(env_config)
         if config.base_url:
-            settings |= {"served_model": policy.model, "image_format": config.image_format}
+            settings |= {"served_model": policy.model}
         if rank == 0:
+            before = run_folder.note(config.out).get(environment_key(play)) or {}
+            if before.get("served_model", settings.get("served_model")) != settings.get("served_model"):
+                raise UserError(f"{config.out} was begun with {before['served_model']}, not {policy.model}")
             run_folder.note(config.out, **{environment_key(play): settings})
         root = Path(config.data).parent
         evaluate(engine, play, mode, share, root, env_config, written.write, show=rank == 0)
+        if config.base_url and policy.left_out:
+            settings["refused"] = sorted(policy.left_out)
+            run_folder.note(config.out, **{environment_key(play): settings})
 
 
 def main():

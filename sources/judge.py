@@ -31,19 +31,19 @@ def judge(episodes, questions, config, path):
         episodes: lines as eval.py writes them. questions: {number: row}.
         config: with ServedConfig's settings, judge_url and judge_model. path: file of what it said.
     Returns the judge's name. Raises UserError."""
-    server = Server(replace(config, base_url=config.judge_url, served_model=config.judge_model), path)
+    config = replace(config, base_url=config.judge_url, served_model=config.judge_model)
+    server = Server(config, path, key="JUDGE_API_KEY")
     asked = [(questions[e["number"]], line) for e in episodes for line in (e, *e.get("samples", ()))
              if questions[e["number"]]["answer_type"] == "open_ended"]
-    verdicts = asyncio.run(ask_all(server, asked))
-    same = known = 0
-    for (question, line), verdict in zip(asked, verdicts):
+    for (_, line), verdict in zip(asked, asyncio.run(ask_all(server, asked))):
         line["right"] = None if verdict is None else float(verdict)
-        if verdict is not None and line["answer"] is not None:
-            known += 1
-            same += verdict == (grade(line["answer"], question) >= 0.5)
-    share = f" ({same / known:.1%})" if known else ""
-    print(f"judge {server.model}: {len(asked)} open answers, {verdicts.count(None)} without a verdict; "
-          f"it agrees with the normalised match in {same} of {known}{share}", flush=True)
+    # samples of a vote are not counted
+    pairs = [(line["right"], line["answer"], question) for question, line in asked if "policy" in line]
+    agrees = [right == (grade(answer, question) >= 0.5) for right, answer, question in pairs
+              if None not in (right, answer)]
+    share = f" ({sum(agrees) / len(agrees):.1%})" if agrees else ""
+    print(f"judge {server.model}: {len(pairs)} open answers, {sum(right is None for right, *_ in pairs)} without "
+          f"a verdict; it agrees with the normalised match in {sum(agrees)} of {len(agrees)}{share}", flush=True)
     if server.ended:
         raise server.ended
     return server.model
@@ -75,5 +75,5 @@ async def ask_all(server, asked):
 
 def verdict_in(said):
     """True for yes, False for no, else None."""
-    found = re.match(r"\W*(yes|no)\b", said.text.rpartition("</think>")[2].strip(), re.IGNORECASE)
+    found = re.fullmatch(r"\W*(yes|no)\W*", said.text.rpartition("</think>")[2], re.IGNORECASE)
     return None if said.cut_off or not found else found[1].lower() == "yes"

@@ -10,18 +10,20 @@ vLLM, SGLang, transformers serve and clouds do otherwise:
 
     stop strings   left out, kept, or unknown to it: a call is closed where it stopped, and cut off behind
     a thought      in a field of its own (reasoning, reasoning_content) stands before the text again
-    parameters     seed, stop and the like that it refuses by name are left out from then on, with a warning
-    sampling       top_p, top_k and repetition_penalty are sent as 1, -1, 1: vLLM would take the checkpoint's
+    sampling       top_k and repetition_penalty are sent as -1 and 1: vLLM would take the checkpoint's
+    parameters     these, seed, stop and the like are left out where it refuses them by name, or fails at stop as
+                   transformers serve does; a warning and the settings beside the numbers say so
     images         data URLs, PNG as the environment made them, or JPEG; more than it takes: the question is
                    skipped, and the reason says so
     context        too long at first: skipped; later the episode ends, as one beyond --max_response_tokens
     cut off        finish reason "length" ends the episode, as --max_turn_tokens does here
-    429, 5xx, a connection that breaks, no JSON, no choice: it is asked again; --timeout_s ends a turn
+    busy, broken   429, 5xx and a connection that fails: asked again until --timeout_s; no JSON, no choice, an
+                   answer that breaks off: asked again twice
 
 Each answer is a line of answers.jsonl before it is used, by a hash of all that was asked: a run that was
 killed asks again only what was on its way. A question without an answer is skipped, and asked by the same
-command; after several in a row the run ends. Redirects are not followed. The key (OPENAI_API_KEY) stands in
-no file and no output.
+command; where the server fails at several in a row the run ends. Redirects are not followed. The key, from
+OPENAI_API_KEY, and the server's address stand in no file, the key in no output.
 """
 
 import asyncio
@@ -31,30 +33,34 @@ import io
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from PIL import Image
 
 from common import UserError, first_line, warn
-from model import stop_strings, until_call
+from model import stop_strings
 from protocols import make_env
 from video import VideoError
 from zoom_env import Message, ZoomEnv
 
 RETRIES = 5  # of a request, by the package, each later than the one before
-MOST_BYTES = 20_000_000  # of an answer
-FAILURES = 8  # questions without an answer in a row, and as many as are asked at one time: the run ends
+PAUSE_S = 5.0  # until it is sent as often again
 TRIES = 3  # of an answer that cannot be read
+FAILURES = 8  # questions in a row at which the server fails, and as many as are asked at one time: the end
+MOST_BYTES = 20_000_000  # of an answer
 NO_KEY = "none"
-NEUTRAL = {"top_k": -1, "repetition_penalty": 1.0}  # sent, as vLLM would take the checkpoint's
-MAY_LACK = {"seed", "stop", "temperature", "top_p", "max_tokens", *NEUTRAL}  # what a server may refuse
+NEUTRAL = {"top_k": -1, "repetition_penalty": 1.0}
+SAMPLING = {"top_p", *NEUTRAL}
+MAY_LACK = {"seed", "stop", "temperature", "max_tokens", *SAMPLING}  # what a server may refuse
 REFUSES = re.compile(r"un(supported|known|recogni[sz]ed|expected)|not (support|permit|allow)|extra|"
                      r"only the default|invalid param", re.IGNORECASE)
-TOO_LONG = re.compile(r"context.?(length|window)|maximum model length|prompt.{0,20}too long|too many tokens",
-                      re.IGNORECASE)
+REFUSES_VALUE = re.compile(r"(must|should) be|expects|cannot both|(greater|less) than", re.IGNORECASE)
+TOO_LONG = re.compile(r"context.{0,8}(length|window|limit|size)|maximum (prompt|model|input) length|"
+                      r"(input|prompt|token count).{0,60}(too long|exceed)|too many tokens", re.IGNORECASE)
 TOO_MANY_IMAGES = re.compile(r"(at most|limit|too many|maximum|exceed).{0,60}(image|multi-?modal)|"
                              r"(image|multi-?modal).{0,60}(at most|limit|too many|maximum|exceed)",
                              re.IGNORECASE)
@@ -68,8 +74,8 @@ class ServedConfig:
     served_model: str | None = None  # the model's name there; else the only one that it has
     concurrency: int = 16  # episodes that are played there at one time
     timeout_s: float = 600.0  # seconds that an answer may take, with all retries
-    image_format: str = "png"  # of frames: png, exact, or jpeg
-    max_tokens_total: int | None = None  # of prompts and answers, after which the run stops
+    image_format: str | None = None  # of frames: jpeg, or else png, which is exact
+    max_tokens_total: int | None = None  # of a server's prompts and answers, after which the run stops
 
 
 MAY_DIFFER = ("base_url", "concurrency", "timeout_s", "max_tokens_total")  # when a run goes on
@@ -77,6 +83,10 @@ MAY_DIFFER = ("base_url", "concurrency", "timeout_s", "max_tokens_total")  # whe
 
 class NoAnswer(Exception):
     """A question could not be asked, or was not answered: why, in a line."""
+
+
+class ServerFails(NoAnswer):
+    """... and another one would not have been, either."""
 
 
 class TooLong(Exception):
@@ -90,6 +100,7 @@ class Said(NamedTuple):
     cut_off: bool
     prompt_tokens: int | None
     generated: int | None
+    without: tuple = ()  # names of parameters that were left out
 
 
 # -------------------------------------------------------------------------------------------------- answers
@@ -104,9 +115,11 @@ class Answers:
         if cut:  # by a kill
             os.truncate(self.path, len(whole) + bool(whole))
         for line in whole.decode(errors="replace").split("\n"):
-            if line:
+            try:
                 row = json.loads(line)
-                self.keep(row.pop("asked"), Said(**row))
+                self.keep(row.pop("asked"), Said(**row | {"without": tuple(row["without"])}))
+            except (ValueError, LookupError, TypeError, AttributeError):  # after a power cut
+                continue
 
     def keep(self, key, said):
         self.known[key] = said
@@ -136,19 +149,23 @@ class Server:
     """A model on a server. Raises UserError where there is no such server or model.
 
     config: with the settings of ServedConfig. answers: path of the file of Answers. env_config: what is
-    played."""
+    played. key: variable with its key, where that is another one than OPENAI_API_KEY."""
 
-    def __init__(self, config, answers, env_config=None):
+    def __init__(self, config, answers, env_config=None, key="OPENAI_API_KEY"):
         try:
             import openai
         except ImportError:
             raise UserError("to ask a server: pip install openai") from None
-        if config.image_format not in ("png", "jpeg"):
+        if config.image_format not in (None, "png", "jpeg"):
             raise UserError(f"--image_format must be png or jpeg, not {config.image_format}")
         self.openai, self.config, self.env_config = openai, config, env_config
-        self.key, self.answers = os.environ.get("OPENAI_API_KEY") or NO_KEY, Answers(answers)
+        self.key = os.environ.get(key) or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        if not self.key.isascii():
+            raise UserError("the server's key has letters that no key has")
+        self.answers = Answers(answers)
         self.left_out = set()  # parameters that it refuses
-        self.failures = 0  # questions in a row without an answer
+        self.answered = False  # whether it has answered since the start
+        self.failures = 0  # questions in a row at which it failed
         self.ended = None  # why nothing more is asked, a UserError
         self.model = asyncio.run(self.find_model())
 
@@ -171,15 +188,18 @@ class Server:
             if not wanted:
                 raise UserError(f"give --served_model, as the server names none ({self.words_of(error)})")
             return wanted
-        if wanted not in names and (wanted or len(names) != 1):
-            raise UserError(f"--served_model must be one of {', '.join(names[:20]) or 'none'}, not {wanted}")
+        if not wanted and len(names) != 1:
+            raise UserError(f"give --served_model: one of {', '.join(names[:20]) or 'none'}")
+        if wanted and wanted not in names:  # it may be known by more names than are listed
+            warn(f"the server lists no model {wanted}, but {', '.join(names[:20]) or 'none'}")
         return wanted or names[0]
 
     async def ask(self, client, messages, temperature, max_tokens, seed, stop=()):
         """The Said to messages in the API's form. stop: texts at which it ends. Raises NoAnswer, TooLong, and
         UserError where nothing more is asked."""
         body = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "seed": seed,
-                "temperature": temperature, "top_p": 1.0} | ({"stop": list(stop)} if stop else {})
+                "temperature": temperature}
+        body |= ({"top_p": 1.0} if temperature else {}) | ({"stop": list(stop)} if stop else {})
         key = hashlib.sha256(json.dumps(body).encode()).hexdigest()
         limit = self.config.max_tokens_total
         if key not in self.answers.known and limit is not None and self.answers.tokens >= limit:
@@ -188,71 +208,78 @@ class Server:
                 "with more of them goes on")
         if self.ended:
             raise self.ended
-        try:
-            said = await self.answers.get(key, lambda: self.request(client, body))
-        except NoAnswer as error:
-            self.failures += 1
-            if self.failures >= max(FAILURES, self.config.concurrency):
-                self.ended = self.ended or UserError(
-                    f"no answer to {self.failures} questions in a row ({error}); the same command goes on")
-            raise
+        said = await self.answers.get(key, lambda: self.request(client, body))
         self.failures = 0
         return said
 
+    def note_failure(self, error):
+        """A question got a ServerFails: after several in a row nothing more is asked."""
+        self.failures += 1
+        if self.failures >= max(FAILURES, self.config.concurrency):
+            self.ended = self.ended or UserError(
+                f"the server failed at {self.failures} questions in a row ({error}); the same command goes on")
+
     async def request(self, client, body):
         """The Said to a request, which is sent as often as it takes."""
+        unread, last = 0, ""
         try:
             async with asyncio.timeout(self.config.timeout_s):
-                for left in reversed(range(TRIES)):
+                while True:
                     try:
-                        return said_in(await self.adapted(client, body), body.get("stop") or ())
+                        raw, without = await self.adapted(client, body)
+                        return said_in(raw, body.get("stop") or ())._replace(without=tuple(sorted(without)))
                     except (ValueError, LookupError, TypeError, AttributeError) as error:
-                        if not left:
-                            raise NoAnswer(f"its answer cannot be read ({first_line(error)})") from None
-        except (TimeoutError, self.openai.APITimeoutError):
-            raise NoAnswer(f"no answer within --timeout_s {self.config.timeout_s:g}") from None
-        except self.openai.APIConnectionError as error:
-            raise NoAnswer(self.words_of(error)) from None
-        except self.openai.APIStatusError as error:
-            raise self.refusal(error) from None
+                        unread, last = unread + 1, f"its answer cannot be read ({first_line(error)})"
+                        if unread == TRIES:
+                            raise ServerFails(last) from None
+                    except self.openai.APIError as error:
+                        last, status = self.words_of(error), getattr(error, "status_code", None)
+                        if status and status < 500 and status not in (408, 409, 429):
+                            raise self.refusal(status, last) from None
+                        await asyncio.sleep(max(PAUSE_S, wished_s(error)))
+        except TimeoutError:
+            more = f": {last}" if last else ""
+            raise ServerFails(f"no answer within --timeout_s {self.config.timeout_s:g}{more}") from None
 
-    def refusal(self, error):
-        """What is raised where the server has answered with an error."""
-        words, status = self.words_of(error), error.status_code
+    def refusal(self, status, words):
+        """What is raised where the server will not answer."""
+        if status in (401, 403, 404) or 300 <= status < 400:
+            return UserError(f"--base_url: {words}")
         if TOO_LONG.search(words):
             return TooLong(words)
         if TOO_MANY_IMAGES.search(words):
             return NoAnswer(f"{words}; of vLLM --limit-mm-per-prompt says how many images it takes")
-        if status in (401, 403, 404) or 300 <= status < 400:
-            return UserError(f"--base_url: {words}")
         return NoAnswer(words)
 
     async def adapted(self, client, body):
-        """The bytes of the answer to a request, without the parameters that the server refuses by name. Those
-        are left out of later ones, too, once it has answered without them."""
-        without = set(self.left_out)
+        """(bytes of the answer, names of what was left out) of a request, without the parameters that the server
+        refuses. Those are left out of later ones, too, once it has answered without them."""
+        without = self.left_out & {*body, *NEUTRAL}
         while True:
             try:
                 raw = await self.send(client, body, without)
                 break
-            except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
-                refused = self.refused_by(error) - without
+            except self.openai.APIStatusError as error:
+                refused = (self.refused_by(error) & {*body, *NEUTRAL}) - without
                 if not refused:
                     raise
                 without |= refused
-        matters = without - self.left_out - {*NEUTRAL, "max_tokens"}
-        if matters:
-            warn(f"the server refuses {', '.join(sorted(matters))}: what it does by itself counts")
+        self.answered = True
+        if new := without - self.left_out - {"max_tokens"}:
+            warn(f"the server refuses {', '.join(sorted(new))}: what it does by itself counts")
         self.left_out |= without
-        return raw
+        return raw, without - {"max_tokens"}
 
     def refused_by(self, error):
-        """The names of the parameters that an error refuses."""
-        words = self.words_of(error)
-        if TOO_LONG.search(words) or not REFUSES.search(words):
+        """The names of the parameters that an error refuses. Where nothing was answered yet an internal error
+        may be for `stop`: transformers serve has one for every model that sees."""
+        words, named = self.words_of(error), getattr(error, "param", None)
+        if error.status_code == 500 and not self.answered:
+            return {"stop"}
+        if error.status_code not in (400, 422) or TOO_LONG.search(words):
             return set()
-        named = getattr(error, "param", None)
-        return {named} & MAY_LACK or {name for name in MAY_LACK if re.search(rf"\b{name}\b", words)}
+        may_lack = MAY_LACK if REFUSES.search(words) else SAMPLING if REFUSES_VALUE.search(words) else set()
+        return {named} & may_lack or {name for name in may_lack if re.search(rf"\b{name}\b", words)}
 
     async def send(self, client, body, without):
         """One request. Returns the bytes of the answer. Raises the package's errors, and ValueError for an
@@ -274,15 +301,23 @@ class Server:
         raise ValueError(f"more than {MOST_BYTES} bytes")
 
     def words_of(self, error):
-        """An error in one line, without the key."""
+        """An error in one line, without the key and the server's address."""
         about, status = getattr(error, "body", None), getattr(error, "status_code", None)
-        said = about.get("message") if isinstance(about, dict) else None
-        words = said if isinstance(said, str) and said.strip() else first_line(error)
+        for key in ("error", "message", "detail"):
+            while isinstance(about, list) and about:
+                about = about[0]
+            about = about.get(key) or about if isinstance(about, dict) else about
+        text = about if isinstance(about, str) else json.dumps(about) if about else str(error)
+        lines = text.strip().splitlines()
+        words = lines[0] if lines else type(error).__name__
         if isinstance(error, TimeoutError | self.openai.APIConnectionError):
             words = f"cannot reach the server ({type(error.__cause__ or error).__name__})"
         if status and 300 <= status < 400:
             words = "it points to another address, which is not followed; give that one"
         words = words.replace(self.key, "***") if self.key != NO_KEY else words
+        address = urlsplit(self.config.base_url)
+        for name in (address.netloc, address.hostname):
+            words = words.replace(name, "the server") if name else words
         return " ".join(f"status {status}: {words}".split())[:300] if status else words
 
 
@@ -294,13 +329,25 @@ def said_in(raw, stop=()):
     text, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
     if isinstance(text, list):
         text = "".join(part.get("text") or "" for part in text)
-    if reason == "content_filter" or text is None and not thought:
+    if reason == "content_filter" or text is None and not thought and reason != "length":
         raise ValueError(f"no text, finish reason {reason}")
-    text = text or ""
-    if thought and "</think>" not in text:
+    # the text ends with its call, whatever stands behind or in the thought
+    text = with_stop(text or "", choice, stop)
+    ends = [text.index(end) + len(end) for end in stop if end in text]
+    text = text[:min(ends, default=None)]
+    if thought and not text.lstrip().startswith("<think>"):
         text = f"<think>{thought}</think>{text}"
-    return Said(with_stop(text, choice, stop), reason == "length", usage.get("prompt_tokens"),
+    return Said(text, reason == "length" and not ends, usage.get("prompt_tokens"),
                 usage.get("completion_tokens"))
+
+
+def wished_s(error):
+    """The seconds for which a server wants to be left alone."""
+    headers = error.response.headers if hasattr(error, "response") else {}
+    try:
+        return min(3600.0, float(headers.get("retry-after") or 0))
+    except ValueError:  # a date
+        return 0.0
 
 
 def with_stop(text, choice, stop):
@@ -361,24 +408,27 @@ class ServedEngine:
         return asyncio.run(self.play_all(questions, make, on_end))
 
     async def play_all(self, questions, make, on_end):
-        groups, skipped, openings = [[] for _ in questions], {}, {}
-        jobs = ((number, sample) for number in range(len(questions)) for sample in range(self.group_size))
+        groups, skipped = [[] for _ in questions], {}
+        unopened, ready = deque(range(len(questions))), deque()  # questions; (question, sample, its opening)
 
         async def work():
-            for number, sample in jobs:
-                # a question's video is read once
-                if sample == 0:
-                    opening = asyncio.to_thread(self.open, make, questions[number])
-                    openings[number] = asyncio.ensure_future(opening)
-                opening = openings[number] if sample < self.group_size - 1 else openings.pop(number)
+            while (ready or unopened) and not self.server.ended:
+                number = ready[0][0] if ready else unopened[0]
                 try:
-                    env, messages = await opening
+                    if not ready:  # a question's video is read once, for all samples
+                        unopened.popleft()
+                        opening = await asyncio.to_thread(self.open, make, questions[number])
+                        ready.extend((number, sample, *opening) for sample in range(self.group_size))
+                        continue
+                    number, sample, env, messages = ready.popleft()
                     e = ServedEpisode(env.fork(), [*messages], sample, number)
                     await self.play_one(client, e)
                 except UserError as error:  # the others end with their next turn
                     self.server.ended = self.server.ended or error
                     return
                 except (VideoError, NoAnswer, TooLong) as error:
+                    if isinstance(error, ServerFails) and number not in skipped:
+                        self.server.note_failure(error)
                     skipped[number] = str(error)
                     continue
                 groups[number].append(e)
@@ -419,12 +469,11 @@ class ServedEngine:
                 e.env.end()
                 return
             e.said.append(said)
-            text = until_call(said.text, e.env.tools)
-            reply = await asyncio.to_thread(e.env.step, text)
+            reply = await asyncio.to_thread(e.env.step, said.text)
             if said.cut_off:
                 e.truncated = True
                 e.env.end()
-            more = await asyncio.to_thread(self.in_api_form, [Message("assistant", [text]), *reply])
+            more = await asyncio.to_thread(self.in_api_form, [Message("assistant", [said.text]), *reply])
             e.messages += more
 
     def beyond(self, said, first):
@@ -437,7 +486,8 @@ class ServedEngine:
         """Messages of the environment as the API has them."""
         written = []
         for message in messages:
-            parts = [item if isinstance(item, str) else self.image_part(item) for item in message.content]
+            parts = [item if isinstance(item, str) else self.image_part(item) for item in message.content
+                     if item != ""]  # some servers refuse empty ones
             if all(isinstance(part, str) for part in parts):
                 written.append({"role": message.role, "content": "".join(parts)})
             else:
@@ -446,7 +496,7 @@ class ServedEngine:
         return written
 
     def image_part(self, frame):
-        kind, file = self.server.config.image_format, io.BytesIO()
+        kind, file = self.server.config.image_format or "png", io.BytesIO()
         how = {"compress_level": 1} if kind == "png" else {"quality": 95}
         Image.fromarray(frame.image.permute(1, 2, 0).contiguous().numpy()).save(file, kind, **how)
         data = base64.b64encode(file.getvalue()).decode()

@@ -15,10 +15,10 @@ The verifier's rules; what breaks one is counted by the first that it breaks, an
     wrong                the answer is right (a segment: from an overlap of 0.5 on)
     not well formed      every turn of the teacher's is, and no call was beyond the limits or failed
     too many turns       there are at most --rounds turns, the student's among them
-    speaks of hints      no thought speaks of a note, a hint, or of being told
+    speaks of hints      a reflection: no turn speaks of the note, or of being told
     told                 a reflection: nothing that the student said gives the right answer away
-    nothing new          a reflection: a zoom shows what the failed ones did not: it is not within one of them
-                         at its frame rate or a lower one
+    nothing new          a reflection: a zoom shows what the failed ones did not: of each of them a fifth of it
+                         is outside, or it has half as many frames a second more
     luck                 at least half of the samples of the question are right, or a zoom of this one hits
                          the evidence: who guesses among four options is right at least once in four samples
                          in 68% of the questions
@@ -57,10 +57,12 @@ NOTE = """
 Your zooms so far did not lead to the right answer. Think about why: was it the wrong part of the video, or \
 were its frames too few? Say in your thought what was wrong with the last zoom, then zoom in elsewhere or more \
 closely, and answer. Write as if you had noticed this by yourself: do not mention this message."""
-HINTS = re.compile(r"\b(hints?|ground.?truth|(?:i|we) (?:was|were|am|are|have been|had been) told|"
-                   r"(?:this|the|your) (?:note|feedback|message|instruction)s?|reference answer|"
-                   r"as (?:you|the user) (?:say|said|noted?|point|pointed|mention|mentioned))\b",
-                   re.IGNORECASE)
+HINTS = re.compile(r"""\b(?: did\ not\ lead | (?:this|your|the)\ (?:hint|feedback) | (?:this|your)\ (?:note|message)
+    | ground.?truth | reference\ answer | pointed\ out | according\ to\ (?:you|the\ (?:user|prompt|system))
+    | (?:the\ (?:user|prompt|system|instructions?)|you)\ (?:say|said|told|tell|note|point|mention|want)(?:s|ed)?
+    | (?:I|we)(?:\ was|\ were|['’]m|\ am|\ are|['’]?(?:ve|d)\ been|\ ha(?:ve|d)\ been)\ (?:told|informed|asked)
+    )\b""", re.IGNORECASE | re.VERBOSE)
+NEW_SHARE, NEW_DENSITY = 0.2, 1.5  # of a zoom that shows something new
 BEFORE = "student_turns"  # a question's key, while it is played
 STUDENT_TEMPERATURE = 1.0
 
@@ -76,6 +78,7 @@ class TeacherConfig(RunConfig, ServedConfig):
     keep: int = 1  # trajectories a question, at most
     temperature: float | None = None  # of the teacher; by default 0 of one sample, 1 of several
     rounds: int | None = None  # turns of a trajectory, at most; else what the environment allows
+    max_turn_tokens: int | None = None  # a turn is cut off here; else as --model, or 1,024
     max_response_tokens: int = 32_768  # after the prompt, of an episode
     resume: str = "auto"  # auto: an unfinished run goes on; never: it is moved aside
 
@@ -121,7 +124,8 @@ def distil(config):
         for rule, line in others:
             rejected.append({"question": question["id"], "rule": rule, "turns": line["turns"]})
     tokens = Answers(folder / "answers.jsonl").tokens
-    write_all(config, kind, kept, rejected, skipped, len(questions), tokens)
+    if kept or not stopped:
+        write_all(config, kind, kept, rejected, skipped, len(questions), tokens)
     if stopped:
         raise stopped
     if not kept:
@@ -186,8 +190,7 @@ def student_failures(config, questions, env_config, folder, device):
         engine = student_engine(config, env_config, folder, device)
         with tqdm(total=len(left), desc="student", unit="episode", dynamic_ncols=True) as bar:
             def on_end(e):
-                line = {"number": left[e.question_number], "right": e.env.rewards["accuracy"],
-                        "turns": [turn.text for turn in e.env.turns if turn.kind in ("call", "error")]}
+                line = student_line(e) | {"number": left[e.question_number]}
                 there[line["number"]] = line
                 rows.write(line)
                 e.forget_frames()
@@ -198,11 +201,18 @@ def student_failures(config, questions, env_config, folder, device):
     failed = {}
     for number, line in sorted(there.items()):
         turns = line["turns"][:env_config.max_zooms - 1]  # a zoom is left for the teacher
-        if number in questions and line["right"] < 0.5 and turns:
+        if number in questions and line["right"] < 0.5 and line["zooms"]:
             failed[number] = questions[number] | {BEFORE: turns}
     print(f"student: {len(there)} questions, {sum(line['right'] < 0.5 for line in there.values())} wrong, "
           f"{len(failed)} of them with zooms", flush=True)
     return failed, unread
+
+
+def student_line(e):
+    """What is kept of an episode of the student's: its turns before its answer, without one that was cut off."""
+    turns = e.env.turns[:-1] if e.truncated or e.env.turns[-1].kind == "answer" else e.env.turns
+    return {"right": e.env.rewards["accuracy"], "turns": [turn.text for turn in turns],
+            "zooms": sum(turn.kind == "call" for turn in turns)}
 
 
 def student_engine(config, env_config, folder, device):
@@ -211,7 +221,8 @@ def student_engine(config, env_config, folder, device):
                         max_response_tokens=config.max_response_tokens)
     if is_address(config.student):
         own = replace(config, base_url=config.student, served_model=config.student_model)
-        return ServedEngine(Server(own, folder / "student_answers.jsonl", env_config), 1, how, config.seed)
+        server = Server(own, folder / "student_answers.jsonl", env_config, "STUDENT_API_KEY")
+        return ServedEngine(server, 1, how, config.seed)
     policy = load_policy(config.student, device, choose_dtype(config.dtype, device), env_config)
     return make_player(policy, how, torch.Generator(device).manual_seed(config.seed))
 
@@ -237,7 +248,7 @@ def teach(config, questions, env_config, folder, rows):
             if key not in there:
                 rows.write(line_of(e, config) | {
                     "number": key[0], "sample": key[1], "teacher": server.model, "temperature": temperature,
-                    "without": sorted(server.left_out), "date": date.today().isoformat()})
+                    "refused": sorted({name for said in e.said for name in said.without}), "date": date.today().isoformat()})
             e.forget_frames()
             bar.update()
 
@@ -280,7 +291,7 @@ def broken_rule(e, rounds=None):
         return "not well formed"
     if rounds is not None and len(env.turns) > rounds:
         return "too many turns"
-    if any(HINTS.search(turn.text) for turn in own):
+    if before and any(HINTS.search(turn.text) for turn in own):
         return "speaks of hints"
     if any(tells(turn.text, env.question) for turn in student):
         return "told"
@@ -290,13 +301,18 @@ def broken_rule(e, rounds=None):
 
 
 def tells(text, question):
-    """Whether a text gives a question's answer away: it says it, or, but for letters, holds its words."""
-    thought = text.rpartition("</think>")[0].rpartition("<think>")[2]
-    if grade(thought, question) >= 0.5:
-        return True
-    if question["answer_type"] in ("multiple_choice", "segment"):
-        return False
-    return f" {normalise(question['answer'])} " in f" {normalise(thought)} "
+    """Whether a turn gives a question's answer away: what stands between two of its tags says it, or, but for
+    letters and segments, holds its words; of a segment it is also a call that has it."""
+    for part in re.split(r"</?\w+>", text):
+        if part.lstrip().startswith("{"):  # a call
+            segment = re.search(r"\[([^][]*),([^][]*)\]", part)
+            part = f"{segment[1]} - {segment[2]}" if segment and question["answer_type"] == "segment" else ""
+        if grade(part, question) >= 0.5:
+            return True
+        has_words = question["answer_type"] in ("open_ended", "number")
+        if has_words and f" {normalise(question['answer'])} " in f" {normalise(part)} ":
+            return True
+    return False
 
 
 def calls_in(turns):
@@ -309,8 +325,9 @@ def is_new(call, others):
     start_s, end_s = call.arguments["segment"]
     for other in others:
         first, last = other.arguments["segment"]
-        within = first - 1e-6 <= start_s and end_s <= last + 1e-6
-        if within and density(call) <= density(other) * (1 + 1e-6):
+        shared_s = max(0.0, min(end_s, last) - max(start_s, first))
+        is_inside = shared_s > (1 - NEW_SHARE) * (end_s - start_s)
+        if is_inside and density(call) < NEW_DENSITY * density(other):
             return False
     return True
 
@@ -349,9 +366,10 @@ def row_of(line, question, kind, config, env_config):
     prompt = env_config.system_prompt + (NOTE if before else "")
     made = {"teacher": line["teacher"], "temperature": line["temperature"], "seed": config.seed,
             "sample": line["sample"], "right": line["right_samples"], "date": line["date"],
-            "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(), "max_zooms": line["max_zooms"]}
-    if line["without"]:
-        made["refused"] = line["without"]
+            "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(), "max_zooms": line["max_zooms"],
+            "protocol": env_config.protocol}
+    if line["refused"]:
+        made["refused"] = line["refused"]
     if kind == "reflection":
         made["student"] = config.student_model or "served" if is_address(config.student) else config.student
     return {"question": moved_question(question, Path(config.questions).parent, config.out), "kind": kind,

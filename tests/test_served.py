@@ -14,6 +14,7 @@ from tiny import make_place
 import eval as evaluation
 from common import UserError
 from rollout import RolloutConfig
+from sources import served
 from sources.served import Said, ServedConfig, ServedEngine, Server, said_in
 from training.environment import load_env_config
 from zoom_env import Message, ZoomEnv
@@ -33,6 +34,7 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr(served, "PAUSE_S", 0.02)
 
 
 def turns_so_far(body):
@@ -76,7 +78,8 @@ def test_what_is_asked_is_what_the_environment_shows(place, tmp_path, key):
             assert [m["role"] for m in body["messages"]] == [m.role for m in shown]
             text = zoom_then_answer(body)
             shown += [Message("assistant", [text]), *env.step(text)]
-            assert (body["temperature"], body["top_p"], body["top_k"]) == (0.0, 1.0, -1)
+            assert (body["temperature"], body["top_k"], body["repetition_penalty"]) == (0.0, -1, 1)
+            assert "top_p" not in body
             assert body["stop"] == [*STOP] and body["max_tokens"] == 50 and body["model"] == "teacher"
             assert body["key"] == f"Bearer {KEY}"
         assert e.env.rewards == env.rewards and e.env.turns == env.turns
@@ -109,7 +112,10 @@ def test_samples_of_a_question_have_seeds_of_their_own(place, tmp_path, key):
     (ZOOM.removesuffix(*STOP), {"matched_stop": STOP[0]}, ZOOM),
     (ZOOM.removesuffix(*STOP), {}, ZOOM),
     (ZOOM.removesuffix(*STOP), {"finish_reason": "length"}, ZOOM.removesuffix(*STOP)),
-    (ZOOM, {}, ZOOM), (ZOOM + " and", {}, ZOOM + " and"),
+    (ZOOM, {}, ZOOM), (ZOOM + " and" + ZOOM, {}, ZOOM),
+    # a call in a thought that comes in a field of its own is none
+    ("<answer>A</answer>", {"message": {"content": "<answer>A</answer>", "reasoning": ZOOM}},
+     f"<think>{ZOOM}</think><answer>A</answer>"),
     # a text that ends by itself and only names the tool
     ("<think>I may <video_zoom> here {x}</think>no", {}, "<think>I may <video_zoom> here {x}</think>no"),
     ("I may <video_zoom> here", {}, "I may <video_zoom> here"),
@@ -129,8 +135,11 @@ def test_what_an_answer_may_look_like():
     assert said("<answer>A</answer>", reasoning="so").text == "<think>so</think><answer>A</answer>"
     assert said(None, reasoning_content="so").text == "<think>so</think>"
     assert said("<think>x</think>A", reasoning="so").text == "<think>x</think>A"
+    # without `stop` it goes on behind the call
+    assert said("<a></a> or</think>", reasoning="so").text == "<think>so</think><a></a> or</think>"
     assert said([{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]).text == "AB"
     assert said("").text == ""
+    assert said(None, "length") == Said("", True, 100, 10)
     assert said_in(json.dumps(completion("A") | {"usage": None})) == Said("A", False, None, None)
     for bad in ({"choices": []}, {"error": "x"}, {}, [], completion(None), completion("", "content_filter")):
         with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
@@ -150,8 +159,11 @@ def test_a_turn_or_an_episode_that_is_too_long_ends_it(place, tmp_path, key):
 
     ((e,),), _ = played(lambda body: completion("<answer>A</answer>", "length"))
     assert e.truncated and e.env.done and e.env.turns[0].answer == "A"
-    ((e,),), _ = played(lambda body: completion(ZOOM, "length"))
-    assert e.truncated and e.env.num_calls() == 0 and e.env.turns[0].kind == "dropped"
+    # a call that is whole was not cut off, but what a server without `stop` said behind it
+    for behind in ("", " and so on"):
+        ((e,),), _ = played(lambda body: completion(
+            ZOOM + behind, "length") if not turns_so_far(body) else zoom_then_answer(body))
+        assert not e.truncated and [turn.text for turn in e.env.turns] == [ZOOM, "<think>Seen.</think><answer>A</answer>"]
     too_long = refusal(400, "This model's maximum context length is 2048 tokens, but max_tokens 50 and more")
     ((e,),), _ = played(lambda body: ZOOM if not turns_so_far(body) else too_long)
     assert e.truncated and e.env.turns[0].kind == "dropped" and e.env.frames_shown == len(e.env.watched[0])
@@ -188,19 +200,105 @@ def test_parameters_that_are_refused_are_left_out(place, tmp_path, key, capsys):
         groups, skipped = engine_of(place, server, tmp_path, concurrency=1).play(questions, place)
     assert not skipped and len(server.requests) == 4 + 2 * len(questions)
     assert all(e.env.num_calls() == 1 for e, in groups)
-    assert capsys.readouterr().err.count("the server refuses seed") == 1
+    assert capsys.readouterr().err.count("the server refuses repetition_penalty, seed, top_k") == 1
+
+
+def test_a_server_that_fails_at_stop(place, tmp_path, key, capsys):
+    """As transformers serve does with a model that sees; what it says behind a call is cut off here."""
+    def say(body):
+        if "top_k" in body:
+            return Raw(422, {"detail": "Unexpected fields in the request: {'top_k', 'repetition_penalty'}"})
+        return Raw(500, b"Internal Server Error") if "stop" in body else zoom_then_answer(body) + " more"
+
+    questions = questions_of(place)
+    with api_server(say) as server:
+        groups, skipped = engine_of(place, server, tmp_path, concurrency=1).play(questions, place)
+    assert not skipped and all(e.env.turns[0].text == ZOOM for e, in groups)
+    assert len(server.requests) == 1 + 6 + 2 * len(questions)
+    assert "refuses repetition_penalty, stop, top_k" in capsys.readouterr().err
 
 
 def test_an_error_that_only_mentions_a_parameter_drops_none(place, tmp_path, key):
     """Neither for good nor for this request."""
-    errors = iter(["temperature 0 with this seed failed", "extra bytes in the image at top_p"])
+    errors = iter(["temperature 0 with this seed failed", "unexpected end of the image in top_k bytes"])
     with api_server(lambda body: refusal(400, next(errors)) if turns_so_far(body) == 0 and len(
             server.requests) <= 2 else zoom_then_answer(body)) as server:
         engine = engine_of(place, server, tmp_path, concurrency=1)
         _, skipped = engine.play(questions_of(place), place)
     assert len(skipped) == 1 and "temperature 0 with this seed failed" in skipped[0][1]
-    # the second was tried without top_p, and answered: so that is what it refused
-    assert engine.server.left_out == {"top_p"}
+    # the second was tried without top_k, and answered: so that is what it refused
+    assert engine.server.left_out == {"top_k"}
+
+
+@pytest.mark.parametrize("words, name", [
+    ("`top_p` must be > 0.0 and < 1.0", "top_p"), ("top_k: Input should be greater than or equal to 0", "top_k"),
+    ("`temperature` and `top_p` cannot both be specified", "top_p")])
+def test_a_value_that_is_refused(place, tmp_path, key, words, name):
+    """Of the sampling's parameters that say nothing: temperature stays."""
+    with api_server(lambda body: refusal(400, words) if name in body else zoom_then_answer(body)) as server:
+        engine = engine_of(place, server, tmp_path, temperature=1.0)
+        _, skipped = engine.play(questions_of(place), place)
+    assert not skipped and engine.server.left_out == {name}
+    lines = [json.loads(line) for line in open(tmp_path / "answers.jsonl")]
+    assert all(line["without"] == [name] for line in lines)
+
+
+@pytest.mark.parametrize("body", [
+    {"detail": "the context window is 5"}, [{"error": {"message": "Input is too long for it"}}],
+    {"message": {"detail": [{"msg": "exceed context limit"}]}}, {"error": "maximum prompt length is 5"},
+    "input length (8 tokens) exceeds the maximum allowed length", {"error": {"message": "input token count (8) "
+                                                                           "exceeds the maximum number of tokens"}}])
+def test_errors_of_all_shapes_are_read(place, tmp_path, key, body):
+    """Too long at first: skipped by that name."""
+    raw = Raw(400, body.encode() if isinstance(body, str) else body)
+    with api_server(lambda asked: raw) as server:
+        engine = engine_of(place, server, tmp_path)
+        (_, reason), = engine.play(questions_of(place)[:1], place)[1]
+    assert re.search("context|too long|prompt|exceeds", reason) and len(server.requests) == 1
+
+
+def test_a_rate_limit_is_no_long_dialogue_and_an_outage_no_refusal(place, tmp_path, key):
+    """The server is busy, for longer than the package tries, after some answers: it is asked until it answers,
+    with all parameters."""
+    busy = [refusal(429, "Too many tokens, please wait before trying again.")] * 14 + [Raw(503, b"")] * 14
+    busy += [Raw(500, b"")] * 14
+
+    def say(body):
+        return busy.pop() if turns_so_far(body) and busy else zoom_then_answer(body)
+
+    with api_server(say) as server:
+        groups, skipped = engine_of(place, server, tmp_path, concurrency=2).play(questions_of(place), place)
+    assert not skipped and not busy and all("stop" in body for body in server.requests)
+    assert all(len(e.env.turns) == 2 for e, in groups)
+
+
+def test_questions_that_are_bad_by_themselves_end_nothing(place, tmp_path, key):
+    """However many in a row, and however many samples of one."""
+    questions = questions_of(place, "train") + questions_of(place)
+    good = questions[-1]["id"]
+    say = lambda body: zoom_then_answer(body) if questions[-1]["question"] in text_of(body) else refusal(
+        400, "At most 2 image(s) may be provided")
+    with api_server(say) as server:
+        groups, skipped = engine_of(place, server, tmp_path, group_size=9, concurrency=2).play(questions, place)
+    assert len(skipped) > 8 and good not in [name for name, _ in skipped] and len(groups[-1]) == 9
+
+
+def test_a_slow_video_does_not_hold_the_others(place, tmp_path, key):
+    """Nor where each question has several samples."""
+    slow, came = questions_of(place)[0]["id"], {}
+
+    def begin(env):
+        if env.question["id"] == slow:
+            time.sleep(2)
+        return env.reset()
+
+    questions, began = questions_of(place), time.monotonic()
+    with api_server(zoom_then_answer) as server:
+        engine = engine_of(place, server, tmp_path, group_size=4, concurrency=3)
+        engine.begin = begin
+        engine.play(questions, place, on_end=lambda e: came.setdefault(
+            e.env.question["id"], time.monotonic() - began))
+    assert came[slow] > 2 and all(came[question["id"]] < 2 for question in questions[1:])
 
 
 BAD = {
@@ -214,6 +312,7 @@ BAD = {
     "no text": completion(None),
     "100 MB": Raw(200, b'{"choices": "' + b"x" * 100_000_000),
     "an error with status 200": {"error": {"message": "busy"}},
+    "an error with status 500": Raw(500, {"detail": "busy"}),
 }
 
 
@@ -227,6 +326,7 @@ def test_what_goes_wrong_once_is_asked_again(place, tmp_path, key, what):
 
 NEVER = BAD | {
     "the key in an error": refusal(400, f"your key {KEY} is odd"),
+    "the address in an error": lambda url: refusal(400, f"{url} has no such thing"),
     "images": refusal(400, "At most 8 image(s) may be provided in one prompt."),
     "slow": Raw(200, completion("A"), every_s=0.2),
     "a long wait": refusal(429, "come back", {"Retry-After": "900"}),
@@ -238,16 +338,17 @@ def test_what_never_comes_is_skipped_by_name(place, tmp_path, key, capsys, what)
     """No crash, no hang beyond the time-out, no key; the others are played, and the same command asks again."""
     questions = questions_of(place)[:3]
     bad = questions[1]["question"]
-    say = lambda body: NEVER[what] if bad in text_of(body) else zoom_then_answer(body)
+    never = lambda: NEVER[what](server.url) if callable(NEVER[what]) else NEVER[what]
+    say = lambda body: never() if bad in text_of(body) else zoom_then_answer(body)
     began = time.monotonic()
     with api_server(say) as server:
-        engine = engine_of(place, server, tmp_path, timeout_s=4, concurrency=3)
+        engine = engine_of(place, server, tmp_path, timeout_s=3, concurrency=3)
         groups, skipped = engine.play(questions, place)
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 9
     failed = [question["id"] for question in questions if question["question"] == bad]
     assert [name for name, _ in skipped] == failed
     assert all(bool(group) == (q["id"] not in failed) for q, group in zip(questions, groups))
-    assert KEY not in str(skipped) + capsys.readouterr().err
+    assert KEY not in (said := str(skipped) + capsys.readouterr().err) and server.url[7:] not in said
     # now it answers
     with api_server(zoom_then_answer) as again:
         groups, skipped = engine_of(place, again, tmp_path).play(questions, place)
@@ -267,19 +368,19 @@ def test_what_no_question_would_survive_ends_the_run(place, tmp_path, key, error
     assert len(server.requests) <= 2
 
 
-def test_a_server_that_is_gone_ends_the_run(place, tmp_path, key):
+def test_a_server_that_is_gone_ends_the_run(place, tmp_path, key, capsys):
     """Not each question after its own time-out."""
     questions = questions_of(place, "train") * 3
     with api_server(lambda body: refusal(500, "out of memory")) as server:
-        with pytest.raises(UserError, match="no answer to 8 questions in a row .*out of memory"):
-            engine_of(place, server, tmp_path, concurrency=4).play(questions, place)
+        with pytest.raises(UserError, match="failed at 8 questions in a row .*out of memory"):
+            engine_of(place, server, tmp_path, concurrency=4, timeout_s=2).play(questions, place)
     assert len({body["seed"] for body in server.requests}) <= 8 + 4
     with pytest.raises(UserError, match="cannot reach the server"):
         engine_of(place, server, tmp_path)
     with api_server(zoom_then_answer, models=("a", "b")) as server:
-        with pytest.raises(UserError, match="must be one of a, b, not c"):
-            engine_of(place, server, tmp_path, served_model="c")
-        with pytest.raises(UserError, match="must be one of a, b, not None"):
+        engine_of(place, server, tmp_path, served_model="c")
+        assert "lists no model c, but a, b" in capsys.readouterr().err
+        with pytest.raises(UserError, match="give --served_model: one of a, b"):
             engine_of(place, server, tmp_path)
 
 
@@ -340,6 +441,25 @@ def test_evaluation_of_a_served_policy(place, tmp_path, key, capsys):
     assert KEY not in written and "127.0.0.1" not in written
     with pytest.raises(UserError, match="--temperature"):
         evaluated(place, tmp_path / "out", *flags, "--temperature", "0.5")
+
+
+def test_another_model_does_not_go_on(place, tmp_path, key):
+    flags = "--model", place / "model", "--mode", "zoom"
+    busy = questions_of(place)[-1]["question"]
+    say = lambda body: refusal(400, "no") if busy in text_of(body) else zoom_then_answer(body)
+    with api_server(say, models=("a",)) as server:
+        evaluated(place, tmp_path / "out", "--base_url", server.url, *flags)
+    with api_server(zoom_then_answer, models=("b",)) as server:
+        with pytest.raises(UserError, match="was begun with a, not b"):
+            evaluated(place, tmp_path / "out", "--base_url", server.url, *flags)
+
+
+def test_what_was_refused_stands_beside_the_numbers(place, tmp_path, key):
+    say = lambda body: refusal(400, "unsupported: seed") if "seed" in body else zoom_then_answer(body)
+    with api_server(say) as server:
+        row, _ = evaluated(place, tmp_path / "out", "--base_url", server.url, "--model", place / "model", "--mode",
+                           "zoom")
+    assert row["settings"]["refused"] == ["seed"]
 
 
 def test_served_votes_and_a_gate_without_token_counts(place, tmp_path, key):

@@ -20,7 +20,7 @@ import data_prep
 from common import UserError
 from model import encode, replay
 from protocols import make_env
-from sources import teacher
+from sources import served, teacher
 from sources.read import read_trajectories
 from sources.served import ServedEpisode
 from training.environment import load_env_config
@@ -58,6 +58,7 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr(served, "PAUSE_S", 0.02)
 
 
 def questions_of(place):
@@ -116,11 +117,6 @@ def test_each_rule_of_an_exemplar(place):
     assert broken(look, right + ".") == "not well formed"
     assert broken(look, look, right, rounds=3) is None
     assert broken(look, look, right, rounds=2) == "too many turns"
-    for hint in ("The hint says so.", "I was told that it is late.", "As you said, it is elsewhere.",
-                 "This message wants another zoom.", "The ground-truth is there."):
-        assert broken(look, answer(question["answer"], f"<think>{hint}</think>")) == "speaks of hints"
-    for fair in ("It is tinted.", "The user asks for a colour.", "I noted a flash.", "As I said before."):
-        assert broken(look, answer(question["answer"], f"<think>{fair}</think>")) is None
 
 
 def test_each_rule_of_a_reflection(place):
@@ -132,14 +128,23 @@ def test_each_rule_of_a_reflection(place):
         return teacher.broken_rule(episode(place, question, turns, before))
 
     assert broken(look, right, before=(zoom(0, 1),)) is None
-    # what shows nothing new: no zoom, the same, within it at its rate or a lower one
-    for again in ((), (failed,), (zoom(3, 7),), (zoom(2, 10, 0.5),), (zoom(3, 7), failed)):
+    # what shows nothing new: no zoom, the same, within it at its rate or a lower one, or hardly another
+    for again in ((), (failed,), (zoom(3, 7),), (zoom(2, 10, 0.5),), (zoom(3, 7), failed), (zoom(2.5, 10.5),),
+                  (zoom(2, 10, 1.2),)):
         assert broken(*again, right) == "nothing new"
-    for other in (zoom(3, 7, 2), zoom(1, 7), zoom(20, 30), zoom(2, 10.5)):
+    for other in (zoom(3, 7, 2), zoom(0, 7), zoom(20, 30), zoom(6, 14), zoom(2, 10, 2)):
         assert broken(other, right) is None
     assert broken(zoom(3, 7), right, before=(zoom(20, 30), failed)) == "nothing new"
     # a student's turn that is not well formed is no fault of the teacher's
     assert broken(look, right, before=("hm", zoom(0, 1))) is None
+    for hint in ("The hint helps.", "I was told that it is late.", "As you said, it is elsewhere.", "I'm told so.",
+                 "This message wants another zoom.", "The ground-truth is there.", "It was pointed out.",
+                 "The user says that my zooms did not lead to it.", "The prompt says so.", "I've been told.",
+                 "According to the user it is late.", "The user wants me to say what was wrong."):
+        assert broken(look, answer(question["answer"], f"<think>{hint}</think>")) == "speaks of hints"
+    for fair in ("It is tinted.", "The user asks for a colour.", "I noted a flash.", "As I said before.",
+                 "The note on the table is red.", "She reads the message on the sign.", "A hint of blue."):
+        assert broken(look, answer(question["answer"], f"<think>{fair}</think>")) is None
     # nothing that it was told gives the answer away
     said = f"<think>So the answer is {question['answer']}.</think>"
     assert broken(look, right, before=(zoom(0, 1, think=said),)) == "told"
@@ -151,10 +156,21 @@ def test_each_rule_of_a_reflection(place):
     ("open_ended", "a red car", "I see a red car.", True), ("open_ended", "a red car", "I see red carts.", False),
     ("number", 3, "there are 3 of them", True), ("number", 3, "there are 13", False),
     ("number", 3, "the third", False), ("open_ended", "the car", "car", True),
-    ("multiple_choice", "B", "maybe B", True), ("multiple_choice", "B", "red, then blue", False)])
+    ("multiple_choice", "B", "maybe B", True), ("multiple_choice", "B", "red, then blue", False),
+    ("segment", [3, 9], "from 3 s to 9 s", True), ("segment", [30, 90], "from 3 s to 9 s", False)])
 def test_what_gives_an_answer_away(kind, truth, text, does):
+    """Wherever it stands in a turn."""
     question = {"answer_type": kind, "answer": truth, "options": ["red", "blue"]}
-    assert teacher.tells(f"<think>{text}</think><video_zoom></video_zoom>", question) == does
+    call = '<video_zoom>{"segment": [0, 1], "fps": 3}</video_zoom>'
+    for turn in (f"<think>{text}</think>{call}", text + call, f"<think>so</think>{text}{call}", f"<think>{text}",
+                 f"<answer>{text}</answer><answer>x</answer>", f"<think>{text}</think><think>x</think>{call}"):
+        assert teacher.tells(turn, question) == does
+
+
+def test_a_call_may_give_a_segment_away():
+    question = {"answer_type": "segment", "answer": [3, 9]}
+    call = '<think>t</think><video_zoom>{"segment": [%s, 9.0], "fps": 1}</video_zoom>'
+    assert teacher.tells(call % 3, question) and not teacher.tells(call % 8, question)
 
 
 def test_luck():
@@ -310,6 +326,54 @@ def test_a_student_of_a_folder_and_one_that_uses_up_its_zooms(place, tmp_path, c
             prepared("reflections", place, tmp_path / "s.jsonl", "--base_url", server.url, "--student",
                      place / "model", "--max_zooms", "0")
     assert f"student: {len(questions)} questions" in capsys.readouterr().out
+
+
+def test_what_of_a_student_is_mended(place, tmp_path):
+    """A turn that was cut off is not trained, and who never zoomed has no zoom to mend."""
+    questions, out = questions_of(place)[:3], tmp_path / "r.jsonl"
+
+    def student(body):
+        question = asked_of(body, place)
+        if question["id"] == questions[0]["id"] and turns_so_far(body):
+            return completion("<think>so so so", "length")
+        if question["id"] == questions[1]["id"]:
+            return "hm" if not turns_so_far(body) else wrong(question)
+        return zoom(0, 1) if not turns_so_far(body) else answer(question["answer"])
+
+    def corrects(body):
+        question = asked_of(body, place)
+        return zoom(*question["evidence"][0]) if turns_so_far(body) == 1 else answer(question["answer"])
+
+    with api_server(student) as pupil, api_server(corrects) as server:
+        rows, _ = prepared("reflections", place, out, "--base_url", server.url, "--student", pupil.url, "--model",
+                           place / "model")
+    assert [row["question"]["id"] for row in rows] == [questions[0]["id"]]
+    assert rows[0]["turns"][0] == zoom(0, 1) and len(rows[0]["turns"]) == 3
+
+
+def test_a_run_that_cannot_begin_leaves_what_is_there(place, tmp_path):
+    out = tmp_path / "t.jsonl"
+    with api_server(knows(place)) as server:
+        rows, _ = prepared("exemplars", place, out, "--base_url", server.url, "--model", place / "model")
+    with pytest.raises(UserError, match="cannot reach the server"):
+        prepared("exemplars", place, out, "--base_url", server.url, "--model", place / "model", "--resume", "never")
+    assert [json.loads(line) for line in open(out)] == rows
+
+
+def test_a_row_says_its_protocol(place, tmp_path):
+    """So that it is replayed by it, whatever the student plays."""
+    def say(body):
+        question = asked_of(body, place)
+        start_s, end_s = question["evidence"][0]
+        call = json.dumps({"name": "crop_video", "arguments": {"video_path": "v", "start_time": start_s,
+                                                               "end_time": end_s}})
+        return THINK + (answer(question["answer"], "") if turns_so_far(body) else f"<tool_call>{call}</tool_call>")
+
+    with api_server(say) as server:
+        rows, _ = prepared("exemplars", place, tmp_path / "t.jsonl", "--base_url", server.url, "--model",
+                           place / "model", "--protocol", "longvt")
+    _, env = replay(random_policy(layers=1), rows[0], tmp_path)
+    assert [turn.kind for turn in env.turns] == ["call", "answer"]
 
 
 # ------------------------------------------------------------------------------------------------------ kills
