@@ -335,7 +335,9 @@ def said_in(raw, stop=()):
     text = with_stop(text or "", choice, stop)
     ends = [text.index(end) + len(end) for end in stop if end in text]
     text = text[:min(ends, default=None)]
-    if thought and not text.lstrip().startswith("<think>"):
+    if thought and not text:  # nothing came after it, so nothing says that it had an end
+        text = "<think>" + thought.removesuffix("<|im_end|>")
+    elif thought and not text.lstrip().startswith("<think>"):
         text = f"<think>{thought}</think>{text}"
     return Said(text, reason == "length" and not ends, usage.get("prompt_tokens"),
                 usage.get("completion_tokens"))

@@ -2,9 +2,12 @@
 
 import json
 import re
+import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from tiny import make_place
 
 import eval as evaluation
 from common import UserError
+from demo.tiny_base import TINY_BASE
 from rollout import RolloutConfig
 from sources import served
 from sources.served import Said, ServedConfig, ServedEngine, Server, said_in
@@ -133,7 +137,8 @@ def test_what_an_answer_may_look_like():
     assert said("A") == Said("A", False, 100, 10)
     assert said("A", "length").cut_off
     assert said("<answer>A</answer>", reasoning="so").text == "<think>so</think><answer>A</answer>"
-    assert said(None, reasoning_content="so").text == "<think>so</think>"
+    assert said(None, reasoning_content="so").text == "<think>so"
+    assert said("", reasoning_content="so<|im_end|>").text == "<think>so"
     assert said("<think>x</think>A", reasoning="so").text == "<think>x</think>A"
     # without `stop` it goes on behind the call
     assert said("<a></a> or</think>", reasoning="so").text == "<think>so</think><a></a> or</think>"
@@ -493,3 +498,38 @@ def test_flags_that_do_not_go_together(place, tmp_path, key, monkeypatch):
         Server(replace(ServedConfig(base_url="http://127.0.0.1:9"), image_format="bmp"), tmp_path / "a")
     with pytest.raises(UserError, match="plays one model"):
         evaluated(place, tmp_path / "out", "--base_url", "http://127.0.0.1:9", "--model", "a", "b")
+
+
+@pytest.mark.slow
+def test_transformers_serve_plays_as_it_is_played_here(place, tmp_path, key):
+    """The shipped base, temperature 0: the same texts, answers and frames, turn by turn."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", TINY_BASE,
+               "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    flags = "--mode", "uniform", "--protocol", "direct", "--num_frames", 9, "--model", TINY_BASE
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            try:
+                urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.2)
+        evaluated(place, tmp_path / "served", *flags, "--base_url", f"{url}/v1", "--served_model", TINY_BASE)
+    finally:
+        server.kill()
+        server.wait()
+    evaluated(place, tmp_path / "here", *flags)
+    served_lines, lines = ([json.loads(line) for line in open(tmp_path / name / "episodes.jsonl")]
+                           for name in ("served", "here"))
+    same = "question", "turns", "answer", "frames", "right"
+    assert [[line[name] for name in same] for line in served_lines] == [
+        [line[name] for name in same] for line in lines]
+    assert len({line["answer"] for line in lines}) > 1
