@@ -198,21 +198,21 @@ def student_failures(config, questions, env_config, folder, device):
 
             _, unread = engine.play([questions[number] for number in left], Path(config.questions).parent,
                                     env_config, on_end)
-    failed = {}
+    failed, most = {}, env_config.max_zooms - 1  # a zoom is left for the teacher
     for number, line in sorted(there.items()):
-        turns = line["turns"][:env_config.max_zooms - 1]  # a zoom is left for the teacher
-        if number in questions and line["right"] < 0.5 and line["zooms"]:
-            failed[number] = questions[number] | {BEFORE: turns}
+        if number in questions and line["right"] < 0.5 and "call" in line["kinds"][:most]:
+            failed[number] = questions[number] | {BEFORE: line["turns"][:most]}
     print(f"student: {len(there)} questions, {sum(line['right'] < 0.5 for line in there.values())} wrong, "
           f"{len(failed)} of them with zooms", flush=True)
     return failed, unread
 
 
 def student_line(e):
-    """What is kept of an episode of the student's: its turns before its answer, without one that was cut off."""
+    """What is kept of an episode of the student's: its turns before its answer, without one that was cut
+    off."""
     turns = e.env.turns[:-1] if e.truncated or e.env.turns[-1].kind == "answer" else e.env.turns
     return {"right": e.env.rewards["accuracy"], "turns": [turn.text for turn in turns],
-            "zooms": sum(turn.kind == "call" for turn in turns)}
+            "kinds": [turn.kind for turn in turns]}
 
 
 def student_engine(config, env_config, folder, device):
@@ -244,11 +244,10 @@ def teach(config, questions, env_config, folder, rows):
     engine = ServedEngine(server, config.samples, how, config.seed, with_student)
     with tqdm(total=len(left) * config.samples, desc="teacher", unit="episode", dynamic_ncols=True) as bar:
         def on_end(e):
-            key = left[e.question_number], e.number
-            if key not in there:
-                rows.write(line_of(e, config) | {
-                    "number": key[0], "sample": key[1], "teacher": server.model, "temperature": temperature,
-                    "refused": sorted({name for said in e.said for name in said.without}), "date": date.today().isoformat()})
+            number = left[e.question_number]
+            if (number, e.number) not in there:
+                rows.write({"number": number, "sample": e.number, "teacher": server.model,
+                            "temperature": temperature} | line_of(e, config))
             e.forget_frames()
             bar.update()
 
@@ -263,7 +262,8 @@ def line_of(e, config):
     hits = [bool(call.hit) for call in calls_in(own)]
     return {"right": e.env.rewards["accuracy"], "hits": sum(hits) / max(1, len(hits)),
             "rule": broken_rule(e, config.rounds), "turns": [turn.text for turn in e.env.turns],
-            "max_zooms": e.env.config.max_zooms}
+            "max_zooms": e.env.config.max_zooms, "date": date.today().isoformat(),
+            "refused": sorted({name for said in e.said for name in said.without})}
 
 
 def with_student(env):
