@@ -1,9 +1,7 @@
 """A served teacher's trajectories: each rule of the verifier, what is kept, what a kill loses, the judge."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -393,7 +391,7 @@ def test_kills_of_a_distillation(place, tmp_path, times):
     lock, answered, rng = threading.Lock(), [], random.Random(4)
     with api_server(slowly) as server:
         flags = ["--questions", place / "questions.jsonl", "--base_url", server.url, "--model", place / "model",
-                 "--samples", 3, "--concurrency", 2]
+                 "--samples", 3 * times, "--concurrency", 2]
         command = lambda out: [sys.executable, str(HERE / "data_prep.py"), "exemplars", "--out", str(out),
                                *map(str, flags)]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
@@ -408,7 +406,8 @@ def test_kills_of_a_distillation(place, tmp_path, times):
             while process.poll() is None and (len(file.read_text().splitlines()) if file.exists() else 0) == lines:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.3))
-            os.kill(process.pid, signal.SIGKILL)
+            assert process.poll() is None, "it has ended before it could be killed"
+            process.kill()
             process.wait()
         came = file.read_text().splitlines()
         assert subprocess.run(command(tmp_path / "killed.jsonl"), **quiet).returncode == 0
