@@ -194,7 +194,8 @@ def summarise(written, names, ways, questions, bad, config):
 
     def add_rows(play, played, settings):
         kinds, durations = tables.table_rows(*play, played, questions, len(bad))
-        kinds[0]["settings"] = settings | judged
+        refused = sorted({name for e in played for name in e.get("refused_parameters", ())})
+        kinds[0]["settings"] = settings | judged | ({"refused": refused} if refused else {})
         asked = [questions[e["number"]] for e in played]
         synthetic_ones = all("uniform_accuracy" in (q.get("meta") or {}) for q in asked)
         if asked and play.mode in ("zoom", "uniform") and synthetic_ones:
@@ -345,17 +346,12 @@ def play_share(name, env_config, ways, questions, done, written, config, rank, w
             env_config = replace(env_config, max_zooms=0)
         settings = tables.environment_settings(env_config)
         if config.base_url:
-            settings |= {"served_model": policy.model}
+            served.same_model(config.out, "served model", policy.model)
+            settings["served_model"] = policy.model
         if rank == 0:
-            before = run_folder.note(config.out).get(environment_key(play)) or {}
-            if before.get("served_model", settings.get("served_model")) != settings.get("served_model"):
-                raise UserError(f"{config.out} was begun with {before['served_model']}, not {policy.model}")
             run_folder.note(config.out, **{environment_key(play): settings})
         root = Path(config.data).parent
         evaluate(engine, play, mode, share, root, env_config, written.write, show=rank == 0)
-        if config.base_url and policy.left_out:
-            settings["refused"] = sorted(policy.left_out)
-            run_folder.note(config.out, **{environment_key(play): settings})
 
 
 def main():

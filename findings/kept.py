@@ -2,8 +2,9 @@
 
 Runs are large and stay where they were made; this file goes with the code. Tables are made of the runs that are
 there and, where one is not, of its line: so rows can be made on several days and machines, and intervals and
-differences can be computed again from what is here. A line is left out where the row's flags have changed since,
-or where other results of its suite and seed are of other questions or of another base."""
+differences can be computed again from what is here. A line stays in the file, but is in no table, where the
+row's flags have changed since, or where other results of its suite and seed are of other questions or of another
+base, until the row is made again."""
 
 import json
 
@@ -59,19 +60,24 @@ def with_kept(found, stale, path, rows, made_of):
     inputs = {(suite, seed): result["inputs"] for suite, there in found.items()
               for results in there.values() for seed, result in results.items()}
     lines = open(path, encoding="utf-8").readlines() if path.exists() else []
+    left_out = []
     for result in map(unpacked, map(json.loads, lines)):
         suite, name, seed = result["suite"], result["row"], result["seed"]
         there = found.setdefault(suite, {}).setdefault(name, {})
-        if seed in there or (suite, name, seed) in stale:
+        if seed in there:
             continue
-        if name not in by_name or result["made_of"] != made_of(by_name[name], suite):
+        if (suite, name, seed) in stale:
+            left_out.append(result)
+        elif name not in by_name or result["made_of"] != made_of(by_name[name], suite):
             print(f"{suite} {seed} {name} is left out: it was made with other flags")
+            left_out.append(result)
         elif inputs.setdefault((suite, seed), result["inputs"]) != result["inputs"]:
             print(f"{suite} {seed} {name} is left out: it is of other questions, or of another base")
+            left_out.append(result)
         else:
             there[seed] = result
     ordered = {suite: {name: dict(sorted(there[name].items())) for name in by_name if there.get(name)}
                for suite, there in sorted(found.items())}
-    write_jsonl(path, [packed(result) for there in ordered.values() for results in there.values()
-                       for result in results.values()])
+    every = [result for there in ordered.values() for results in there.values() for result in results.values()]
+    write_jsonl(path, map(packed, every + left_out))
     return ordered

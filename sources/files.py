@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.contrib.concurrent import thread_map
 
-from common import UserError, read_text
+from common import UserError, read_text, write_jsonl
 from sources.shapes import RowFault, without_nan
 
 ANNOTATIONS = (".json", ".jsonl", ".tsv", ".csv", ".parquet")
@@ -235,6 +235,20 @@ def on_disk(path):
 def relative_to_file(path, file):
     """A path as rows of `file` have it: from its folder on, with forward slashes."""
     return Path(os.path.relpath(os.path.abspath(path), os.path.realpath(Path(file).parent))).as_posix()
+
+
+def check_out(out, questions):
+    """The Path of a trajectory file that is made of a question file. Raises UserError."""
+    out = Path(out)
+    if out.suffix != ".jsonl" or out.resolve() == Path(questions).resolve():
+        raise UserError(f"--out {out}: it must be another file whose name ends with .jsonl")
+    return out
+
+
+def write_skipped(out, skipped):
+    """Beside the file `out`: [(row, reason)] of what is not in it."""
+    rows = [{"row": where, "reason": reason} for where, reason in skipped]
+    write_jsonl(out.with_suffix(".skipped.jsonl"), rows)
 
 
 def moved_question(question, root, file):

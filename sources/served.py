@@ -11,8 +11,8 @@ vLLM, SGLang, transformers serve and clouds do otherwise:
     stop strings   left out, kept, or unknown to it: a call is closed where it stopped, and cut off behind
     a thought      in a field of its own (reasoning, reasoning_content) stands before the text again
     sampling       top_k and repetition_penalty are sent as -1 and 1: vLLM would take the checkpoint's
-    parameters     these, seed, stop and the like are left out where it refuses them by name, or fails at stop as
-                   transformers serve does; a warning and the settings beside the numbers say so
+    parameters     these, seed, stop and the like are left out where it refuses them by name, or fails at stop
+                   as transformers serve does; a warning and the settings beside the numbers say so
     images         data URLs, PNG as the environment made them, or JPEG; more than it takes: the question is
                    skipped, and the reason says so
     context        too long at first: skipped; later the episode ends, as one beyond --max_response_tokens
@@ -42,15 +42,16 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from common import UserError, first_line, warn
-from model import stop_strings
+from model import stop_strings, until_call
 from protocols import make_env
+from training import run_folder
 from video import VideoError
 from zoom_env import Message, ZoomEnv
 
 RETRIES = 5  # of a request, by the package, each later than the one before
-PAUSE_S = 5.0  # until it is sent as often again
+PAUSE_S = 5.0  # before as many tries more
 TRIES = 3  # of an answer that cannot be read
-FAILURES = 8  # questions in a row at which the server fails, and as many as are asked at one time: the end
+FAILURES = 8  # the run ends after so many failed questions in a row, and no fewer than --concurrency
 MOST_BYTES = 20_000_000  # of an answer
 NO_KEY = "none"
 NEUTRAL = {"top_k": -1, "repetition_penalty": 1.0}
@@ -86,7 +87,7 @@ class NoAnswer(Exception):
 
 
 class ServerFails(NoAnswer):
-    """... and another one would not have been, either."""
+    """The server failed, whatever the question."""
 
 
 class TooLong(Exception):
@@ -149,9 +150,9 @@ class Server:
     """A model on a server. Raises UserError where there is no such server or model.
 
     config: with the settings of ServedConfig. answers: path of the file of Answers. env_config: what is
-    played. key: variable with its key, where that is another one than OPENAI_API_KEY."""
+    played. key_name: variable with its key; where there is none OPENAI_API_KEY."""
 
-    def __init__(self, config, answers, env_config=None, key="OPENAI_API_KEY"):
+    def __init__(self, config, answers, env_config=None, key_name="OPENAI_API_KEY"):
         try:
             import openai
         except ImportError:
@@ -159,12 +160,20 @@ class Server:
         if config.image_format not in (None, "png", "jpeg"):
             raise UserError(f"--image_format must be png or jpeg, not {config.image_format}")
         self.openai, self.config, self.env_config = openai, config, env_config
-        self.key = os.environ.get(key) or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        self.key = (os.environ.get(key_name) or os.environ.get("OPENAI_API_KEY") or NO_KEY).strip()
         if not self.key.isascii():
             raise UserError("the server's key has letters that no key has")
+        try:
+            address = urlsplit(config.base_url)
+            self.hidden = [name for name in (address.netloc, address.hostname) if name]  # in what is shown
+        except ValueError:
+            self.hidden = []
+        if not self.hidden:
+            raise UserError(f"{config.base_url} is no address such as http://localhost:8000/v1")
         self.answers = Answers(answers)
         self.left_out = set()  # parameters that it refuses
         self.answered = False  # whether it has answered since the start
+        self.counts_none = False  # whether it was said that it does not count tokens
         self.failures = 0  # questions in a row at which it failed
         self.ended = None  # why nothing more is asked, a UserError
         self.model = asyncio.run(self.find_model())
@@ -186,7 +195,8 @@ class Server:
             raise UserError(f"--base_url: {self.words_of(error)}") from None
         except Exception as error:  # some servers have no list
             if not wanted:
-                raise UserError(f"give --served_model, as the server names none ({self.words_of(error)})")
+                raise UserError(f"--base_url: no list of models is there ({self.words_of(error)}); most "
+                                "addresses end with /v1, else give --served_model") from None
             return wanted
         if not wanted and len(names) != 1:
             raise UserError(f"give --served_model: one of {', '.join(names[:20]) or 'none'}")
@@ -194,32 +204,36 @@ class Server:
             warn(f"the server lists no model {wanted}, but {', '.join(names[:20]) or 'none'}")
         return wanted or names[0]
 
-    async def ask(self, client, messages, temperature, max_tokens, seed, stop=()):
-        """The Said to messages in the API's form. stop: texts at which it ends. Raises NoAnswer, TooLong, and
-        UserError where nothing more is asked."""
+    async def ask(self, client, messages, temperature, max_tokens, seed, tools=()):
+        """The Said to messages in the API's form. tools: tags of calls at which it ends. Raises NoAnswer,
+        TooLong, and UserError where nothing more is asked."""
         body = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "seed": seed,
                 "temperature": temperature}
-        body |= ({"top_p": 1.0} if temperature else {}) | ({"stop": list(stop)} if stop else {})
-        key = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+        body |= {"top_p": 1.0} if temperature else {}
+        body |= {"stop": list(stop_strings(tools))} if tools else {}
+        asked = hashlib.sha256(json.dumps(body).encode()).hexdigest()
         limit = self.config.max_tokens_total
-        if key not in self.answers.known and limit is not None and self.answers.tokens >= limit:
+        if asked not in self.answers.known and limit is not None and self.answers.tokens >= limit:
             self.ended = self.ended or UserError(
                 f"stopped after {self.answers.tokens} tokens, --max_tokens_total {limit}; the same command "
                 "with more of them goes on")
         if self.ended:
             raise self.ended
-        said = await self.answers.get(key, lambda: self.request(client, body))
+        said = await self.answers.get(asked, lambda: self.request(client, body, tools))
         self.failures = 0
+        if limit is not None and said.prompt_tokens is None and not self.counts_none:
+            warn("the server counts no tokens: --max_tokens_total does nothing")
+            self.counts_none = True
         return said
 
     def note_failure(self, error):
         """A question got a ServerFails: after several in a row nothing more is asked."""
         self.failures += 1
         if self.failures >= max(FAILURES, self.config.concurrency):
-            self.ended = self.ended or UserError(
-                f"the server failed at {self.failures} questions in a row ({error}); the same command goes on")
+            self.ended = self.ended or UserError(f"the server failed at {self.failures} questions in a row "
+                                                 f"({error}); the same command goes on")
 
-    async def request(self, client, body):
+    async def request(self, client, body, tools):
         """The Said to a request, which is sent as often as it takes."""
         unread, last = 0, ""
         try:
@@ -227,33 +241,38 @@ class Server:
                 while True:
                     try:
                         raw, without = await self.adapted(client, body)
-                        return said_in(raw, body.get("stop") or ())._replace(without=tuple(sorted(without)))
+                        return said_in(raw, tools)._replace(without=tuple(sorted(without)))
                     except (ValueError, LookupError, TypeError, AttributeError) as error:
                         unread, last = unread + 1, f"its answer cannot be read ({first_line(error)})"
                         if unread == TRIES:
                             raise ServerFails(last) from None
                     except self.openai.APIError as error:
-                        last, status = self.words_of(error), getattr(error, "status_code", None)
-                        if status and status < 500 and status not in (408, 409, 429):
-                            raise self.refusal(status, last) from None
+                        last = self.words_of(error)
+                        if refusal := self.refusal(error):
+                            raise refusal from None
                         await asyncio.sleep(max(PAUSE_S, wished_s(error)))
         except TimeoutError:
             more = f": {last}" if last else ""
             raise ServerFails(f"no answer within --timeout_s {self.config.timeout_s:g}{more}") from None
 
-    def refusal(self, status, words):
-        """What is raised where the server will not answer."""
-        if status in (401, 403, 404) or 300 <= status < 400:
+    def refusal(self, error):
+        """What is raised where the server will not answer; None where it may, later."""
+        status, words, whole = getattr(error, "status_code", None), self.words_of(error), whole_of(error)
+        if status is None or status in (408, 409, 429):
+            return None
+        if status in (401, 402, 404) or 300 <= status < 400 or status == 403 and not self.answered:
             return UserError(f"--base_url: {words}")
-        if TOO_LONG.search(words):
+        if TOO_LONG.search(whole):
             return TooLong(words)
-        if TOO_MANY_IMAGES.search(words):
+        if status >= 500:
+            return None
+        if TOO_MANY_IMAGES.search(whole):
             return NoAnswer(f"{words}; of vLLM --limit-mm-per-prompt says how many images it takes")
         return NoAnswer(words)
 
     async def adapted(self, client, body):
-        """(bytes of the answer, names of what was left out) of a request, without the parameters that the server
-        refuses. Those are left out of later ones, too, once it has answered without them."""
+        """(bytes of the answer, names of what was left out) of a request, without the parameters that the
+        server refuses. Those are left out of later ones, too, once it has answered without them."""
         without = self.left_out & {*body, *NEUTRAL}
         while True:
             try:
@@ -273,32 +292,37 @@ class Server:
     def refused_by(self, error):
         """The names of the parameters that an error refuses. Where nothing was answered yet an internal error
         may be for `stop`: transformers serve has one for every model that sees."""
-        words, named = self.words_of(error), getattr(error, "param", None)
+        words, named = whole_of(error), getattr(error, "param", None)
+        if TOO_LONG.search(words):
+            return set()
         if error.status_code == 500 and not self.answered:
             return {"stop"}
-        if error.status_code not in (400, 422) or TOO_LONG.search(words):
+        if error.status_code not in (400, 422):
             return set()
         may_lack = MAY_LACK if REFUSES.search(words) else SAMPLING if REFUSES_VALUE.search(words) else set()
         return {named} & may_lack or {name for name in may_lack if re.search(rf"\b{name}\b", words)}
 
     async def send(self, client, body, without):
         """One request. Returns the bytes of the answer. Raises the package's errors, and ValueError for an
-        answer that breaks off or is too long."""
-        create, raw = client.chat.completions.with_streaming_response.create, bytearray()
+        answer, or the words of an error, that break off or are too long."""
         given = {name: value for name, value in body.items() if name not in without}
         if "max_tokens" in without:
             given["max_completion_tokens"] = body["max_tokens"]
         more = {name: value for name, value in NEUTRAL.items() if name not in without}
-        async with create(**given, extra_body=more) as response:
-            parts = response.iter_bytes()
-            while len(raw) <= MOST_BYTES:
-                try:
-                    raw += await anext(parts)
-                except StopAsyncIteration:
-                    return bytes(raw)
-                except Exception as error:  # of whatever carries it
-                    raise ValueError(f"it broke off: {type(error).__name__}") from None
-        raise ValueError(f"more than {MOST_BYTES} bytes")
+        create, raw = client.chat.completions.with_streaming_response.create, bytearray()
+        try:
+            async with create(**given, extra_body=more) as response:
+                async for part in response.iter_bytes():
+                    raw += part
+                    if len(raw) > MOST_BYTES:
+                        break
+        except self.openai.APIError:
+            raise
+        except Exception as error:  # of whatever carries it
+            raise ValueError(f"it broke off: {type(error).__name__}") from None
+        if len(raw) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
+        return bytes(raw)
 
     def words_of(self, error):
         """An error in one line, without the key and the server's address."""
@@ -315,32 +339,38 @@ class Server:
         if status and 300 <= status < 400:
             words = "it points to another address, which is not followed; give that one"
         words = words.replace(self.key, "***") if self.key != NO_KEY else words
-        address = urlsplit(self.config.base_url)
-        for name in (address.netloc, address.hostname):
-            words = words.replace(name, "the server") if name else words
+        for name in self.hidden:
+            words = words.replace(name, "the server")
         return " ".join(f"status {status}: {words}".split())[:300] if status else words
 
 
-def said_in(raw, stop=()):
-    """The Said in the bytes of an answer. Raises ValueError, LookupError, TypeError, AttributeError."""
+def whole_of(error):
+    """All that an error says."""
+    body = getattr(error, "body", None)
+    return json.dumps(body, ensure_ascii=False).replace("\\n", " ") if body else str(error)
+
+
+def said_in(raw, tools=()):
+    """The Said in the bytes of an answer. Raises NoAnswer for one that the server refuses, and ValueError,
+    LookupError, TypeError, AttributeError."""
     answer = json.loads(raw)
     choice, usage = answer["choices"][0], answer.get("usage") or {}
     message, reason = choice["message"], choice.get("finish_reason")
     text, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
     if isinstance(text, list):
         text = "".join(part.get("text") or "" for part in text)
-    if reason == "content_filter" or text is None and not thought and reason != "length":
+    if reason == "content_filter" or message.get("refusal"):
+        raise NoAnswer("the server refuses to answer it")
+    if text is None and not thought and reason != "length":
         raise ValueError(f"no text, finish reason {reason}")
+    if thought and not (text or "").strip():  # nothing came after it, so nothing says that it had an end
+        text, thought = "<think>" + thought.removesuffix("<|im_end|>"), None
     # the text ends with its call, whatever stands behind or in the thought
-    text = with_stop(text or "", choice, stop)
-    ends = [text.index(end) + len(end) for end in stop if end in text]
-    text = text[:min(ends, default=None)]
-    if thought and not text:  # nothing came after it, so nothing says that it had an end
-        text = "<think>" + thought.removesuffix("<|im_end|>")
-    elif thought and not text.lstrip().startswith("<think>"):
+    text = until_call(with_stop(text or "", choice, stop_strings(tools)), tools)
+    cut_off = reason == "length" and not text.endswith(stop_strings(tools))
+    if thought and not text.lstrip().startswith("<think>"):
         text = f"<think>{thought}</think>{text}"
-    return Said(text, reason == "length" and not ends, usage.get("prompt_tokens"),
-                usage.get("completion_tokens"))
+    return Said(text, cut_off, usage.get("prompt_tokens"), usage.get("completion_tokens"))
 
 
 def wished_s(error):
@@ -381,13 +411,14 @@ class ServedEpisode:
         self.messages, self.env.watched = [], self.env.when_watched()
 
     def token_counts(self):
-        """As of rollout.Episode, None where the server does not count."""
-        if not self.said or any(None in said[2:] for said in self.said):
-            return {"tokens": None, "generated": None, "prompt_tokens": None}
-        last = self.said[-1]
-        return {"tokens": last.prompt_tokens + last.generated,
-                "generated": sum(said.generated for said in self.said),
-                "prompt_tokens": self.said[0].prompt_tokens}
+        """As of rollout.Episode, None where the server does not count; and which parameters it refused."""
+        counts = dict.fromkeys(("tokens", "generated", "prompt_tokens"))
+        if self.said and not any(None in (said.prompt_tokens, said.generated) for said in self.said):
+            last = self.said[-1]
+            counts = {"tokens": last.prompt_tokens + last.generated,
+                      "generated": sum(said.generated for said in self.said),
+                      "prompt_tokens": self.said[0].prompt_tokens}
+        return counts | {"refused_parameters": sorted({name for said in self.said for name in said.without})}
 
 
 class ServedEngine:
@@ -411,16 +442,18 @@ class ServedEngine:
 
     async def play_all(self, questions, make, on_end):
         groups, skipped = [[] for _ in questions], {}
-        unopened, ready = deque(range(len(questions))), deque()  # questions; (question, sample, its opening)
+        unopened, opening = deque(range(len(questions))), set()
+        ready = deque()  # (question, sample, environment, messages)
 
         async def work():
-            while (ready or unopened) and not self.server.ended:
-                number = ready[0][0] if ready else unopened[0]
+            while (ready or unopened or opening) and not self.server.ended:
+                if not ready and not unopened:
+                    await asyncio.sleep(0.01)  # samples come when a video that another one opens is there
+                    continue
+                number = ready[0][0] if ready else unopened.popleft()
                 try:
                     if not ready:  # a question's video is read once, for all samples
-                        unopened.popleft()
-                        opening = await asyncio.to_thread(self.open, make, questions[number])
-                        ready.extend((number, sample, *opening) for sample in range(self.group_size))
+                        await open_all(number)
                         continue
                     number, sample, env, messages = ready.popleft()
                     e = ServedEpisode(env.fork(), [*messages], sample, number)
@@ -436,6 +469,14 @@ class ServedEngine:
                 groups[number].append(e)
                 if on_end:
                     on_end(e)
+
+        async def open_all(number):
+            opening.add(number)
+            try:
+                begun = await asyncio.to_thread(self.open, make, questions[number])
+                ready.extend((number, sample, *begun) for sample in range(self.group_size))
+            finally:
+                opening.remove(number)
 
         async with self.server.client() as client:
             await asyncio.gather(*(work() for _ in range(self.server.config.concurrency)))
@@ -454,13 +495,13 @@ class ServedEngine:
 
     async def play_one(self, client, e):
         """Plays an episode to its end. Raises NoAnswer; TooLong for a beginning beyond the context."""
-        question, stop = e.env.question, stop_strings(e.env.tools)
+        question = e.env.question
         while not e.env.done:
             words = f"{self.seed} {question['id']} {question['question']} {e.number} {len(e.said)}"
             seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4]) >> 1
             try:
                 said = await self.server.ask(client, e.messages, self.config.temperature,
-                                             self.config.max_turn_tokens, seed, stop)
+                                             self.config.max_turn_tokens, seed, e.env.tools)
             except TooLong:
                 if not e.said:
                     raise
@@ -506,3 +547,12 @@ class ServedEngine:
 
     def release(self):
         """It holds nothing."""
+
+
+def same_model(out, what, name):
+    """Notes in the run of the folder `out` which model it asks. Raises UserError where it began with
+    another."""
+    before = run_folder.note(out).get(what)
+    if before not in (None, name):
+        raise UserError(f"{out} was begun with the {what} {before}, not {name}; give another --out")
+    run_folder.note(out, **{what: name})

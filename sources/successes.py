@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import UserError, choose_dtype, gather, open_folder, start_processes, write_jsonl
 from model import end_turn, until_call
 from rollout import RolloutConfig
-from sources.files import moved_question
+from sources.files import check_out, moved_question, write_skipped
 from sources.read import read_questions
 from training.checkpoints import load_policy
 from training.held_out import make_player
@@ -38,9 +38,7 @@ def successes(model, questions, out, samples=4, keep=1, seed=0, device=None):
     """Plays the question file and writes the trajectory file `out`, and beside it the questions that could
     not be played; prints counts. Returns the rows, and {why an episode was not written: how many}. Raises
     UserError, also where there is no success."""
-    out = Path(out)
-    if out.suffix != ".jsonl" or out.resolve() == Path(questions).resolve():
-        raise UserError(f"--out {out}: it must be another file whose name ends with .jsonl")
+    out = check_out(out, questions)
     rank, world, device = start_processes(device)
     rows, skipped = read_questions(questions, MAX_BAD)
     skipped += [(row["id"], "its answer waits for a judge") for row in rows if waits_for_judge(row)]
@@ -74,8 +72,7 @@ def successes(model, questions, out, samples=4, keep=1, seed=0, device=None):
         print(f"successes: {len({row['question']['id'] for row in found})} of {len(rows)} questions, "
               f"{len(found)} trajectories; episodes left out: {reasons}; "
               f"questions not played: {len(skipped)}")
-        skipped_rows = [{"row": where, "reason": reason} for where, reason in skipped]
-        write_jsonl(out.with_suffix(".skipped.jsonl"), skipped_rows)
+        write_skipped(out, skipped)
     if not found:
         raise UserError(f"{model} has no success on {questions}: more --samples, or easier questions")
     if rank == 0:

@@ -3,11 +3,12 @@
     python data_prep.py exemplars --questions Q.jsonl --base_url URL --out T.jsonl
     python data_prep.py reflections --questions Q.jsonl --student DIR_or_URL --base_url URL --out R.jsonl
 
-An exemplar: the teacher plays a question in the environment of --model (without it the paper's), as a policy
-would; it is told nothing more. A reflection: the student plays, at temperature 1; where it is wrong, the
-teacher sees its dialogue without its answer, and a note (NOTE) that it was wrong, and goes on. The row is the
-student's turns, then the teacher's; the note is not in it. The loss covers all turns, as in the paper;
---learn corrections leaves the student's out. Each is asked for --samples times, and at most --keep are kept.
+An exemplar: the teacher plays a question as a policy would, in the environment of the checkpoint --model,
+else the student's, else the paper's; it is told nothing more. A reflection: the student plays, at temperature
+1; where it is wrong, the teacher sees its dialogue without its answer, and a note (NOTE) that it was wrong,
+and goes on. The row is the student's turns, then the teacher's; the note is not in it. The loss covers all
+turns, as in the paper; --learn corrections leaves the student's out. Each is asked for --samples times, and at
+most --keep are kept.
 
 The verifier's rules; what breaks one is counted by the first that it breaks, and kept in OUT.rejected.jsonl:
 
@@ -42,9 +43,9 @@ from common import RunConfig, UserError, choose_dtype, open_folder, start_proces
 from grading import grade, normalise
 from rollout import RolloutConfig
 from sources import served
-from sources.files import moved_question
+from sources.files import check_out, moved_question, write_skipped
 from sources.read import read_questions
-from sources.served import Answers, ServedConfig, ServedEngine, Server
+from sources.served import Answers, ServedConfig, ServedEngine, Server, same_model
 from training import run_folder
 from training.checkpoints import load_policy
 from training.environment import run_environment, with_chosen_frames
@@ -54,16 +55,17 @@ from zoom_env import Message
 
 NOTE = """
 
-Your zooms so far did not lead to the right answer. Think about why: was it the wrong part of the video, or \
-were its frames too few? Say in your thought what was wrong with the last zoom, then zoom in elsewhere or more \
-closely, and answer. Write as if you had noticed this by yourself: do not mention this message."""
-HINTS = re.compile(r"""\b(?: did\ not\ lead | (?:this|your|the)\ (?:hint|feedback) | (?:this|your)\ (?:note|message)
-    | ground.?truth | reference\ answer | pointed\ out | according\ to\ (?:you|the\ (?:user|prompt|system))
+Your zooms so far did not lead to the right answer. Think about why: was it the wrong part of the video, \
+or were its frames too few? Say in your thought what was wrong with the last zoom, then zoom in elsewhere or \
+more closely, and answer. Write as if you had noticed this by yourself: do not mention this message."""
+HINTS = re.compile(r"""\b(?: did\ not\ lead | (?:this|your|the)\ (?:hint|feedback)
+    | (?:this|your)\ (?:note|message) | ground.?truth | reference\ answer | pointed\ out
+    | according\ to\ (?:you|the\ (?:user|prompt|system))
     | (?:the\ (?:user|prompt|system|instructions?)|you)\ (?:say|said|told|tell|note|point|mention|want)(?:s|ed)?
     | (?:I|we)(?:\ was|\ were|['’]m|\ am|\ are|['’]?(?:ve|d)\ been|\ ha(?:ve|d)\ been)\ (?:told|informed|asked)
     )\b""", re.IGNORECASE | re.VERBOSE)
 NEW_SHARE, NEW_DENSITY = 0.2, 1.5  # of a zoom that shows something new
-BEFORE = "student_turns"  # a question's key, while it is played
+BEFORE, STUDENT = "student_turns", "student_name"  # a question's keys, while it is played
 STUDENT_TEMPERATURE = 1.0
 
 
@@ -73,7 +75,7 @@ class TeacherConfig(RunConfig, ServedConfig):
 
     questions: str | None = None  # question file
     out: str | None = None  # .jsonl file of trajectories to write
-    model: str | None = None  # folder whose zoom_config.json says what is played; else as the paper
+    model: str | None = None  # folder that says what is played; else the student's; else as in the paper
     samples: int = 1  # episodes of the teacher a question
     keep: int = 1  # trajectories a question, at most
     temperature: float | None = None  # of the teacher; by default 0 of one sample, 1 of several
@@ -101,11 +103,14 @@ def distil(config):
     if world > 1:
         raise UserError("one process asks, --concurrency episodes at one time")
     questions, skipped = playable(config)
+    out = Path(config.out)
     of_student = config.student if kind == "reflection" and not is_address(config.student) else None
     env_config = run_environment(config.model or of_student, config)
-    folder, stopped = open_folder(Path(config.out).with_suffix(".work")), None
+    folder, stopped = open_folder(out.with_suffix(".work")), None
     # play
     rows = begin(config, folder)
+    if config.resume == "never" and out.exists():
+        run_folder.move_aside([out])
     if kind == "reflection":
         questions, unread = student_failures(config, questions, env_config, folder, device)
         skipped += unread
@@ -114,22 +119,25 @@ def distil(config):
     except UserError as error:  # what was played is written all the same
         stopped = error
     # choose and write
-    samples, kept, rejected = defaultdict(list), [], []
-    for line in rows.merge():
-        samples[line["number"]].append(line)
-    for number, question in questions.items():
-        lines = samples[number] if len(samples[number]) == config.samples else []
-        chosen, others = choose(lines, config.keep)
-        kept += [row_of(line, question, kind, config, env_config) for line in chosen]
-        for rule, line in others:
-            rejected.append({"question": question["id"], "rule": rule, "turns": line["turns"]})
-    tokens = Answers(folder / "answers.jsonl").tokens
-    if kept or not stopped:
-        write_all(config, kind, kept, rejected, skipped, len(questions), tokens)
+    kept, rejected = chosen_rows(config, kind, questions, rows.merge(), env_config)
+    rules = Counter(row["rule"] for row in rejected)
+    named = ", ".join(f"{rule} {number}" for rule, number in rules.most_common()) or "none"
+    print(f"{kind}s: {len({row['question']['id'] for row in kept})} of {len(questions)} questions, {len(kept)} "
+          f"trajectories; rejected: {named}; not played: {len(skipped)}; "
+          f"tokens: {Answers(folder / 'answers.jsonl').tokens}")
+    write_jsonl(out.with_suffix(".rejected.jsonl"), rejected)
+    write_skipped(out, skipped)
+    if kept:
+        write_jsonl(out, kept)
+        print(f"wrote {out}", flush=True)
     if stopped:
         raise stopped
+    if skipped:
+        where, reason = skipped[0]
+        warn(f"{len(skipped)} were not played ({where}: {reason}); the same command tries again")
     if not kept:
-        raise UserError(f"no {kind} was kept, {len(rejected)} were rejected: see what is in {folder}")
+        raise UserError(f"no {kind} was kept, {len(rejected)} were rejected: see "
+                        f"{out.with_suffix('.rejected.jsonl')}")
     run_folder.finish_run(folder)
     return kept
 
@@ -139,9 +147,7 @@ def check_flags(config):
     needed = ["questions", "out", "base_url"] + ["student"] * isinstance(config, ReflectionConfig)
     if missing := [name for name in needed if not getattr(config, name)]:
         raise UserError(f"--{missing[0]} is needed")
-    out = Path(config.out)
-    if out.suffix != ".jsonl" or out.resolve() == Path(config.questions).resolve():
-        raise UserError(f"--out {out}: it must be another file whose name ends with .jsonl")
+    check_out(config.out, config.questions)
     for name, known in (("resume", ("auto", "never")), ("learn", ("all", "corrections"))):
         if getattr(config, name, known[0]) not in known:
             raise UserError(f"--{name} must be {' or '.join(known)}, not {getattr(config, name)}")
@@ -188,9 +194,10 @@ def student_failures(config, questions, env_config, folder, device):
     left = [number for number in questions if number not in there]
     if left:
         engine = student_engine(config, env_config, folder, device)
+        name = engine.server.model if is_address(config.student) else config.student
         with tqdm(total=len(left), desc="student", unit="episode", dynamic_ncols=True) as bar:
             def on_end(e):
-                line = student_line(e) | {"number": left[e.question_number]}
+                line = student_line(e) | {"number": left[e.question_number], "student": name}
                 there[line["number"]] = line
                 rows.write(line)
                 e.forget_frames()
@@ -201,7 +208,7 @@ def student_failures(config, questions, env_config, folder, device):
     failed, most = {}, env_config.max_zooms - 1  # a zoom is left for the teacher
     for number, line in sorted(there.items()):
         if number in questions and line["right"] < 0.5 and "call" in line["kinds"][:most]:
-            failed[number] = questions[number] | {BEFORE: line["turns"][:most]}
+            failed[number] = questions[number] | {BEFORE: line["turns"][:most], STUDENT: line["student"]}
     print(f"student: {len(there)} questions, {sum(line['right'] < 0.5 for line in there.values())} wrong, "
           f"{len(failed)} of them with zooms", flush=True)
     return failed, unread
@@ -222,6 +229,7 @@ def student_engine(config, env_config, folder, device):
     if is_address(config.student):
         own = replace(config, base_url=config.student, served_model=config.student_model)
         server = Server(own, folder / "student_answers.jsonl", env_config, "STUDENT_API_KEY")
+        same_model(folder, "student", server.model)
         return ServedEngine(server, 1, how, config.seed)
     policy = load_policy(config.student, device, choose_dtype(config.dtype, device), env_config)
     return make_player(policy, how, torch.Generator(device).manual_seed(config.seed))
@@ -236,6 +244,7 @@ def teach(config, questions, env_config, folder, rows):
     if not left:
         return []
     server = Server(config, folder / "answers.jsonl", env_config)
+    same_model(folder, "teacher", server.model)
     temperature = config.temperature
     if temperature is None:
         temperature = 0.0 if config.samples == 1 else 1.0
@@ -263,7 +272,7 @@ def line_of(e, config):
     return {"right": e.env.rewards["accuracy"], "hits": sum(hits) / max(1, len(hits)),
             "rule": broken_rule(e, config.rounds), "turns": [turn.text for turn in e.env.turns],
             "max_zooms": e.env.config.max_zooms, "date": date.today().isoformat(),
-            "refused": sorted({name for said in e.said for name in said.without})}
+            "refused": e.token_counts()["refused_parameters"]}
 
 
 def with_student(env):
@@ -358,10 +367,24 @@ def choose(lines, keep):
 
 
 # --------------------------------------------------------------------------------------------------- writing
+def chosen_rows(config, kind, questions, lines, env_config):
+    """(rows of the trajectory file, those that were rejected), of the lines of all episodes."""
+    samples, kept, rejected = defaultdict(list), [], []
+    for line in lines:
+        samples[line["number"]].append(line)
+    for number, question in questions.items():
+        whole = len(samples[number]) == config.samples
+        chosen, others = choose(samples[number] if whole else [], config.keep)
+        kept += [row_of(line, question, kind, config, env_config) for line in chosen]
+        for rule, line in others:
+            rejected.append({"question": question["id"], "rule": rule, "turns": line["turns"]})
+    return kept, rejected
+
+
 def row_of(line, question, kind, config, env_config):
     """A row of the trajectory file."""
-    before = question.get(BEFORE) or []
-    question = {name: value for name, value in question.items() if name != BEFORE}
+    before, student = question.get(BEFORE) or [], question.get(STUDENT)
+    question = {name: value for name, value in question.items() if name not in (BEFORE, STUDENT)}
     learns = getattr(config, "learn", "all") == "all"
     prompt = env_config.system_prompt + (NOTE if before else "")
     made = {"teacher": line["teacher"], "temperature": line["temperature"], "seed": config.seed,
@@ -371,24 +394,7 @@ def row_of(line, question, kind, config, env_config):
     if line["refused"]:
         made["refused"] = line["refused"]
     if kind == "reflection":
-        made["student"] = config.student_model or "served" if is_address(config.student) else config.student
+        made["student"] = student
     return {"question": moved_question(question, Path(config.questions).parent, config.out), "kind": kind,
             "turns": line["turns"], "provenance": made,
             "learn": [learns or number >= len(before) for number in range(len(line["turns"]))]}
-
-
-def write_all(config, kind, kept, rejected, skipped, asked, tokens):
-    """Writes the rows, those that were rejected and what was not played, and prints how many."""
-    rules = Counter(row["rule"] for row in rejected)
-    named = ", ".join(f"{rule} {number}" for rule, number in rules.most_common()) or "none"
-    print(f"{kind}s: {len({row['question']['id'] for row in kept})} of {asked} questions, {len(kept)} "
-          f"trajectories; rejected: {named}; not played: {len(skipped)}; tokens: {tokens}")
-    out = Path(config.out)
-    write_jsonl(out.with_suffix(".rejected.jsonl"), rejected)
-    not_played = [{"row": where, "reason": reason} for where, reason in skipped]
-    write_jsonl(out.with_suffix(".skipped.jsonl"), not_played)
-    if skipped:
-        where, reason = skipped[0]
-        warn(f"{len(skipped)} were not played ({where}: {reason}); the same command tries again")
-    write_jsonl(out, kept)
-    print(f"wrote {out}", flush=True)

@@ -47,6 +47,8 @@ def api_server(say, models=(MODEL,)):
             pass
 
         def do_GET(self):
+            if self.path != "/v1/models":
+                return self.give(refusal(404, "Not Found"))
             self.give(Raw(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in models]}))
 
         def do_POST(self):

@@ -318,7 +318,8 @@ def test_results_stay_when_the_runs_are_gone(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "no-kl is left out: it was made with other flags" in said
     assert "no-rl is left out: it is of other questions" in said
-    assert [json.loads(line)["row"] for line in open(kept)] == ["full", "zooms-0", "no-tool"]
+    assert "no-kl" not in (tmp_path / "page.md").read_text()
+    assert [json.loads(line)["row"] for line in open(kept)] == ["full", "zooms-0", "no-tool", "no-rl", "no-kl"]
     # a row whose stage was taken away is not shown by its old line
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     again("zooms-0")

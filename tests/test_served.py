@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from urllib.request import urlopen
@@ -25,7 +26,7 @@ from zoom_env import Message, ZoomEnv
 
 pytest.importorskip("openai")
 ZOOM = '<think>Closer.</think><video_zoom>{"segment": [10, 14], "fps": 1}</video_zoom>'
-STOP = ("</video_zoom>",)
+STOP, TAGS = ("</video_zoom>",), ("video_zoom",)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ def test_what_is_asked_is_what_the_environment_shows(place, tmp_path, key):
             assert body["stop"] == [*STOP] and body["max_tokens"] == 50 and body["model"] == "teacher"
             assert body["key"] == f"Bearer {KEY}"
         assert e.env.rewards == env.rewards and e.env.turns == env.turns
-        assert e.token_counts() == {"tokens": 110, "generated": 20, "prompt_tokens": 100}
+        assert e.token_counts() == {"tokens": 110, "generated": 20, "prompt_tokens": 100,
+                                    "refused_parameters": []}
     assert KEY not in (tmp_path / "answers.jsonl").read_text()
 
 
@@ -125,11 +127,14 @@ def test_samples_of_a_question_have_seeds_of_their_own(place, tmp_path, key):
     ("I may <video_zoom> here", {}, "I may <video_zoom> here"),
     (ZOOM.removesuffix(*STOP), {"stop_reason": None}, ZOOM.removesuffix(*STOP)),
     (ZOOM.removesuffix(*STOP), {"matched_stop": 151645}, ZOOM.removesuffix(*STOP)),
+    # it stopped within a thought that comes in a field of its own
+    ("", {"message": {"content": None, "reasoning": "so <video_zoom>{}"}, "stop_reason": STOP[0]},
+     "<think>so <video_zoom>{}</video_zoom>"),
 ])
 def test_the_end_of_a_call(text, choice, becomes):
     body = completion(text)
     body["choices"][0] |= choice
-    assert said_in(json.dumps(body), STOP).text == becomes
+    assert said_in(json.dumps(body), TAGS).text == becomes
 
 
 def test_what_an_answer_may_look_like():
@@ -146,9 +151,12 @@ def test_what_an_answer_may_look_like():
     assert said("").text == ""
     assert said(None, "length") == Said("", True, 100, 10)
     assert said_in(json.dumps(completion("A") | {"usage": None})) == Said("A", False, None, None)
-    for bad in ({"choices": []}, {"error": "x"}, {}, [], completion(None), completion("", "content_filter")):
+    for bad in ({"choices": []}, {"error": "x"}, {}, [], completion(None)):
         with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
             said_in(json.dumps(bad))
+    for refused in (completion("", "content_filter"), completion(None, refusal="I cannot")):
+        with pytest.raises(served.NoAnswer, match="refuses"):
+            said_in(json.dumps(refused))
 
 
 def test_a_turn_or_an_episode_that_is_too_long_ends_it(place, tmp_path, key):
@@ -168,7 +176,8 @@ def test_a_turn_or_an_episode_that_is_too_long_ends_it(place, tmp_path, key):
     for behind in ("", " and so on"):
         ((e,),), _ = played(lambda body: completion(
             ZOOM + behind, "length") if not turns_so_far(body) else zoom_then_answer(body))
-        assert not e.truncated and [turn.text for turn in e.env.turns] == [ZOOM, "<think>Seen.</think><answer>A</answer>"]
+        assert not e.truncated
+        assert [turn.text for turn in e.env.turns] == [ZOOM, "<think>Seen.</think><answer>A</answer>"]
     too_long = refusal(400, "This model's maximum context length is 2048 tokens, but max_tokens 50 and more")
     ((e,),), _ = played(lambda body: ZOOM if not turns_so_far(body) else too_long)
     assert e.truncated and e.env.turns[0].kind == "dropped" and e.env.frames_shown == len(e.env.watched[0])
@@ -224,15 +233,22 @@ def test_a_server_that_fails_at_stop(place, tmp_path, key, capsys):
 
 
 def test_an_error_that_only_mentions_a_parameter_drops_none(place, tmp_path, key):
-    """Neither for good nor for this request."""
-    errors = iter(["temperature 0 with this seed failed", "unexpected end of the image in top_k bytes"])
-    with api_server(lambda body: refusal(400, next(errors)) if turns_so_far(body) == 0 and len(
-            server.requests) <= 2 else zoom_then_answer(body)) as server:
+    with api_server(lambda body: refusal(400, "temperature 0 with this seed failed") if len(
+            server.requests) == 1 else zoom_then_answer(body)) as server:
         engine = engine_of(place, server, tmp_path, concurrency=1)
         _, skipped = engine.play(questions_of(place), place)
     assert len(skipped) == 1 and "temperature 0 with this seed failed" in skipped[0][1]
-    # the second was tried without top_k, and answered: so that is what it refused
-    assert engine.server.left_out == {"top_k"}
+    assert not engine.server.left_out
+
+
+def test_an_error_that_stays_without_the_parameter_drops_none(place, tmp_path, key):
+    bad = questions_of(place)[0]["question"]
+    say = lambda body: refusal(400, "unexpected end of the image in top_k bytes") if bad in text_of(
+        body) else zoom_then_answer(body)
+    with api_server(say) as server:
+        engine = engine_of(place, server, tmp_path, concurrency=1)
+        _, skipped = engine.play(questions_of(place), place)
+    assert skipped and not engine.server.left_out
 
 
 @pytest.mark.parametrize("words, name", [
@@ -254,12 +270,77 @@ def test_a_value_that_is_refused(place, tmp_path, key, words, name):
     "input length (8 tokens) exceeds the maximum allowed length", {"error": {"message": "input token count (8) "
                                                                            "exceeds the maximum number of tokens"}}])
 def test_errors_of_all_shapes_are_read(place, tmp_path, key, body):
-    """Too long at first: skipped by that name."""
+    """Too long in the second turn: that ends the episode."""
     raw = Raw(400, body.encode() if isinstance(body, str) else body)
-    with api_server(lambda asked: raw) as server:
+    with api_server(lambda asked: raw if turns_so_far(asked) else ZOOM) as server:
+        ((e,),), skipped = engine_of(place, server, tmp_path).play(questions_of(place)[:1], place)
+    assert not skipped and e.truncated and e.env.turns[0].kind == "dropped" and len(server.requests) == 2
+
+
+def test_a_refused_parameter_is_found_wherever_the_error_names_it(place, tmp_path, key):
+    body = {"message": "1 validation error\nrepetition_penalty\n  Extra inputs are not permitted"}
+    say = lambda asked: Raw(400, body) if "repetition_penalty" in asked else zoom_then_answer(asked)
+    with api_server(say) as server:
         engine = engine_of(place, server, tmp_path)
-        (_, reason), = engine.play(questions_of(place)[:1], place)[1]
-    assert re.search("context|too long|prompt|exceeds", reason) and len(server.requests) == 1
+        _, skipped = engine.play(questions_of(place), place)
+    assert not skipped and engine.server.left_out == {"repetition_penalty"}
+
+
+@pytest.mark.parametrize("error, end", [(refusal(402, "Insufficient Balance"), True),
+                                        (refusal(403, "the key may not"), True),
+                                        (refusal(403, "Input was flagged"), False)])
+def test_what_is_about_the_key_ends_the_run_and_what_is_about_a_question_does_not(place, tmp_path, key, error, end):
+    bad = questions_of(place)[-1]["question"]
+    say = lambda body: error if end or bad in text_of(body) else zoom_then_answer(body)
+    with api_server(say) as server:
+        engine = engine_of(place, server, tmp_path, concurrency=1)
+        if end:
+            with pytest.raises(UserError, match="status 40[23]"):
+                engine.play(questions_of(place), place)
+        else:
+            assert engine.play(questions_of(place), place)[1]
+
+
+def test_samples_come_at_one_time_whatever_is_opened(place, tmp_path, key):
+    """Few questions with many samples: as many at one time as --concurrency allows."""
+    now, most, lock = [0], [0], threading.Lock()
+
+    def say(body):
+        with lock:
+            now[0] += 1
+            most[0] = max(now[0], most[0])
+        time.sleep(0.1)
+        with lock:
+            now[0] -= 1
+        return "<answer>A</answer>"
+
+    def begin(env):
+        time.sleep(0.2)
+        return env.reset()
+
+    with api_server(say) as server:
+        engine = engine_of(place, server, tmp_path, group_size=12, concurrency=8, temperature=1.0)
+        engine.begin = begin
+        groups, _ = engine.play(questions_of(place)[:2], place)
+    assert most[0] == 8 and [len(group) for group in groups] == [12, 12]
+
+
+def test_a_server_that_does_not_count_is_named(place, tmp_path, key, capsys):
+    with api_server(lambda body: completion("<answer>A</answer>") | {"usage": None}) as server:
+        engine_of(place, server, tmp_path, max_tokens_total=1).play(questions_of(place), place)
+    assert capsys.readouterr().err.count("--max_tokens_total does nothing") == 1
+
+
+def test_addresses_and_keys_that_are_none(place, tmp_path, key, monkeypatch):
+    for address in ("http://[::1/v1", "localhost"):
+        with pytest.raises(UserError, match="is no address"):
+            Server(ServedConfig(base_url=address), tmp_path / "a")
+    with api_server(zoom_then_answer) as server:
+        with pytest.raises(UserError, match="most addresses end with /v1"):
+            Server(ServedConfig(base_url=server.url + "/x"), tmp_path / "a")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+        engine_of(place, server, tmp_path).play(questions_of(place)[:1], place)
+    assert server.requests[0]["key"] == f"Bearer {KEY}"
 
 
 def test_a_rate_limit_is_no_long_dialogue_and_an_outage_no_refusal(place, tmp_path, key):
@@ -318,6 +399,8 @@ BAD = {
     "100 MB": Raw(200, b'{"choices": "' + b"x" * 100_000_000),
     "an error with status 200": {"error": {"message": "busy"}},
     "an error with status 500": Raw(500, {"detail": "busy"}),
+    "an error that breaks off": Raw(500, b"x", cut=True),
+    "a refusal that breaks off": Raw(400, b"x", cut=True),
 }
 
 
@@ -455,7 +538,7 @@ def test_another_model_does_not_go_on(place, tmp_path, key):
     with api_server(say, models=("a",)) as server:
         evaluated(place, tmp_path / "out", "--base_url", server.url, *flags)
     with api_server(zoom_then_answer, models=("b",)) as server:
-        with pytest.raises(UserError, match="was begun with a, not b"):
+        with pytest.raises(UserError, match="was begun with the served model a, not b"):
             evaluated(place, tmp_path / "out", "--base_url", server.url, *flags)
 
 
@@ -484,7 +567,7 @@ def test_without_a_checkpoint_it_is_the_papers_environment(place, tmp_path, key)
     assert all(image.shape[1] * image.shape[2] >= 25_088 for body in server.requests for image in images_of(body))
 
 
-def test_a_question_about_one_video(place, key, monkeypatch, capsys):
+def test_a_question_about_one_video(place, key, capsys):
     video = place / questions_of(place)[0]["video"]
     with api_server(zoom_then_answer) as server:
         sys.argv = ["eval.py", "--base_url", server.url, "--model", str(place / "model"), "--video", str(video),
@@ -493,7 +576,7 @@ def test_a_question_about_one_video(place, key, monkeypatch, capsys):
     assert "looked at 4 frames" in (said := capsys.readouterr().out) and "answer: A" in said
 
 
-def test_flags_that_do_not_go_together(place, tmp_path, key, monkeypatch):
+def test_flags_that_do_not_go_together(place, tmp_path, key):
     with pytest.raises(UserError, match="--image_format must be png or jpeg"):
         Server(replace(ServedConfig(base_url="http://127.0.0.1:9"), image_format="bmp"), tmp_path / "a")
     with pytest.raises(UserError, match="plays one model"):

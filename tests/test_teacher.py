@@ -1,6 +1,7 @@
 """A served teacher's trajectories: each rule of the verifier, what is kept, what a kill loses, the judge."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -173,8 +174,8 @@ def test_a_call_may_give_a_segment_away():
 
 def test_luck():
     """At least half of a question's samples are right, or a zoom of this one hits."""
-    def line(right, hits=0.0, rule=None, turns=None):
-        return {"right": right, "hits": hits, "rule": rule or (None if right else "wrong"), "turns": turns or [id]}
+    def line(right, hits=0.0, rule=None, turns=()):
+        return {"right": right, "hits": hits, "rule": rule or (None if right else "wrong"), "turns": turns}
 
     chosen = lambda lines, keep=9: teacher.choose(
         [each | {"turns": [str(n)]} for n, each in enumerate(lines)], keep)
@@ -294,7 +295,8 @@ def test_reflections(place, tmp_path):
     for row, less in zip(rows, part):
         assert row["kind"] == "reflection" and row["turns"][:2] == ["hm", bad_zoom] and len(row["turns"]) == 4
         assert row["learn"] == [True] * 4 and less["learn"] == [False, False, True, True]
-        assert row["provenance"]["student"] == "served" and teacher.BEFORE not in row["question"]
+        assert row["provenance"]["student"] == "teacher"  # as both servers call their model
+        assert not {teacher.BEFORE, teacher.STUDENT} & row["question"].keys()
     assert "did not lead" not in out.read_text() and "127.0.0.1" not in out.read_text()
     policy = random_policy(layers=1)
     dialogue, env = replay(policy, rows[0], tmp_path)
@@ -349,13 +351,25 @@ def test_what_of_a_student_is_mended(place, tmp_path):
     assert rows[0]["turns"][0] == zoom(0, 1) and len(rows[0]["turns"]) == 3
 
 
-def test_a_run_that_cannot_begin_leaves_what_is_there(place, tmp_path):
+def test_a_run_that_is_begun_anew_leaves_what_is_there(place, tmp_path):
+    """Moved aside, also where the server is gone."""
     out = tmp_path / "t.jsonl"
     with api_server(knows(place)) as server:
         rows, _ = prepared("exemplars", place, out, "--base_url", server.url, "--model", place / "model")
     with pytest.raises(UserError, match="cannot reach the server"):
-        prepared("exemplars", place, out, "--base_url", server.url, "--model", place / "model", "--resume", "never")
-    assert [json.loads(line) for line in open(out)] == rows
+        prepared("exemplars", place, out, "--base_url", server.url, "--model", place / "model", "--resume",
+                 "never")
+    assert [json.loads(line) for line in open(tmp_path / "t.1.jsonl")] == rows and not out.exists()
+
+
+def test_another_teacher_does_not_go_on(place, tmp_path):
+    out, broken = tmp_path / "t.jsonl", questions_of(place)[1]["id"]
+    say = lambda body: refusal(400, "no") if asked_of(body, place)["id"] == broken else knows(place)(body)
+    with api_server(say, models=("a",)) as server:
+        prepared("exemplars", place, out, "--base_url", server.url, "--model", place / "model")
+    with api_server(knows(place), models=("b",)) as server:
+        with pytest.raises(UserError, match="begun with the teacher a, not b"):
+            prepared("exemplars", place, out, "--base_url", server.url, "--model", place / "model")
 
 
 def test_a_row_says_its_protocol(place, tmp_path):
@@ -379,8 +393,6 @@ def test_a_row_says_its_protocol(place, tmp_path):
 def test_kills_of_a_distillation(place, tmp_path, times):
     """Killed at random moments: no answer that came is asked for again, what was on its way at most once, and
     the rows are those of a run that was left alone."""
-    import random
-
     def slowly(body):
         time.sleep(0.15)
         said = knows(place)(body)
@@ -413,7 +425,8 @@ def test_kills_of_a_distillation(place, tmp_path, times):
         assert subprocess.run(command(tmp_path / "killed.jsonl"), **quiet).returncode == 0
     assert (tmp_path / "killed.jsonl").read_text() == alone
     whole = file.read_text().splitlines()
-    assert whole[:len([line for line in came if line.endswith("}")])] == [l for l in came if l.endswith("}")]
+    complete = [line for line in came if line.endswith("}")]
+    assert whole[:len(complete)] == complete
     assert len({json.loads(line)["asked"] for line in whole}) == len(whole) == asked_alone
     assert len(answered) <= asked_alone + 2 * kills  # what was on its way
     assert len(set(answered)) == asked_alone
@@ -447,5 +460,12 @@ def test_a_judge_of_open_answers(place, tmp_path, capsys):
             capsys.readouterr().out)
         (again,) = evaluated(place, tmp_path / "out", *flags, "--judge_url", judge.url)
         assert again == row and len(judge.requests) == 4
+    with api_server(lambda body: refusal(500, "oops"), models=("judge",)) as judge:  # it is gone
+        (place / "test.jsonl").write_text("".join(json.dumps(row | {"id": f"{row['id']} {n}"}) + "\n"
+                                                  for row in rows for n in range(9)))
+        with api_server(plays) as server:
+            with pytest.raises(UserError, match="failed at 8 questions in a row"):
+                evaluated(place, tmp_path / "gone", "--base_url", server.url, "--model", place / "model", "--mode",
+                          "zoom", "--judge_url", judge.url, "--timeout_s", 1, "--concurrency", 2)
     written = (tmp_path / "out" / "judge.jsonl").read_text()
     assert KEY not in written and "127.0.0.1" not in written
