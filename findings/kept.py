@@ -77,7 +77,7 @@ def with_kept(found, stale, path, rows, made_of):
         else:
             there[seed] = result
     ordered = {suite: {name: dict(sorted(there[name].items())) for name in by_name if there.get(name)}
-               for suite, there in sorted(found.items())}
+               for suite, there in sorted(found.items()) if any(there.values())}
     every = [result for there in ordered.values() for results in there.values() for result in results.values()]
     write_jsonl(path, map(packed, every + left_out))
     return ordered

@@ -119,6 +119,6 @@ def why_not(policy, episode):
 def trajectory(episode, root, out):
     """A row of the trajectory file `out`, of an episode whose question's files are relative to `root`."""
     env = episode.env
-    turns = [turn.text for turn in env.turns]
-    return {"question": moved_question(env.question, root, out), "kind": "success", "turns": turns, "learn": [True] * len(turns),
+    question, turns = moved_question(env.question, root, out), [turn.text for turn in env.turns]
+    return {"question": question, "kind": "success", "turns": turns, "learn": [True] * len(turns),
             "provenance": {"sample": episode.number, "max_zooms": env.config.max_zooms}}

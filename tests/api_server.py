@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sources import served
+
 MODEL, KEY = "teacher", "sk-secret-123"
+
+
+def use_key(monkeypatch):
+    """The key is KEY, and nobody waits long before a request is sent again."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr(served, "PAUSE_S", 0.02)
 
 
 def completion(text, reason="stop", **message):

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from api_server import KEY, Raw, api_server, completion, images_of, refusal, text_of
+from api_server import KEY, Raw, api_server, completion, images_of, refusal, text_of, use_key
 from tiny import make_place
 
 import eval as evaluation
@@ -36,10 +36,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
-    monkeypatch.setattr(served, "PAUSE_S", 0.02)
+    use_key(monkeypatch)
 
 
 def turns_so_far(body):
@@ -91,6 +88,21 @@ def test_what_is_asked_is_what_the_environment_shows(place, tmp_path, key):
         assert e.token_counts() == {"tokens": 110, "generated": 20, "prompt_tokens": 100,
                                     "refused_parameters": []}
     assert KEY not in (tmp_path / "answers.jsonl").read_text()
+
+
+def test_frames_as_jpeg(place, tmp_path, key):
+    """Of the same sizes, and nearly the same."""
+    question = questions_of(place)[0]
+    with api_server(zoom_then_answer) as server:
+        engine_of(place, server, tmp_path, image_format="jpeg").play([question], place)
+    frames = [item for message in ZoomEnv(question, load_env_config(place / "model"), place).reset()
+              for item in message.content if not isinstance(item, str)]
+    body = server.requests[0]
+    urls = [part["image_url"]["url"] for part in body["messages"][1]["content"] if part["type"] == "image_url"]
+    assert all(url.startswith("data:image/jpeg;base64,") for url in urls) and len(urls) == len(frames)
+    for shown, frame in zip(images_of(body), frames):
+        assert shown.shape == frame.image.shape
+        assert (shown.float() - frame.image.float()).abs().mean() < 12
 
 
 def test_samples_of_a_question_have_seeds_of_their_own(place, tmp_path, key):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from api_server import KEY, api_server, completion, refusal, text_of
+from api_server import KEY, api_server, completion, refusal, text_of, use_key
 from tiny import make_place, random_policy
 from test_served import evaluated, turns_so_far
 
@@ -19,7 +19,7 @@ import data_prep
 from common import UserError
 from model import encode, replay
 from protocols import make_env
-from sources import served, teacher
+from sources import teacher
 from sources.read import read_trajectories
 from sources.served import ServedEpisode
 from training.environment import load_env_config
@@ -54,10 +54,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
-    monkeypatch.setattr(served, "PAUSE_S", 0.02)
+    use_key(monkeypatch)
 
 
 def questions_of(place):

@@ -32,9 +32,8 @@ COLUMNS = {
     "refused": "{refused:d}", "untagged": "{untagged:d}", "said": "{generated_per_question:.0f}",
     "tokens": "{tokens_per_question:.0f}", "s": "{seconds_per_question:.3f}"}
 SETTINGS = {
-    "policy": "{policy}", "mode": "{mode}", "served": "{settings[served_model]}", "refused": "{settings[refused]}",
-    "judge": "{settings[judge]}",
-    "protocol": "{settings[protocol]}",
+    "policy": "{policy}", "mode": "{mode}", "served": "{settings[served_model]}",
+    "refused": "{settings[refused]}", "judge": "{settings[judge]}", "protocol": "{settings[protocol]}",
     "overview": "{settings[overview]}", "frames": "{settings[overview_max_frames]:d}",
     "fps": "{settings[overview_fps]:g}", "zooms": "{settings[max_zooms]:d} x {settings[zoom_max_frames]:d}",
     "pixels": "{settings[min_pixels]:d} - {settings[max_pixels]:d}",
