@@ -13,7 +13,6 @@ what seeds are for. The interval of a row's own accuracy takes its questions for
 import json
 import math
 from collections import defaultdict
-from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 

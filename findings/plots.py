@@ -1,7 +1,6 @@
 """What was seen in an episode; curves, and a picture of one dialogue, by matplotlib, which is optional."""
 
 import io
-import json
 import re
 from pathlib import Path
 
