@@ -250,7 +250,9 @@ def test_what_a_run_was_started_with(tmp_path, monkeypatch, capsys):
     assert not capsys.readouterr().err and json.loads((out / "run.json").read_text())["code"] is None
     git(code, "init")
     (code / "file.py").write_text("1")
+    (code / "docs").mkdir(), (code / "docs/tables.md").write_text("1")
     git(code, "add", "."), git(code, "commit", "-m", "1")
+    (code / "docs/tables.md").write_text("2")  # a result, no code
     assert begin() == "unfinished" and begin(resume="never") == "new" and not capsys.readouterr().err
     assert (out / "metrics.1.jsonl").read_text() == "first" and (out / "run.1.json").exists()
     (out / "metrics.jsonl").write_text("second")

@@ -179,14 +179,15 @@ def warn_of_other_code(out, run, code):
 
 
 def code_version():
-    """The git commit of the repository that this file is in, "with changes" where files of it differ; None
-    where git or the repository is missing."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*",
-           "--dirty= with changes"]
+    """The git commit of the repository that this file is in, "with changes" where files of it differ, those in
+    docs/ aside (ablations.py writes there); None where git or the repository is missing."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)docs"]).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit + " with changes" if changed else commit
 
 
 def files_of(config):
