@@ -65,6 +65,7 @@ ROWS = [
           rl=f"--num_frames {number}", eval=f"--num_frames {number}") for name, shows, number in (
         ("no-tool", "as many uniform", "{frames}"), ("no-tool-twice", "twice as many", "{twice}"))],
     Row("fixed-fps", "controls", "one frame rate in all zooms (search needs two)", rl="--zoom_fps {fps}"),
+    Row("no-rl-fps", "controls", "... without RL", of="no-rl", eval="--zoom_fps {fps}"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
     *[Row(f"mixed-{n}", "controls", "", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
     Row("reward-halves", "controls", "reward 0.5 / 0.5 / 0.5", rl="--accuracy_weight 0.5 --format_weight 0.5"),

@@ -1,8 +1,7 @@
 """One HTML file of the runs of ablations.py: `python ablations.py --report` writes it.
 
 It has the tables, curves where matplotlib is installed, and dialogues to filter: of each row, in its first
-seed, the same first questions, MOST_DIALOGUES in all. What was seen is read from the videos again: the
-true clips, also where eval.py showed others (--clips).
+seed, the same first questions, MOST_DIALOGUES in all. What was seen is read from the videos again.
 The page needs no network. Dialogues are data, a JSON block, whose texts the page shows as texts, never as
 markup; a dialogue and its pictures are put into the page as it comes into view.
 """
@@ -15,6 +14,7 @@ import re
 from pathlib import Path
 
 from common import UserError, warn
+from controls.altered import with_other_videos
 from findings import compare
 from findings.plots import curves, pyplot, replay, strip
 from training.tables import kind_of
@@ -35,6 +35,9 @@ def dialogues(results):
             warn(f"{missing[0]} is not there: the dialogues of {result['row']} are left out")
             continue
         questions = compare.read_lines(result["data"])
+        if result["figures"]["settings"].get("clips") == "other":
+            questions = with_other_videos(
+                dict(enumerate(questions)), questions, Path(result["data"]).parent, result["seed"])
         for episode in compare.episodes_of(folder, result["figures"]["mode"])[:share]:
             question = questions[episode["number"]]
             try:
@@ -44,6 +47,9 @@ def dialogues(results):
                 continue
             looks = []
             for frames in env.watched:
+                if not frames:
+                    looks.append({"picture": None, "times": []})
+                    continue
                 file = io.BytesIO()
                 strip(frames).save(file, "JPEG", quality=85)
                 url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
@@ -147,11 +153,13 @@ const selects = ["policy", "kind", "right", "zooms"].map(field => {
 });
 const count = add(form, "output");
 function look(parent, what, length, segments, evidence) {
-  const strip = add(add(parent, "div", undefined, "look"), "div"), image = add(strip, "img");
-  image.src = pictures[what.picture];
-  image.alt = what.times.length + " frames";
-  strip.style.gridTemplateColumns = `repeat(${what.times.length}, 1fr)`;
-  what.times.forEach(time => add(strip, "span", time.toFixed(1)).style.gridRow = 2);
+  if (what.times.length) {
+    const strip = add(add(parent, "div", undefined, "look"), "div"), image = add(strip, "img");
+    image.src = pictures[what.picture];
+    image.alt = what.times.length + " frames";
+    strip.style.gridTemplateColumns = `repeat(${what.times.length}, 1fr)`;
+    what.times.forEach(time => add(strip, "span", time.toFixed(1)).style.gridRow = 2);
+  }
   const line = add(parent, "div", undefined, "line");
   const mark = ([start, end], name) => {
     const bar = add(line, "i", undefined, name);

@@ -6,29 +6,33 @@
 A difference between two rows is the mean over the questions that both were asked, of all seeds that both
 have; its 95% interval is of 2,000 bootstrap resamples of the videos that they are about. A finding agrees if
 its interval, each seed's mean and the exact sign test at 5% say that there is more, disagrees if they say that
-there is less, and else cannot be told. The interval knows of questions, not of other training runs: those are
-what seeds are for. The interval of a row's own accuracy takes its questions for independent, as eval.py does.
+there is less; there is no difference if the interval lies within NOTHING of 0; else it cannot be told. The
+interval knows of questions, not of other training runs: those are what seeds are for. The interval of a row's own accuracy takes its questions for independent, as eval.py does.
 """
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
 
 from common import UserError, open_folder, write_json
+from controls import places
 from training.tables import interval, known, ratio
 from training.tables import mean as mean_of_known
 from zoom_env import between
 
 RESAMPLES = 2000
+NOTHING = {"right": 0.01, "zooms": 0.1}  # a question; the paper's differences are larger
 FPS_LIMITS = (1, 2, 4, 8)  # of the paper's table 10: calls at (0, 1], (1, 2], ... frames a second
 CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")  # over RL's steps
 PREFACE = """Made by `python ablations.py`, which says what the rows are. Data and teacher are built so that
 zooms and RL are needed: the rows say that the code shows an effect, not how large it is on real videos. Each
-claim is tested at 5% by itself."""
+claim is tested at 5% by itself. No answer counts as wrong: with fewer zooms than it was trained with, or other
+clips, a policy may call until no round is left. Commands and more numbers are in the .json beside this page, what
+was right in each question in the .jsonl."""
 QUICK_NOTE = "Few questions and steps: these numbers say only that it runs."
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
 
@@ -73,6 +77,7 @@ FINDINGS = [
             "full", "no-tool", of_paper=False),
     Finding("zooms beat twice as many uniform frames after SFT and RL without the tool", "not shown",
             "full", "no-tool-twice", of_paper=False),
+    Finding("RL does more than to choose the frame rate", "not shown", "full", "no-rl-fps", of_paper=False),
     Finding("RL beats fine-tuning on the policy's own successes", "not shown", "full", "rft", of_paper=False),
     Finding("it is what the clip shows that helps", "not shown", "full", "clips-grey", of_paper=False),
     Finding("never zooming is better than always",
@@ -110,14 +115,34 @@ def summary(folder, mode, data, rl_folder=None):
         "figures": figures, "bound": bound and bound["accuracy"],
         "questions": {e["number"]: {"right": e["right"], "zooms": e["zooms"],
                                     "video": questions[e["number"]]["video"]} for e in episodes},
+        "kinds": of_kinds(episodes), "unanswered": mean(e["answer"] is None for e in episodes),
+        "inside": second_inside(episodes, questions),
         "fps": fps_counts([text for e in episodes for text in e["turns"]]),
         "training": [{name: step.get(name) for name in ("step", "accuracy", "zooms", "reward")}
                      for step in steps]}
 
 
+def of_kinds(episodes):
+    """{kind: [how many are right, of how many]} of those that are graded."""
+    kinds = {}
+    for e in episodes:
+        if e["right"] is not None:
+            counts = kinds.setdefault(e["kind"], [0, 0])
+            counts[0] += e["right"] >= 0.5
+            counts[1] += 1
+    return kinds
+
+
+def second_inside(episodes, questions):
+    """The share of right answers with two zooms and more whose second one lies within the first; None where
+    there are none."""
+    zooms = [zoom for e in episodes for zoom in places.zoom_rows(e, questions[e["number"]])]
+    return next((row["inside_where_right"] for row in places.by_number(zooms) if row["nth"] == 2), None)
+
+
 def fps_counts(texts):
-    """How many calls in the turns ask for each range of frames a second; [int], one above FPS_LIMITS."""
-    counts = [0] * (len(FPS_LIMITS) + 1)
+    """How many calls in the turns ask for each number of frames a second; {as text: int}, ascending."""
+    counts = Counter()
     for text in texts:
         for call in between(text.rpartition("</think>")[2], "video_zoom")[0]:
             try:
@@ -125,8 +150,17 @@ def fps_counts(texts):
             except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
                 continue
             if fps > 0:
-                counts[sum(fps > limit for limit in FPS_LIMITS)] += 1
-    return counts
+                counts[f"{fps:g}"] += 1
+    return {fps: counts[fps] for fps in sorted(counts, key=float)}
+
+
+def fps_shares(counts):
+    """Shares of the calls at (0, 1], (1, 2], .. frames a second and above FPS_LIMITS; None each without a
+    call."""
+    within = [0] * (len(FPS_LIMITS) + 1)
+    for fps, count in counts.items():
+        within[sum(float(fps) > limit for limit in FPS_LIMITS)] += count
+    return [ratio(count, sum(within)) for count in within]
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -186,7 +220,11 @@ def row_figures(seeds, full):
         "against_full": None if seeds is full else difference(seeds, full, "right"),
         "zooms": over_seeds("zooms_per_question"), "frames": over_seeds("frames_per_question"),
         "invalid": over_seeds("invalid_call_rate"), "hits": over_seeds("hit_rate"),
-        "without_tool": over_seeds("calls_without_tool"),
+        "kinds": {kind: ratio(*map(sum, zip(*(r["kinds"][kind] for r in results if kind in r["kinds"]))))
+                  for kind in results[0]["kinds"]},
+        "unanswered": mean_of_known(r["unanswered"] for r in results),
+        "inside": mean_of_known(r["inside"] for r in results),
+        "seconds_per_question": over_seeds("seconds_per_question"),
         "tokens": over_seeds("tokens_per_question"), "bound": mean_of_known(r["bound"] for r in results),
         "seconds": mean(r["seconds"] for r in results),
         "commits": sorted({commit[:7] + commit[40:] for r in results for commit in r["commits"]})}
@@ -199,13 +237,14 @@ def levels(row, other, field):
     return f"{form(mean(ours))} - {form(mean(theirs))}"
 
 
-def verdict(d, of_paper=True):
-    yes, no = ("agrees", "disagrees") if of_paper else ("yes", "no")
+def verdict(d, finding):
+    yes, no = ("agrees", "disagrees") if finding.of_paper else ("yes", "no")
+    nothing = NOTHING[finding.field]
     if d.low > 0 and min(d.seeds) > 0 and d.p < 0.05:
         return yes
     if d.high < 0 and max(d.seeds) < 0 and d.p < 0.05:
         return no
-    return "cannot be told"
+    return "no difference" if -nothing < d.low <= d.high < nothing else "cannot be told"
 
 
 def thirds(seeds, field):
@@ -246,17 +285,19 @@ def suite_page(suite, rows):
             found = difference(rows[finding.row], rows[finding.other], finding.field)
             if found is not None:
                 tested.append(finding._asdict() | {
-                    "difference": found._asdict(), "verdict": verdict(found, finding.of_paper)})
+                    "difference": found._asdict(), "verdict": verdict(found, finding)})
     page = [f"## Suite {suite}"] + [QUICK_NOTE] * suite.endswith("-quick") + [markdown(
         ["row", "seeds", "right %, 95% interval", "spread over seeds (data and training)",
          "to the full run, same questions",
-         "frames", "zooms", "invalid %", "calls where none is allowed", "hit %", "tokens", "best uniform %",
-         "minutes", "commit"],
+         "right %, by kind", "no answer %", "frames", "zooms", "invalid %", "hit %",
+         "second zoom inside the first %, right answers", "tokens", "best uniform %", "minutes", "commit"],
         [[name, " ".join(map(str, f["seeds"])),
           f"{percent(f['accuracy'])} ({percent(f['low'])} - {percent(f['high'])})", percent(f["spread"]),
-          with_interval(f["against_full"], 100), number(f["frames"], "{:.1f}"), number(f["zooms"]),
-          percent(f["invalid"]), number(f["without_tool"], "{:.0f}"), percent(f["hits"]),
-          number(f["tokens"], "{:.0f}"), percent(f["bound"]), number(f["seconds"] / 60, "{:.1f}"), " ".join(f["commits"])]
+          with_interval(f["against_full"], 100),
+          ", ".join(f"{kind} {percent(share, '{:.0f}')}" for kind, share in f["kinds"].items()),
+          percent(f["unanswered"]), number(f["frames"], "{:.1f}"), number(f["zooms"]), percent(f["invalid"]),
+          percent(f["hits"]), percent(f["inside"]), number(f["tokens"], "{:.0f}"), percent(f["bound"]),
+          number(f["seconds"] / 60, "{:.1f}"), " ".join(f["commits"])]
          for name, f in figures.items()])]
     if tested:
         page += ["### Findings", markdown(
@@ -265,14 +306,15 @@ def suite_page(suite, rows):
               levels(rows[t["row"]], rows[t["other"]], t["field"]),
               with_interval([*t["difference"].values()], 100 if t["field"] == "right" else 1),
               len(t["difference"]["seeds"]), t["verdict"]] for t in tested])]
-    shares = {name: [sum(counts) for counts in zip(*[r["fps"] for r in rows[name].values()])]
-              for name in ("no-rl", "full") if name in rows}
+    asked = {name: sum((Counter(r["fps"]) for r in rows[name].values()), Counter())
+             for name in ("no-rl", "rft", "full") if name in rows}
     limits = ["0", *map(str, FPS_LIMITS)]
     names = [f"({a}, {b}]" for a, b in zip(limits, limits[1:])] + [f"above {limits[-1]}"]
     page += ["### Frames a second that the calls ask for, %", markdown(
-        ["", *names], [["paper", *map(percent, PAPER_FPS)]] + [
-            [name, *(percent(ratio(count, sum(counts))) for count in counts)]
-            for name, counts in shares.items()])]
+        ["", *names, "most often"], [["paper", *map(percent, PAPER_FPS), ""]] + [
+            [name, *map(percent, fps_shares(counts)), ", ".join(
+                f"{fps}: {percent(count / counts.total())}" for fps, count in counts.most_common(3))]
+            for name, counts in asked.items()])]
     fields = "zooms", "accuracy"
     trained = {name: [thirds(seeds, field) for field in fields] for name, seeds in rows.items()}
     own = {name: both for name, both in trained.items() if name in CURVES and None not in both}
@@ -283,7 +325,7 @@ def suite_page(suite, rows):
              for name, (zooms, right) in own.items()])]
     every = [r for seeds in rows.values() for r in seeds.values()]
     page.append("Made with " + "; ".join(sorted({r["made_with"] for r in every})))
-    numbers = {"rows": figures, "findings": tested, "fps": shares, "training": trained,
+    numbers = {"rows": figures, "findings": tested, "fps": asked, "training": trained,
                "commands": {name: [r["commands"] for r in seeds.values()] for name, seeds in rows.items()}}
     return page, numbers
 

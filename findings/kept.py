@@ -3,10 +3,11 @@
 Runs are large and stay where they were made; this file goes with the code. Tables are made of the runs that are
 there and, where one is not, of its line: so rows can be made on several days and machines, and intervals and
 differences can be computed again from what is here. A line stays in the file, but is in no table, where the
-row's flags have changed since, or where other results of its suite and seed are of other questions or of another
-base, until the row is made again."""
+row's flags have changed since, or where other results of its suite and seed are of other questions, of another
+base or, where it evaluates the policy of another row, of another policy, until the row is made again."""
 
 import json
+from pathlib import Path
 
 from common import write_jsonl
 
@@ -23,6 +24,9 @@ def of_runs(runs, rows, stages_of):
         for path in sorted(runs.glob(f"*/*/rows/{row.name}/result.json")):
             *_, suite, seed = path.parents[2].parts
             result = json.loads(path.read_text())
+            if not Path(result["data"]).exists():
+                print(f"{path} is taken for gone, as {result['data']} is")
+                continue
             made = [stage.result() for stage in stages_of(row, suite, int(seed), path.parents[2])]
             if row.mode == result["mode"] and [m and m["begun"] for m in made] == result["begun"]:
                 found.setdefault(suite, {}).setdefault(row.name, {})[int(seed)] = result
@@ -52,6 +56,13 @@ def unpacked(line):
     return line | {"questions": questions}
 
 
+def of_its_policy(result, row, there):
+    """Whether the policy that a result of `row` evaluates is that of the row `of`. there: the suite's results,
+    {row: {seed: result}}; `row.of` has to be among them before."""
+    policy = there.get(row.of, {}).get(result["seed"])
+    return policy is None or result["begun"][:-1] == policy["begun"][:-1]
+
+
 def with_kept(found, stale, path, rows, made_of):
     """What `of_runs` has found and the results of the file `path` that are neither found nor stale, in the
     order of the Rows; writes all of them there again. made_of: (Row, suite) -> what its result has as
@@ -73,6 +84,9 @@ def with_kept(found, stale, path, rows, made_of):
             left_out.append(result)
         elif inputs.setdefault((suite, seed), result["inputs"]) != result["inputs"]:
             print(f"{suite} {seed} {name} is left out: it is of other questions, or of another base")
+            left_out.append(result)
+        elif not of_its_policy(result, by_name[name], found[suite]):
+            print(f"{suite} {seed} {name} is left out: {by_name[name].of} has another policy now")
             left_out.append(result)
         else:
             there[seed] = result

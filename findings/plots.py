@@ -15,16 +15,17 @@ from findings.compare import CURVES
 from zoom_env import ANY_FPS, EnvConfig
 
 STRIP_PIXELS = 42  # height of the frames in a strip
+WAYS = "zooms-0", "full", "zoom-always", "zoom-gate", "votes-8"  # to use the policy of full
 INK = "#010203"  # in curves it stands for the page's colour of text
 
 
 # --------------------------------------------------------------------------------------------------- episodes
 def replay(result, episode, question):
     """The environment after an episode's turns, as eval.py wrote them. Raises VideoError."""
-    names = EnvConfig.__dataclass_fields__
-    settings = {name: value for name, value in result["figures"]["settings"].items() if name in names}
+    names, played = EnvConfig.__dataclass_fields__, result["figures"]["settings"]
+    settings = {name: value for name, value in played.items() if name in names}
     settings["overview_fps"] = settings["overview_fps"] or ANY_FPS
-    mode = Mode("", zoom=result["figures"]["settings"].get("zoom", "policy"))
+    mode = Mode("", clips=played.get("clips", "shown"), zoom=played.get("zoom", "policy"))
     env = maker(mode)(question, EnvConfig(**settings), Path(result["data"]).parent)
     env.reset()
     for text in episode["turns"]:
@@ -56,8 +57,8 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def accuracy_axes(axes, rows, questions=(), titles=None):
-    """Accuracy against frames with 95% intervals, of {row: figures}, and the best of uniform frames on
+def accuracy_axes(axes, rows, questions=(), titles=None, against="frames"):
+    """Accuracy with 95% intervals of {row: figures} against one of these, and the best of uniform frames on
     synthetic questions. titles: {row: its name}; rows of one name have one colour."""
     titles = titles or {name: name for name in rows}
     known = list(dict.fromkeys(titles[name] for name in rows))
@@ -66,26 +67,28 @@ def accuracy_axes(axes, rows, questions=(), titles=None):
             error = [[100 * (f["accuracy"] - f["low"])], [100 * (f["high"] - f["accuracy"])]]
             mark = "s" if name.startswith(("uniform", "no-tool")) else "o"
             colour = pyplot().cm.tab20(known.index(titles[name]) % 20)
-            axes.errorbar(f["frames"], 100 * f["accuracy"], error, fmt=mark, capsize=3, color=colour,
+            axes.errorbar(f[against], 100 * f["accuracy"], error, fmt=mark, capsize=3, color=colour,
                           label=titles[name])
     if questions:
         numbers = sorted({round(4 * 1.25 ** n) for n in range(16)})
         bound = [100 * sum(uniform_accuracy(q, n) for q in questions) / len(questions) for n in numbers]
         axes.plot(numbers, bound, color="grey", linestyle="--", label="best of any uniform frames")
-    axes.set(xscale="log", xlabel="frames a question", ylabel="right %", ylim=(0, 103))
-    ticks = [4, 8, 16, 32, 64, 128]
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.minorticks_off()
+    axes.set(xscale="log", xlabel=f"{against.split('_')[0]} a question", ylabel="right %", ylim=(0, 103))
+    if against == "frames":
+        ticks = [4, 8, 16, 32, 64, 128]
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
     named = dict(zip(*axes.get_legend_handles_labels()[::-1]))  # one of each name
     axes.legend(named.values(), named, fontsize=7, frameon=False)
 
 
 def curves(suite, rows, plt):
-    """A suite's curves as inline SVG: accuracy against frames, then zooms and accuracy over RL's steps."""
+    """A suite's curves as inline SVG: accuracy against frames, then zooms and accuracy over RL's steps; and
+    what ways to use one policy cost (WAYS)."""
     colours = {name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
                                       "ytick.color")}
     with plt.rc_context(colours | {"svg.fonttype": "none", "svg.hashsalt": suite}):
-        figure, (frames, right, zooms) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+        figure, ((frames, right, zooms), costs) = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
         full = rows.get("full", {})
         claimed = {name for finding in compare.FINDINGS for name in (finding.row, finding.other)}
         groups = {name: name.rpartition("-")[0] + "-N" for name in rows  # of figure 5: a group has one colour
@@ -102,6 +105,9 @@ def curves(suite, rows, plt):
         right.set(xlabel="RL step", ylabel="accuracy, sampled")
         zooms.set(xlabel="RL step", ylabel="zooms a question")
         zooms.legend(fontsize=7, frameon=False)
+        ways = {name: compare.row_figures(rows[name], full) for name in WAYS if name in rows}
+        for axes, against in zip(costs, ("frames", "tokens", "seconds_per_question")):
+            accuracy_axes(axes, ways, against=against)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)

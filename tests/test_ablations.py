@@ -194,12 +194,14 @@ class Played:
         elif name == "eval.py":
             limited = {"--max_zooms", "--num_frames"} & set(words)
             right = [int(not limited or n % 3 == 0) for n in range(30)]
+            calls = [{"segment": segment, "frames": 1, "hit": None} for segment in ([0, 8], [2, 4], [6, 9])]
             figures = [{"mode": mode, "accuracy": sum(right) / 30, "frames_per_question": 22.7,
                         "questions_sha256": "0"}
                        for mode in ("zoom off", "zoom")]
             (out / "results.json").write_text(json.dumps([*figures, {"mode": "bound", "accuracy": 0.5}]))
             (out / "episodes.jsonl").write_text("".join(json.dumps(
-                {"mode": mode, "number": n, "right": r, "zooms": r, "turns": []}) + "\n"
+                {"policy": "p", "mode": mode, "number": n, "question": n, "kind": "count", "right": r, "zooms": r,
+                 "answer": "A" if n % 2 else None, "turns": [], "calls": calls}) + "\n"
                 for mode, rights in (("zoom", right), ("zoom off", [0] * 30)) for n, r in enumerate(rights)))
         else:
             (out / "config.json").write_text(self.policy)
@@ -320,9 +322,22 @@ def test_results_stay_when_the_runs_are_gone(monkeypatch, tmp_path, capsys):
     assert "no-rl is left out: it is of other questions" in said
     assert "no-kl" not in (tmp_path / "page.md").read_text()
     assert [json.loads(line)["row"] for line in open(kept)] == ["full", "zooms-0", "no-tool", "no-rl", "no-kl"]
-    # a row whose stage was taken away is not shown by its old line
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # the policy of another row, where that was made anew and is another one now
+    shutil.rmtree(tmp_path / "demo")
+    monkeypatch.setattr(findings.stage.subprocess, "run", Played(policy="other"))
+    assert "zooms-0" not in again("full") and "no-kl" in (tmp_path / "page.md").read_text()
+    assert "zooms-0 is left out: full has another policy now" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "demo")
+    monkeypatch.setattr(findings.stage.subprocess, "run", Played())
+    assert again("full") == page
+    # data that is gone takes its runs along, not the lines
     again("zooms-0")
+    (tmp_path / "demo/0/data").rename(tmp_path / "away")
+    assert "demo" not in ablations.read_results(tmp_path)[0]
+    assert f"is taken for gone, as {tmp_path / 'demo/0/data/test.jsonl'} is" in capsys.readouterr().out
+    (tmp_path / "away").rename(tmp_path / "demo/0/data")
+    # a row whose stage was taken away is not shown by its old line
     shutil.rmtree(ablations.chain(ablations.BY_NAME["zooms-0"], ablations.Place("demo", 0, tmp_path / "demo/0"))[
         -1].folder)
     assert "zooms-0" not in again("full")
@@ -428,8 +443,9 @@ def test_a_row_of_a_mode_that_was_not_evaluated_is_named(monkeypatch, tmp_path):
 
 def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
     page = make_all(monkeypatch, tmp_path, Played())
-    # 30 right against 10 right, on the same questions
-    assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-73.3 to -60.0\)", page)
+    # 30 right against 10 right, on the same questions; half have no answer, all second zooms lie in the first
+    assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-73.3 to -60.0\) \| count 33 \| 50.0 \|"
+                     r".* \| 100.0 \|", page)
     assert re.search(r"zooms beat as many uniform frames.* \| not shown \| full - no-tool, right \| 100.0 - 33.3 \| \+66.7 .*\) \| 1 \| yes", page)
     numbers = json.loads((tmp_path / "page.json").read_text())["demo"]
     assert numbers["rows"]["full"]["accuracy"] == 1.0 and numbers["rows"]["full"]["bound"] == 0.5
@@ -471,24 +487,37 @@ def test_a_difference_is_over_the_seeds_and_questions_that_both_have():
 
 @pytest.mark.parametrize("found, verdict", [
     ((0.2, 0.1, 0.3, 0.01, [0.1, 0.3]), "agrees"), ((-0.2, -0.3, -0.1, 0.01, [-0.2]), "disagrees"),
-    ((0.1, -0.1, 0.3, 0.01, [0.1]), "cannot be told"), ((0, 0, 0, 1, [0]), "cannot be told"),
+    ((0.1, -0.1, 0.3, 0.01, [0.1]), "cannot be told"), ((0, 0, 0, 1, [0]), "no difference"),
+    ((0.002, -0.005, 0.009, 0.5, [0.002]), "no difference"),
+    ((0.002, -0.005, 0.02, 0.5, [0.002]), "cannot be told"),
+    ((0.005, 0.001, 0.009, 0.03, [0.005]), "agrees"),  # small, but there
     ((0.2, 0.1, 0.3, 0.01, [0.5, -0.1]), "cannot be told"),  # seeds disagree
     ((0.013, 0.003, 0.03, 0.125, [0.013]), "cannot be told")])  # 4 questions of 300, all one way
 def test_a_verdict_is_by_the_interval_the_seeds_and_the_signs(found, verdict):
-    assert compare.verdict(compare.Difference(*found)) == verdict
+    finding = compare.FINDINGS[0]
+    assert compare.verdict(compare.Difference(*found), finding) == verdict
     words = {"agrees": "yes", "disagrees": "no"}
-    assert compare.verdict(compare.Difference(*found), of_paper=False) == words.get(verdict, verdict)
+    own = finding._replace(of_paper=False)
+    assert compare.verdict(compare.Difference(*found), own) == words.get(verdict, verdict)
+
+
+def test_no_difference_in_zooms_is_a_tenth_of_one():
+    finding = compare.FINDINGS[0]._replace(field="zooms")
+    for size, verdict in ((0.09, "no difference"), (0.11, "cannot be told")):
+        assert compare.verdict(compare.Difference(0, -size, size, 1, [0]), finding) == verdict
 
 
 def test_seeds_are_pooled_and_their_spread_stands_beside():
     more = lambda accuracy: dict(figures={"accuracy": accuracy, "zooms_per_question": accuracy}, bound=None,
-                                 seconds=1.0, commits=["c"])
+                                 seconds=1.0, commits=["c"], kinds={"count": [10 * accuracy, 10]},
+                                 unanswered=1 - accuracy, inside=None)
     seeds = {0: result({n: (1, 1) for n in range(10)}, 0, **more(1.0)),
              1: result({n: (n < 5, 1) for n in range(10)}, 1, **more(0.5))}
     found = compare.row_figures(seeds, {})
     assert (found["accuracy"], found["low"], found["high"]) == (0.75, *interval(15, 20))
     assert found["spread"] == pytest.approx(0.3536, abs=1e-4) and found["zooms"] == 0.75
     assert found["against_full"] is None
+    assert found["kinds"] == {"count": 0.75} and (found["unanswered"], found["inside"]) == (0.25, None)
 
 
 def test_calls_are_counted_by_the_frames_a_second_that_they_ask_for():
@@ -496,4 +525,7 @@ def test_calls_are_counted_by_the_frames_a_second_that_they_ask_for():
     texts = [call(fps) for fps in (0.5, 1, 1.01, 2, 4, 8, 8.5)]
     bad = [call(fps) for fps in ("NaN", "-1", '"x"', "[", "null")] + ["<answer>A</answer>", "<video_zoom>[1]"
                                                                       "</video_zoom>"]
-    assert compare.fps_counts(texts + bad) == [2, 2, 1, 1, 1]
+    counts = compare.fps_counts(2 * texts + bad)
+    assert [*counts.items()] == [(fps, 2) for fps in ("0.5", "1", "1.01", "2", "4", "8", "8.5")]
+    assert compare.fps_shares(counts) == [pytest.approx(n / 7) for n in (2, 2, 1, 1, 1)]
+    assert compare.fps_shares({}) == [None] * 5

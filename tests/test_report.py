@@ -1,4 +1,6 @@
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -6,7 +8,9 @@ import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import report
 from common import UserError
@@ -111,6 +115,25 @@ def test_the_report_replays_what_was_seen(runs):
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)|url\((?!#)|@import""", page)
 
 
+def test_dialogues_show_the_clips_that_the_policy_saw(runs):
+    """Grey ones, another video's, or none, as eval.py --clips showed them."""
+    result, questions = results_in(runs)["demo"]["full"][0], runs.parent / "data/test.jsonl"
+    other = json.loads(questions.read_text().splitlines()[0]) | {"video": "videos/train_0000.mp4"}
+    questions.write_text(questions.read_text() + json.dumps(other) + "\n")
+    clips = {}
+    for how in ("shown", "grey", "other", "none"):
+        result["figures"]["settings"]["clips"] = how
+        found, pictures = report.dialogues([result])
+        look = found[0]["turns"][0]["look"]
+        assert found[0]["turns"][0]["segments"] and bool(look["times"]) == (how != "none")
+        if look["times"]:
+            image = base64.b64decode(pictures[look["picture"]].partition(",")[2])
+            clips[how] = np.asarray(Image.open(io.BytesIO(image)), dtype=int)
+    assert abs(clips["grey"] - 128).max() <= 1
+    for how in ("grey", "other"):
+        assert clips[how].shape == clips["shown"].shape and abs(clips[how] - clips["shown"]).max() > 50
+
+
 def test_videos_that_are_gone_cost_their_dialogues_only(runs, capsys):
     questions = runs.parent / "data/test.jsonl"
     questions.write_text(questions.read_text().replace("videos/", "gone/"))
@@ -184,6 +207,7 @@ addEventListener("load", async () => {
     select.value = value;
     select.dispatchEvent(new Event("change"));
   };
+  cards()[0].scrollIntoView();
   await until(() => cards()[0].querySelector("img")?.naturalWidth);
   found.all = cards().length;
   found.title = cards()[0].querySelector("strong").textContent;
