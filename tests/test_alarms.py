@@ -2,8 +2,10 @@
 
 import json
 import math
+import subprocess
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,9 @@ from tiny import make_place
 import generation
 import rl
 import rollout
+import sft
 import zoom_env
+from demo.tiny_base import TINY_BASE
 from training.alarms import ALARMS, Alarms
 from zoom_env import REWARD_PARTS, EnvConfig
 
@@ -129,9 +133,15 @@ def run(monkeypatch, place, out, *flags):
     """rl.py on it."""
     flags = ["--model", place / "model", "--data", place / "train.jsonl", "--out", out, "--batch_size", 1,
              "--mini_batch_size", 1, "--group_size", 2, "--max_draws", 1, "--max_turn_tokens", 3,
-             "--device", "cpu", "--dtype", "float32", "--no-compile", "--no-dynamic_sampling", *flags]
-    monkeypatch.setattr(sys, "argv", ["rl.py", *map(str, flags)])
-    rl.main()
+             "--no-compile", "--no-dynamic_sampling", *flags]
+    call(monkeypatch, rl.main, *flags)
+
+
+def call(monkeypatch, main, *flags):
+    """A script's main with these flags, on the CPU."""
+    flags = [*flags, "--device", "cpu", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+    main()
 
 
 def test_a_planted_fault_of_sampling_is_said_once(place, tmp_path, monkeypatch, capsys):
@@ -170,6 +180,28 @@ def test_turns_that_are_too_short_are_said(place, tmp_path, monkeypatch, capsys)
     run(monkeypatch, place, tmp_path / "run", "--steps", 2, "--max_turn_tokens", 1)
     said = capsys.readouterr().out
     assert "alarm: episodes are cut off: truncated 1 in step 2" in said and "--max_turn_tokens (1)" in said
+
+
+@pytest.mark.slow
+def test_steps_that_are_too_large_break_a_policy(tmp_path, monkeypatch, capsys):
+    """The demo's base after a short cold start, with a learning rate a hundred times too large: it says
+    anything but what it should, and six alarms tell so, each once. With the demo's own there is none."""
+    data = tmp_path / "data"
+    subprocess.run([sys.executable, Path(rl.__file__).with_name("data_prep.py"), "synthetic", "--train", "200",
+                    "--test", "5", "--out", data], check=True)
+    call(monkeypatch, sft.main, "--model", TINY_BASE, "--data", data / "sft.jsonl", "--out", tmp_path / "sft")
+
+    def alarms(lr):
+        call(monkeypatch, rl.main, "--model", tmp_path / "sft", "--data", data / "train.jsonl", "--out",
+             tmp_path / lr, "--steps", 4, "--batch_size", 4, "--mini_batch_size", 2, "--group_size", 4,
+             "--max_draws", 1, "--no-dynamic_sampling", "--lr", lr)
+        said = [line.split(": ") for line in capsys.readouterr().out.splitlines() if line.startswith("alarm: ")]
+        return sorted(what for _, what, *_ in said)
+
+    assert alarms("1e-4") == []
+    assert alarms("1e-2") == sorted([
+        "the KL runs away", "episodes are cut off", "zooms collapse", "the format decays",
+        "the entropy explodes", "groups are wrong in all answers alike, which teaches nothing"])
 
 
 @pytest.mark.slow
