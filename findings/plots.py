@@ -158,7 +158,8 @@ def picture(rows, seed, out):
             for at, frame in enumerate(frames):
                 axes.text((at + 0.5) * STRIP_PIXELS, 1.25 * STRIP_PIXELS, f"{frame.time_s:.1f}", fontsize=6,
                           ha="center")
-    titles = {"full": "SFT + RL", "no-rl": "SFT", "no-tool": "RL without the tool"}
+    titles = {"full": "SFT + RL", "no-rl": "SFT"}
+    titles |= dict.fromkeys(("no-tool", "no-tool-twice"), "SFT + RL without the tool")
     titles |= {name: "the base, uniform frames" for name in results if name.startswith("uniform")}
     rows = {name: compare.row_figures({0: results[name]}, {}) for name in results if name in titles}
     accuracy_axes(right.subplots(), rows, questions, titles)
