@@ -7,7 +7,8 @@ A difference between two rows is the mean over the questions that both were aske
 have; its 95% interval is of 2,000 bootstrap resamples of the videos that they are about. A finding agrees if
 its interval, each seed's mean and the exact sign test at 5% say that there is more, disagrees if they say that
 there is less; there is no difference if the interval lies within NOTHING of 0; else it cannot be told. The
-interval knows of questions, not of other training runs: those are what seeds are for. The interval of a row's own accuracy takes its questions for independent, as eval.py does.
+interval knows of questions, not of other training runs: those are what seeds are for. The interval of a row's
+own accuracy takes its questions for independent, as eval.py does.
 """
 
 import json

@@ -1,6 +1,7 @@
 """What was seen in an episode; curves, and a picture of one dialogue, by matplotlib, which is optional."""
 
 import io
+import math
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from zoom_env import ANY_FPS, EnvConfig
 
 STRIP_PIXELS = 42  # height of the frames in a strip
 WAYS = "zooms-0", "full", "zoom-always", "zoom-gate", "votes-8"  # to use the policy of full
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # where a legend is
 INK = "#010203"  # in curves it stands for the page's colour of text
 
 
@@ -57,9 +59,9 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def accuracy_axes(axes, rows, questions=(), titles=None, against="frames"):
+def accuracy_axes(axes, rows, questions=(), titles=None, against="frames", **legend):
     """Accuracy with 95% intervals of {row: figures} against one of these, and the best of uniform frames on
-    synthetic questions. titles: {row: its name}; rows of one name have one colour."""
+    synthetic questions. titles: {row: its name}; rows of one name have one colour. legend: its place."""
     titles = titles or {name: name for name in rows}
     known = list(dict.fromkeys(titles[name] for name in rows))
     for name, f in rows.items():
@@ -74,12 +76,12 @@ def accuracy_axes(axes, rows, questions=(), titles=None, against="frames"):
         bound = [100 * sum(uniform_accuracy(q, n) for q in questions) / len(questions) for n in numbers]
         axes.plot(numbers, bound, color="grey", linestyle="--", label="best of any uniform frames")
     axes.set(xscale="log", xlabel=f"{against.split('_')[0]} a question", ylabel="right %", ylim=(0, 103))
-    if against == "frames":
-        ticks = [4, 8, 16, 32, 64, 128]
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.minorticks_off()
+    low, high = map(math.log2, axes.get_xlim())
+    ticks = [2.0 ** n for n in range(math.ceil(low), math.floor(high) + 1)]
+    axes.set_xticks(ticks, [f"{tick:.2g}" if tick < 1 else f"{tick:.0f}" for tick in ticks])
+    axes.minorticks_off()
     named = dict(zip(*axes.get_legend_handles_labels()[::-1]))  # one of each name
-    axes.legend(named.values(), named, fontsize=7, frameon=False)
+    axes.legend(named.values(), named, fontsize=7, frameon=False, **legend)
 
 
 def curves(suite, rows, plt):
@@ -88,14 +90,14 @@ def curves(suite, rows, plt):
     colours = {name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
                                       "ytick.color")}
     with plt.rc_context(colours | {"svg.fonttype": "none", "svg.hashsalt": suite}):
-        figure, ((frames, right, zooms), costs) = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+        figure, ((frames, right, zooms), costs) = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
         full = rows.get("full", {})
         claimed = {name for finding in compare.FINDINGS for name in (finding.row, finding.other)}
         groups = {name: name.rpartition("-")[0] + "-N" for name in rows  # of figure 5: a group has one colour
-                  if name.startswith(("overview-", "uniform-", "zooms-"))}
+                  if name.startswith(("overview-", "no-rl-overview-", "uniform-", "zooms-"))}
         accuracy_axes(frames, {name: compare.row_figures(seeds, full) for name, seeds in rows.items()
                                if name in claimed | groups.keys()},
-                      titles={name: groups.get(name, name) for name in rows})
+                      titles={name: groups.get(name, name) for name in rows}, **BESIDE)
         for name in CURVES:
             for seed, result in rows.get(name, {}).items():
                 for axes, field in ((right, "accuracy"), (zooms, "zooms")):
@@ -107,7 +109,9 @@ def curves(suite, rows, plt):
         zooms.legend(fontsize=7, frameon=False)
         ways = {name: compare.row_figures(rows[name], full) for name in WAYS if name in rows}
         for axes, against in zip(costs, ("frames", "tokens", "seconds_per_question")):
-            accuracy_axes(axes, ways, against=against)
+            accuracy_axes(axes, ways, against=against, **BESIDE)
+        for axes in costs[:-1]:  # one legend for all
+            axes.get_legend().remove()
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)

@@ -444,9 +444,10 @@ def test_a_row_of_a_mode_that_was_not_evaluated_is_named(monkeypatch, tmp_path):
 def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
     page = make_all(monkeypatch, tmp_path, Played())
     # 30 right against 10 right, on the same questions; half have no answer, all second zooms lie in the first
-    assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-73.3 to -60.0\) \| count 33 \| 50.0 \|"
-                     r".* \| 100.0 \|", page)
-    assert re.search(r"zooms beat as many uniform frames.* \| not shown \| full - no-tool, right \| 100.0 - 33.3 \| \+66.7 .*\) \| 1 \| yes", page)
+    assert re.search(r"\| zooms-0 \| 0 \| 33.3 \(19.2 - 51.2\) \|  \| -66.7 \(-73.3 to -60.0\) \| "
+                     r"count 33 \| 50.0 \|.* \| 100.0 \|", page)
+    assert re.search(r"zooms beat as many uniform frames.* \| not shown \| full - no-tool, right \| "
+                     r"100.0 - 33.3 \| \+66.7 .*\) \| 1 \| yes", page)
     numbers = json.loads((tmp_path / "page.json").read_text())["demo"]
     assert numbers["rows"]["full"]["accuracy"] == 1.0 and numbers["rows"]["full"]["bound"] == 0.5
     assert numbers["training"]["full"] == [[1.0] * 3, [0.5] * 3]
