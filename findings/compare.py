@@ -31,8 +31,8 @@ FPS_LIMITS = (1, 2, 4, 8)  # of the paper's table 10: calls at (0, 1], (1, 2], .
 CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")  # over RL's steps
 PREFACE = """Made by `python ablations.py`, which says what the rows are. Data and teacher are built so that
 zooms and RL are needed: the rows say that the code shows an effect, not how large it is on real videos. Each
-claim is tested at 5% by itself. No answer counts as wrong: with fewer zooms than it was trained with, or other
-clips, a policy may call until no round is left. Commands and more numbers are in the .json beside this page, what
+claim is tested at 5% by itself. A question without an answer counts as wrong: with fewer zooms than it was
+trained with, or clips that show nothing, a policy may call until no round is left. Commands and more numbers are in the .json beside this page, what
 was right in each question in the .jsonl."""
 QUICK_NOTE = "Few questions and steps: these numbers say only that it runs."
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
@@ -222,7 +222,7 @@ def row_figures(seeds, full):
         "zooms": over_seeds("zooms_per_question"), "frames": over_seeds("frames_per_question"),
         "invalid": over_seeds("invalid_call_rate"), "hits": over_seeds("hit_rate"),
         "kinds": {kind: ratio(*map(sum, zip(*(r["kinds"][kind] for r in results if kind in r["kinds"]))))
-                  for kind in results[0]["kinds"]},
+                  for kind in dict.fromkeys(kind for r in results for kind in r["kinds"])},
         "unanswered": mean_of_known(r["unanswered"] for r in results),
         "inside": mean_of_known(r["inside"] for r in results),
         "seconds_per_question": over_seeds("seconds_per_question"),

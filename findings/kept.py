@@ -3,15 +3,15 @@
 Runs are large and stay where they were made; this file goes with the code. Tables are made of the runs that are
 there and, where one is not, of its line: so rows can be made on several days and machines, and intervals and
 differences can be computed again from what is here. A line stays in the file, but is in no table, where the
-row's flags have changed since, or where other results of its suite and seed are of other questions, of another
-base or, where it evaluates the policy of another row, of another policy, until the row is made again."""
+row's flags have changed since, or where other results of its suite and seed are of other questions, of
+another base or, where it evaluates the policy of another row, of another policy, until it is made again."""
 
 import json
-from pathlib import Path
 
 from common import write_jsonl
 
 PARTS = "right", "zooms"  # of a question
+NEEDED = {"kinds", "unanswered", "inside"}  # without these a result is of an earlier version
 
 
 def of_runs(runs, rows, stages_of):
@@ -23,9 +23,14 @@ def of_runs(runs, rows, stages_of):
     for row in rows:
         for path in sorted(runs.glob(f"*/*/rows/{row.name}/result.json")):
             *_, suite, seed = path.parents[2].parts
-            result = json.loads(path.read_text())
-            if not Path(result["data"]).exists():
-                print(f"{path} is taken for gone, as {result['data']} is")
+            result, data = json.loads(path.read_text()), path.parents[2] / "data"
+            missing = [name for name in ("sft", "train", "test") if not (data / f"{name}.jsonl").exists()]
+            if missing:
+                print(f"{path} is taken for gone, as {data / missing[0]}.jsonl is")
+                continue
+            if not NEEDED <= result.keys():
+                print(f"{row.name} is left out: {path} is of an earlier version; its command writes it anew")
+                stale.add((suite, row.name, int(seed)))
                 continue
             made = [stage.result() for stage in stages_of(row, suite, int(seed), path.parents[2])]
             if row.mode == result["mode"] and [m and m["begun"] for m in made] == result["begun"]:
@@ -57,10 +62,11 @@ def unpacked(line):
 
 
 def of_its_policy(result, row, there):
-    """Whether the policy that a result of `row` evaluates is that of the row `of`. there: the suite's results,
-    {row: {seed: result}}; `row.of` has to be among them before."""
+    """Whether the policy that a result of `row` evaluates is that of the row `of`. there: the suite's
+    results, {row: {seed: result}}; `row.of` has to be among them before."""
     policy = there.get(row.of, {}).get(result["seed"])
-    return policy is None or result["begun"][:-1] == policy["begun"][:-1]
+    evaluated = lambda result: result["begun"][-1]["inputs"]  # the checkpoint and the questions
+    return policy is None or evaluated(result) == evaluated(policy)
 
 
 def with_kept(found, stale, path, rows, made_of):
@@ -72,7 +78,9 @@ def with_kept(found, stale, path, rows, made_of):
               for results in there.values() for seed, result in results.items()}
     lines = open(path, encoding="utf-8").readlines() if path.exists() else []
     left_out = []
-    for result in map(unpacked, map(json.loads, lines)):
+    order = {name: place for place, name in enumerate(by_name)}
+    results = sorted(map(json.loads, lines), key=lambda result: order.get(result["row"], len(order)))
+    for result in map(unpacked, results):
         suite, name, seed = result["suite"], result["row"], result["seed"]
         there = found.setdefault(suite, {}).setdefault(name, {})
         if seed in there:
@@ -81,6 +89,9 @@ def with_kept(found, stale, path, rows, made_of):
             left_out.append(result)
         elif name not in by_name or result["made_of"] != made_of(by_name[name], suite):
             print(f"{suite} {seed} {name} is left out: it was made with other flags")
+            left_out.append(result)
+        elif not NEEDED <= result.keys():
+            print(f"{suite} {seed} {name} is left out: it is of an earlier version")
             left_out.append(result)
         elif inputs.setdefault((suite, seed), result["inputs"]) != result["inputs"]:
             print(f"{suite} {seed} {name} is left out: it is of other questions, or of another base")

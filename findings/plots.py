@@ -16,7 +16,7 @@ from findings.compare import CURVES
 from zoom_env import ANY_FPS, EnvConfig
 
 STRIP_PIXELS = 42  # height of the frames in a strip
-WAYS = "zooms-0", "full", "zoom-always", "zoom-gate", "votes-8"  # to use the policy of full
+WAYS = "full", "zooms-0", "zoom-always", "zoom-gate", "votes-8"  # to use the policy of full
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # where a legend is
 INK = "#010203"  # in curves it stands for the page's colour of text
 
@@ -77,8 +77,8 @@ def accuracy_axes(axes, rows, questions=(), titles=None, against="frames", **leg
         axes.plot(numbers, bound, color="grey", linestyle="--", label="best of any uniform frames")
     axes.set(xscale="log", xlabel=f"{against.split('_')[0]} a question", ylabel="right %", ylim=(0, 103))
     low, high = map(math.log2, axes.get_xlim())
-    ticks = [2.0 ** n for n in range(math.ceil(low), math.floor(high) + 1)]
-    axes.set_xticks(ticks, [f"{tick:.2g}" if tick < 1 else f"{tick:.0f}" for tick in ticks])
+    ticks = [2.0 ** n for n in range(math.floor(low), math.ceil(high) + 1)]
+    axes.set_xticks(ticks, [f"{tick:.3g}" if tick < 1 else f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
     named = dict(zip(*axes.get_legend_handles_labels()[::-1]))  # one of each name
     axes.legend(named.values(), named, fontsize=7, frameon=False, **legend)
@@ -107,7 +107,10 @@ def curves(suite, rows, plt):
         right.set(xlabel="RL step", ylabel="accuracy, sampled")
         zooms.set(xlabel="RL step", ylabel="zooms a question")
         zooms.legend(fontsize=7, frameon=False)
-        ways = {name: compare.row_figures(rows[name], full) for name in WAYS if name in rows}
+        ways = {name: rows[name] for name in WAYS if name in rows}
+        common = set.intersection(*map(set, ways.values())) if ways else ()  # the same questions
+        ways = {name: compare.row_figures({seed: seeds[seed] for seed in common}, full)
+                for name, seeds in ways.items() if common}
         for axes, against in zip(costs, ("frames", "tokens", "seconds_per_question")):
             accuracy_axes(axes, ways, against=against, **BESIDE)
         for axes in costs[:-1]:  # one legend for all

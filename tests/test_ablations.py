@@ -175,10 +175,11 @@ def test_a_stage_ends_with_the_script_that_is_killed(tmp_path):
 
 # ------------------------------------------------------------------------------------------ all of it, played
 class Played:
-    """Stands for the stages: writes what they write. Dies at the start or end of the `dies`-th command."""
+    """Stands for the stages: writes what they write. Dies at the start or end of the `dies`-th command.
+    policy: what the scripts of `other` leave as a checkpoint."""
 
-    def __init__(self, dies=None, at_end=False, policy="same"):
-        self.dies, self.at_end, self.policy, self.ran = dies, at_end, policy, []
+    def __init__(self, dies=None, at_end=False, policy="same", other=("sft.py", "rl.py")):
+        self.dies, self.at_end, self.policy, self.other, self.ran = dies, at_end, policy, other, []
 
     def __call__(self, words, **_):
         if len(self.ran) == self.dies and not self.at_end:
@@ -194,6 +195,7 @@ class Played:
         elif name == "eval.py":
             limited = {"--max_zooms", "--num_frames"} & set(words)
             right = [int(not limited or n % 3 == 0) for n in range(30)]
+            turns = [f'<video_zoom>{{"segment": [0, 8], "fps": {fps}}}</video_zoom>' for fps in (0.5, 2, 2)]
             calls = [{"segment": segment, "frames": 1, "hit": None} for segment in ([0, 8], [2, 4], [6, 9])]
             figures = [{"mode": mode, "accuracy": sum(right) / 30, "frames_per_question": 22.7,
                         "questions_sha256": "0"}
@@ -201,10 +203,10 @@ class Played:
             (out / "results.json").write_text(json.dumps([*figures, {"mode": "bound", "accuracy": 0.5}]))
             (out / "episodes.jsonl").write_text("".join(json.dumps(
                 {"policy": "p", "mode": mode, "number": n, "question": n, "kind": "count", "right": r, "zooms": r,
-                 "answer": "A" if n % 2 else None, "turns": [], "calls": calls}) + "\n"
+                 "answer": "A" if n % 2 else None, "turns": turns, "calls": calls}) + "\n"
                 for mode, rights in (("zoom", right), ("zoom off", [0] * 30)) for n, r in enumerate(rights)))
         else:
-            (out / "config.json").write_text(self.policy)
+            (out / "config.json").write_text(self.policy if name in self.other else "same")
             (out / "metrics.jsonl").write_text(
                 "".join(json.dumps({"step": n, "seconds": 1e5, "accuracy": 0.5, "zooms": 1.0}) + "\n"
                         for n in range(3)))
@@ -323,24 +325,46 @@ def test_results_stay_when_the_runs_are_gone(monkeypatch, tmp_path, capsys):
     assert "no-kl" not in (tmp_path / "page.md").read_text()
     assert [json.loads(line)["row"] for line in open(kept)] == ["full", "zooms-0", "no-tool", "no-rl", "no-kl"]
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    # the policy of another row, where that was made anew and is another one now
+    # the policy of another row, where that was made anew and is another one now, in whatever order
+    for order in (1, -1):
+        kept.write_text("".join(json.dumps(line) + "\n" for line in lines[::order]))
+        shutil.rmtree(tmp_path / "demo")
+        monkeypatch.setattr(findings.stage.subprocess, "run", Played(policy="other", other=["rl.py"]))
+        assert "zooms-0" not in again("full") and "no-kl" in (tmp_path / "page.md").read_text()
+        assert "zooms-0 is left out: full has another policy now" in capsys.readouterr().out
+    of_all = [json.loads(line) for line in open(kept)]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in reversed(of_all)))  # full, then the row of it
     shutil.rmtree(tmp_path / "demo")
-    monkeypatch.setattr(findings.stage.subprocess, "run", Played(policy="other"))
-    assert "zooms-0" not in again("full") and "no-kl" in (tmp_path / "page.md").read_text()
-    assert "zooms-0 is left out: full has another policy now" in capsys.readouterr().out
+    assert "zooms-0" not in again("no-kl")
+    # a line of an earlier version
+    kept.write_text("".join(json.dumps({key: value for key, value in line.items() if key != "kinds"}) + "\n"
+                            if line["row"] == "zooms-0" else json.dumps(line) + "\n" for line in lines))
     shutil.rmtree(tmp_path / "demo")
     monkeypatch.setattr(findings.stage.subprocess, "run", Played())
-    assert again("full") == page
-    # data that is gone takes its runs along, not the lines
-    again("zooms-0")
-    (tmp_path / "demo/0/data").rename(tmp_path / "away")
-    assert "demo" not in ablations.read_results(tmp_path)[0]
-    assert f"is taken for gone, as {tmp_path / 'demo/0/data/test.jsonl'} is" in capsys.readouterr().out
-    (tmp_path / "away").rename(tmp_path / "demo/0/data")
+    assert "zooms-0" not in again("full")
+    assert "zooms-0 is left out: it is of an earlier version" in capsys.readouterr().out
+    assert again("zooms-0") == page
     # a row whose stage was taken away is not shown by its old line
     shutil.rmtree(ablations.chain(ablations.BY_NAME["zooms-0"], ablations.Place("demo", 0, tmp_path / "demo/0"))[
         -1].folder)
     assert "zooms-0" not in again("full")
+
+
+def test_runs_may_be_moved_and_need_their_data(monkeypatch, tmp_path, capsys):
+    make_all(monkeypatch, tmp_path / "here", Played())
+    runs = (tmp_path / "here").rename(tmp_path / "there")
+    assert rows_of(runs) == {"full", *NAMES}
+    for name in ("sft", "test"):
+        (runs / f"demo/0/data/{name}.jsonl").rename(tmp_path / "away")
+        assert "demo" not in ablations.read_results(runs)[0]
+        assert f"is taken for gone, as {runs / 'demo/0/data'}/{name}.jsonl is" in capsys.readouterr().out
+        (tmp_path / "away").rename(runs / f"demo/0/data/{name}.jsonl")
+    # a result of an earlier version is written anew by its command, without a run
+    result = runs / "demo/0/rows/no-kl/result.json"
+    before = json.loads(result.read_text())
+    result.write_text(json.dumps({key: value for key, value in before.items() if key != "inside"}))
+    assert rows_of(runs) == {"full", *NAMES} - {"no-kl"}
+    assert "no-kl is left out" in capsys.readouterr().out
 
 
 def test_a_stage_that_was_stopped_goes_on_with_the_same_inputs_and_begins_anew_with_others(tmp_path):
@@ -448,7 +472,10 @@ def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
                      r"count 33 \| 50.0 \|.* \| 100.0 \|", page)
     assert re.search(r"zooms beat as many uniform frames.* \| not shown \| full - no-tool, right \| "
                      r"100.0 - 33.3 \| \+66.7 .*\) \| 1 \| yes", page)
+    for name in ("no-rl", "full"):
+        assert f"| {name} | 33.3 | 66.7 | 0.0 | 0.0 | 0.0 | 2: 66.7, 0.5: 33.3 |" in page
     numbers = json.loads((tmp_path / "page.json").read_text())["demo"]
+    assert numbers["fps"]["full"] == {"0.5": 30, "2": 60}
     assert numbers["rows"]["full"]["accuracy"] == 1.0 and numbers["rows"]["full"]["bound"] == 0.5
     assert numbers["training"]["full"] == [[1.0] * 3, [0.5] * 3]
 
@@ -518,6 +545,8 @@ def test_seeds_are_pooled_and_their_spread_stands_beside():
     assert (found["accuracy"], found["low"], found["high"]) == (0.75, *interval(15, 20))
     assert found["spread"] == pytest.approx(0.3536, abs=1e-4) and found["zooms"] == 0.75
     assert found["against_full"] is None
+    seeds[1]["kinds"]["order"] = [1, 2]
+    assert compare.row_figures(seeds, {})["kinds"] == {"count": 0.75, "order": 0.5}
     assert found["kinds"] == {"count": 0.75} and (found["unanswered"], found["inside"]) == (0.25, None)
 
 

@@ -193,15 +193,16 @@ def test_steps_that_are_too_large_break_a_policy(tmp_path, monkeypatch, capsys):
 
     def alarms(lr):
         call(monkeypatch, rl.main, "--model", tmp_path / "sft", "--data", data / "train.jsonl", "--out",
-             tmp_path / lr, "--steps", 4, "--batch_size", 4, "--mini_batch_size", 2, "--group_size", 4,
+             tmp_path / lr, "--steps", 6, "--batch_size", 4, "--mini_batch_size", 2, "--group_size", 4,
              "--max_draws", 1, "--no-dynamic_sampling", "--lr", lr)
-        said = [line.split(": ") for line in capsys.readouterr().out.splitlines() if line.startswith("alarm: ")]
-        return sorted(what for _, what, *_ in said)
+        lines = capsys.readouterr().out.splitlines()
+        return [line.split(": ")[1] for line in lines if line.startswith("alarm: ")]
 
     assert alarms("1e-4") == []
-    assert alarms("1e-2") == sorted([
+    said = alarms("1e-2")
+    assert len(said) == len(set(said)) and set(said) >= {
         "the KL runs away", "episodes are cut off", "zooms collapse", "the format decays",
-        "the entropy explodes", "groups are wrong in all answers alike, which teaches nothing"])
+        "the entropy explodes", "groups are wrong in all answers alike, which teaches nothing"}
 
 
 @pytest.mark.slow

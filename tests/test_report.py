@@ -179,6 +179,8 @@ def test_curves_and_the_picture(runs):
     svg = plots.curves("demo", rows, plots.pyplot())
     assert svg.startswith("<svg") and ">no-rl<" in svg and ">RL step<" in svg
     assert "currentColor" in svg and plots.INK not in svg
+    for name in ("frames", "tokens", "seconds"):
+        assert f">{name} a question<" in svg
     plots.picture(rows, 0, runs / "picture.svg")
     drawn = (runs / "picture.svg").read_text()  # with the texts beside their letters' outlines
     assert "<!-- before RL: &lt;answer&gt;" in drawn and "<!-- after RL: &lt;answer&gt;" in drawn
@@ -253,9 +255,10 @@ def test_the_page_in_a_browser(runs, tmp_path):
     report.write_report(runs, results_in(runs))
     page = (runs / "report.html").read_text()
     data = page_data(page)
-    dialogues = data["dialogues"]
-    many = json.dumps(data | {"dialogues": 100 * dialogues}).replace("<", "\\u003c")
-    page = page.replace(json.dumps(data).replace("<", "\\u003c"), many)
+    as_block = lambda data: json.dumps(data).replace("<", "\\u003c")
+    block, dialogues = as_block(data), data["dialogues"]
+    dialogues[0]["turns"][0]["look"] = {"picture": None, "times": []}  # as with --clips none
+    page = page.replace(block, as_block(data | {"dialogues": 100 * dialogues}))
     driven = tmp_path / "driven.html"
     log = tmp_path / "log"
     with HTTPServer(("127.0.0.1", 0), Listener) as server, log.open("w") as said:
@@ -274,6 +277,7 @@ def test_the_page_in_a_browser(runs, tmp_path):
             browser.terminate()
             browser.wait(60)
     assert "CONSOLE" not in log.read_text()
+    assert server.got.startswith("{"), log.read_text()[-2000:]
     found = json.loads(server.got)
     assert found.pop("drawn") < 50
     holistic = sum(d["kind"] == "holistic" for d in dialogues)
@@ -283,6 +287,6 @@ def test_the_page_in_a_browser(runs, tmp_path):
     assert left == pytest.approx(100 * start / first["length"], abs=0.01)
     assert width == pytest.approx(100 * (end - start) / first["length"], abs=0.01)
     assert found == {
-        "said": [], "all": 1000, "title": EVIL, "images": len(first["turns"]), "loaded": 9 * plots.STRIP_PIXELS,
+        "said": [], "all": 1000, "title": EVIL, "images": len(first["turns"]) - 1, "loaded": 9 * plots.STRIP_PIXELS,
         "text": first["turns"][0]["text"], "focused": 0, "wrong": 500, "wide": False,
         "holistic": f"{50 * holistic} of 1000", "both": f"{100 * holistic} of 1000", "one": 50 * holistic}

@@ -179,15 +179,17 @@ def warn_of_other_code(out, run, code):
 
 
 def code_version():
-    """The git commit of the repository that this file is in, "with changes" where files of it differ, those in
-    docs/ aside (ablations.py writes there); None where git or the repository is missing."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The git commit of the repository that this file is in, "with changes" where files of it differ, those
+    in docs/ aside (ablations.py writes there); None where git or the repository is missing."""
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)docs"]).returncode
+        changed = git("diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)docs")
+        return git("rev-parse", "HEAD") + " with changes" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + " with changes" if changed else commit
 
 
 def files_of(config):
