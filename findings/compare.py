@@ -32,8 +32,8 @@ CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward
 PREFACE = """Made by `python ablations.py`, which says what the rows are. Data and teacher are built so that
 zooms and RL are needed: the rows say that the code shows an effect, not how large it is on real videos. Each
 claim is tested at 5% by itself. A question without an answer counts as wrong: with fewer zooms than it was
-trained with, or clips that show nothing, a policy may call until no round is left. Commands and more numbers are in the .json beside this page, what
-was right in each question in the .jsonl."""
+trained with, or clips that show nothing, a policy may call until no round is left. Commands and more numbers are
+in the .json beside this page, what was right in each question in the .jsonl."""
 QUICK_NOTE = "Few questions and steps: these numbers say only that it runs."
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
 
