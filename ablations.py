@@ -67,7 +67,7 @@ ROWS = [
     Row("fixed-fps", "controls", "one frame rate in all zooms (search needs two)", rl="--zoom_fps {fps}"),
     Row("no-rl-fps", "controls", "... without RL", of="no-rl", eval="--zoom_fps {fps}"),
     Row("mixed", "controls", "overview drawn for each question in RL", rl="--num_frames 5 9 17"),
-    *[Row(f"mixed-{n}", "controls", "", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
+    *[Row(f"mixed-{n}", "controls", "... at another one", of="mixed", eval=f"--num_frames {n}") for n in (5, 17)],
     Row("reward-halves", "controls", "reward 0.5 / 0.5 / 0.5", rl="--accuracy_weight 0.5 --format_weight 0.5"),
     Row("reward-right", "controls", "1 / 0 / 0", rl="--accuracy_weight 1 --format_weight 0 --tool_weight 0"),
     Row("reward-hit", "controls", "a reward for zooms that hit", rl="--hit_weight 0.5"),
@@ -87,7 +87,7 @@ ROWS = [
         "--clip_low 0.0003 --clip_high 0.0004"),
     Row("no-clip-higher", "grpo", "clip 0.2 / 0.2", rl="--clip_high 0.2"),
     Row("no-dynamic-sampling", "grpo", "groups without spread stay", rl="--no-dynamic_sampling"),
-    Row("no-kl", "grpo", "", rl="--kl_weight 0"),
+    Row("no-kl", "grpo", "the reward alone", rl="--kl_weight 0"),
     Row("on-policy", "grpo", "one update a step, so half as many", rl="--mini_batch_size 16")]
 BY_NAME, FULL = {row.name: row for row in ROWS}, ROWS[0]
 
@@ -241,7 +241,7 @@ def main():
     out = args.out or (args.runs / "quick.md" if args.quick else Path("docs/ablations.md"))
     found, stale = read_results(args.runs)
     found = {suite: rows for suite, rows in found.items() if suite.endswith("-quick") == args.quick}
-    compare.write_tables(kept.with_kept(found, stale, out.with_suffix(".jsonl"), ROWS, made_of), out)
+    compare.write_tables(kept.with_kept(found, stale, out.with_suffix(".jsonl"), ROWS, made_of), ROWS, out)
     if failed:
         raise UserError(f"not there: {', '.join(failed)}; the same command tries again")
 

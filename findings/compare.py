@@ -1,14 +1,9 @@
 """What the results of ablations.py say: tables, differences, and whether the paper's findings come out again.
 
     summary(folder, mode, data, rl_folder)  what a row's result.json holds of an evaluation and of RL
-    write_tables(found, out)                the Markdown page, and .json beside it, of the results there are
+    write_tables(found, rows, out)          the Markdown page, and .json beside it, of the results there are
 
-A difference between two rows is the mean over the questions that both were asked, of all seeds that both
-have; its 95% interval is of 2,000 bootstrap resamples of the videos that they are about. A finding agrees if
-its interval, each seed's mean and the exact sign test at 5% say that there is more, disagrees if they say that
-there is less; there is no difference if the interval lies within NOTHING of 0; else it cannot be told. The
-interval knows of questions, not of other training runs: those are what seeds are for. The interval of a row's
-own accuracy takes its questions for independent, as eval.py does.
+READING says what the numbers are and how a finding is judged.
 """
 
 import json
@@ -29,11 +24,26 @@ RESAMPLES = 2000
 NOTHING = {"right": 0.01, "zooms": 0.1}  # a question; the paper's differences are larger
 FPS_LIMITS = (1, 2, 4, 8)  # of the paper's table 10: calls at (0, 1], (1, 2], ... frames a second
 CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")  # over RL's steps
-PREFACE = """Made by `python ablations.py`, which says what the rows are. Data and teacher are built so that
-zooms and RL are needed: the rows say that the code shows an effect, not how large it is on real videos. Each
-claim is tested at 5% by itself. A question without an answer counts as wrong: with fewer zooms than it was
-trained with, or clips that show nothing, a policy may call until no round is left. Commands and more numbers are
-in the .json beside this page, what was right in each question in the .jsonl."""
+PREFACE = """Made by `python ablations.py`. Data and teacher are built so that zooms and RL are needed: the rows
+say that the code shows an effect, not how large it is on real videos. Commands and more numbers are in the .json
+beside this page, what was right in each question in the .jsonl."""
+READING = """## How to read the tables
+
+- *right %*: the 95% interval takes the questions for independent, as eval.py does. *Spread*: the standard
+  deviation over seeds, each with its own data and training.
+- *Against the full run*, and each finding: the mean over the questions that both rows were asked, of all seeds
+  that both have, with the 95% interval of 2,000 bootstrap resamples of the videos. It knows of questions, not of
+  other training runs: those are what seeds are for.
+- *Verdict*: "agrees" if the interval, each seed's mean and the exact sign test at 5% say that there is more,
+  "disagrees" if they say that there is less ("yes" and "no" where the paper claims nothing); "no difference" if
+  the interval lies within 1 point (0.1 zooms) of 0; else "cannot be told". Each claim is tested by itself.
+- *No answer %*: these count as wrong. With fewer zooms than it was trained with, or clips that show nothing, a
+  policy may call until no round is left. *Invalid %*: calls that could not be carried out, and turns with neither
+  a call nor an answer, as a share of these and the zooms. *Hit %*: zooms over a part of the evidence.
+- *Best uniform %*: what is expected of one who reads as many uniform frames without a mistake and guesses among
+  the options that they leave. A run can be luckier.
+- *Minutes*: all stages of a row, a mean over seeds. Rows share stages, so the sum is more than was spent.
+- *Commit*: "with changes" where a file differed, which may be this page."""
 QUICK_NOTE = "Few questions and steps: these numbers say only that it runs."
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
 
@@ -54,8 +64,8 @@ FINDINGS = [
     Finding("the tool bonus helps", "MLVU dev 68.8, without 67.5; VideoMME 65.2, 62.5; VideoMMMU 52.2, 53.8",
             "full", "no-bonus"),
     Finding("the tool bonus keeps zooms up", "calls fall towards 0 without it", "full", "no-bonus", "zooms"),
-    Finding("the cold start is needed (without it 8 steps of a base that never saw a call: no evidence)",
-            "MLVU dev 68.8, without 57.0", "full", "no-cold-start", of_paper=False),
+    Finding("the cold start and RL do more than 8 steps from a base that never saw a call (says nothing of the "
+            "paper's base)", "MLVU dev 68.8, without 57.0", "full", "no-cold-start", of_paper=False),
     Finding("reflection data helps", "MLVU dev 68.8, without 67.0; VideoMME 65.2, 58.7; VideoMMLU 67.9, 70.1",
             "full", "no-reflection"),
     Finding("reflection data brings zooms", "about 2 calls a question, about 1 without",
@@ -66,14 +76,14 @@ FINDINGS = [
             "full", "zooms-1"),
     Finding("zooms beat more uniform frames of the base", "MLVU 64.0 at 48 frames, the base 58.1 at 128",
             "full", "uniform-33"),
-    Finding("with a smaller overview than RL had, too", "not shown", "overview-5", "uniform-17",
-            of_paper=False),
-    Finding("RL on one overview helps with a larger one", "not shown", "overview-17", "no-rl-overview-17",
-            of_paper=False),
-    Finding("and with a smaller one", "not shown", "overview-5", "no-rl-overview-5", of_paper=False),
-    Finding("one policy serves several overviews if RL had them", "not shown", "mixed-17", "overview-17",
-            of_paper=False),
-    Finding("and smaller ones", "not shown", "mixed-5", "overview-5", of_paper=False),
+    Finding("5 frames and zooms beat 17 frames of the base, after RL with 9", "not shown",
+            "overview-5", "uniform-17", of_paper=False),
+    *[Finding(f"RL with 9 frames of overview helps with {n}", "not shown",
+              f"overview-{n}", f"no-rl-overview-{n}", of_paper=False) for n in (5, 17, 33)],
+    *[Finding(f"RL with 5, 9 and 17 frames helps with {n}", "not shown",
+              f"mixed-{n}", f"no-rl-overview-{n}", of_paper=False) for n in (5, 17)],
+    *[Finding(f"... and with {n} more than RL with 9", "not shown",
+              f"mixed-{n}", f"overview-{n}", of_paper=False) for n in (5, 17)],
     Finding("zooms beat as many uniform frames after SFT and RL without the tool", "not shown",
             "full", "no-tool", of_paper=False),
     Finding("zooms beat twice as many uniform frames after SFT and RL without the tool", "not shown",
@@ -265,8 +275,9 @@ def number(value, form="{:.2f}"):
 
 
 def with_interval(found, scale):
+    digits = 1 if scale == 100 else 2
     return "" if found is None else "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(
-        *[scale * value for value in found[:3]], d=1 if scale == 100 else 2)
+        *[round(scale * value, digits) + 0.0 for value in found[:3]], d=digits)  # + 0.0: never -0.0
 
 
 def markdown(head, lines):
@@ -289,7 +300,7 @@ def suite_page(suite, rows):
                     "difference": found._asdict(), "verdict": verdict(found, finding)})
     page = [f"## Suite {suite}"] + [QUICK_NOTE] * suite.endswith("-quick") + [markdown(
         ["row", "seeds", "right %, 95% interval", "spread over seeds (data and training)",
-         "to the full run, same questions",
+         "against the full run, same questions",
          "right %, by kind", "no answer %", "frames", "zooms", "invalid %", "hit %",
          "second zoom inside the first %, right answers", "tokens", "best uniform %", "minutes", "commit"],
         [[name, " ".join(map(str, f["seeds"])),
@@ -331,16 +342,34 @@ def suite_page(suite, rows):
     return page, numbers
 
 
-def write_tables(found, out):
-    """Prints the page and writes it to `out`, and its numbers to .json beside it."""
-    pages, numbers = ["# Ablations", PREFACE], {}
-    for suite, rows in found.items():
-        lines, numbers[suite] = suite_page(suite, rows)
-        pages += lines
-    text = "\n\n".join(pages) + "\n"
+def rows_page(rows):
+    """The table of what each of the Rows is."""
+    table = markdown(["row", "group", "shows", "differs from full by"],
+                     [[row.name, row.group, row.shows, changes(row)] for row in rows])
+    return f"## Rows\n\n{table}\n\nNumbers in braces are a suite's own, see the commands in the .json."
+
+
+def changes(row):
+    """What a Row does otherwise than the full run, as text."""
+    parts = [f"the policy of {row.of}"] if row.of else []
+    parts += ["no sft.py"] if row.sft is None else [f"sft.py {row.sft}"] * bool(row.sft)
+    parts += ["no rl.py"] if row.rl is None else [f"rl.py {row.rl}"] * bool(row.rl)
+    parts += ["sft.py on its own successes"] * (row.rft is not None)
+    return "; ".join(parts + [f"eval.py {row.eval}"] * bool(row.eval))
+
+
+def write_tables(found, rows, out):
+    """Prints the page and writes it to `out`, and its numbers to .json beside it. rows: the Rows that it may
+    have."""
+    suites, numbers = [], {}
+    for suite, there in found.items():
+        lines, numbers[suite] = suite_page(suite, there)
+        suites += lines
+    print("\n\n".join(suites))
+    text = "\n\n".join(["# Ablations", PREFACE, READING, rows_page(rows), *suites]) + "\n"
     open_folder(out.parent)
     temporary = out.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(out)
     write_json(out.with_suffix(".json"), numbers)
-    print(f"{text}\nwrote {out}")
+    print(f"\nwrote {out}")

@@ -322,7 +322,7 @@ def test_results_stay_when_the_runs_are_gone(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "no-kl is left out: it was made with other flags" in said
     assert "no-rl is left out: it is of other questions" in said
-    assert "no-kl" not in (tmp_path / "page.md").read_text()
+    assert "no-kl | 0 |" not in (tmp_path / "page.md").read_text()
     assert [json.loads(line)["row"] for line in open(kept)] == ["full", "zooms-0", "no-tool", "no-rl", "no-kl"]
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     # the policy of another row, where that was made anew and is another one now, in whatever order
@@ -330,24 +330,24 @@ def test_results_stay_when_the_runs_are_gone(monkeypatch, tmp_path, capsys):
         kept.write_text("".join(json.dumps(line) + "\n" for line in lines[::order]))
         shutil.rmtree(tmp_path / "demo")
         monkeypatch.setattr(findings.stage.subprocess, "run", Played(policy="other", other=["rl.py"]))
-        assert "zooms-0" not in again("full") and "no-kl" in (tmp_path / "page.md").read_text()
+        assert "zooms-0 | 0 |" not in again("full") and "no-kl | 0 |" in (tmp_path / "page.md").read_text()
         assert "zooms-0 is left out: full has another policy now" in capsys.readouterr().out
     of_all = [json.loads(line) for line in open(kept)]
     kept.write_text("".join(json.dumps(line) + "\n" for line in reversed(of_all)))  # full, then the row of it
     shutil.rmtree(tmp_path / "demo")
-    assert "zooms-0" not in again("no-kl")
+    assert "zooms-0 | 0 |" not in again("no-kl")
     # a line of an earlier version
     kept.write_text("".join(json.dumps({key: value for key, value in line.items() if key != "kinds"}) + "\n"
                             if line["row"] == "zooms-0" else json.dumps(line) + "\n" for line in lines))
     shutil.rmtree(tmp_path / "demo")
     monkeypatch.setattr(findings.stage.subprocess, "run", Played())
-    assert "zooms-0" not in again("full")
+    assert "zooms-0 | 0 |" not in again("full")
     assert "zooms-0 is left out: it is of an earlier version" in capsys.readouterr().out
     assert again("zooms-0") == page
     # a row whose stage was taken away is not shown by its old line
     shutil.rmtree(ablations.chain(ablations.BY_NAME["zooms-0"], ablations.Place("demo", 0, tmp_path / "demo/0"))[
         -1].folder)
-    assert "zooms-0" not in again("full")
+    assert "zooms-0 | 0 |" not in again("full")
 
 
 def test_runs_may_be_moved_and_need_their_data(monkeypatch, tmp_path, capsys):
@@ -481,6 +481,19 @@ def test_the_page_says_what_was_computed(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the figures
+def test_the_page_says_what_the_rows_are():
+    lines = {line.split(" | ")[0][2:]: line for line in compare.rows_page(ablations.ROWS).splitlines()}
+    assert lines["full"].endswith("(table 3) |  |") and lines["no-rl"].endswith("| no rl.py |")
+    assert lines["no-cold-start"].endswith("| no sft.py; rl.py --steps 8 |")
+    assert lines["zooms-1"].endswith("| the policy of full; eval.py --max_zooms 1 |")
+    assert lines["rft"].endswith("| no rl.py; sft.py on its own successes |")
+    assert all(each.shows and each.shows in lines[each.name] for each in ablations.ROWS)
+
+
+def test_a_difference_of_nothing_has_no_sign():
+    assert compare.with_interval((-0.0, -0.0001, 0.0001), 100) == "+0.0 (+0.0 to +0.0)"
+
+
 def test_a_difference_is_paired():
     # the same accuracy of 50%: on each question otherwise, and on each the same
     half = {n: (n % 2, 1) for n in range(40)}
