@@ -24,26 +24,30 @@ RESAMPLES = 2000
 NOTHING = {"right": 0.01, "zooms": 0.1}  # a question; the paper's differences are larger
 FPS_LIMITS = (1, 2, 4, 8)  # of the paper's table 10: calls at (0, 1], (1, 2], ... frames a second
 CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward-hit")  # over RL's steps
-PREFACE = """Made by `python ablations.py`. Data and teacher are built so that zooms and RL are needed: the rows
-say that the code shows an effect, not how large it is on real videos. Commands and more numbers are in the .json
-beside this page, what was right in each question in the .jsonl."""
+PREFACE = """Made by `python ablations.py`. Data and teacher are built so that zooms and RL are needed: the
+rows say that the code shows an effect, not how large it is on real videos. Commands and more numbers are in
+the .json beside this page, what was right in each question in the .jsonl."""
 READING = """## How to read the tables
 
 - *right %*: the 95% interval takes the questions for independent, as eval.py does. *Spread*: the standard
   deviation over seeds, each with its own data and training.
-- *Against the full run*, and each finding: the mean over the questions that both rows were asked, of all seeds
-  that both have, with the 95% interval of 2,000 bootstrap resamples of the videos. It knows of questions, not of
-  other training runs: those are what seeds are for.
-- *Verdict*: "agrees" if the interval, each seed's mean and the exact sign test at 5% say that there is more,
-  "disagrees" if they say that there is less ("yes" and "no" where the paper claims nothing); "no difference" if
-  the interval lies within 1 point (0.1 zooms) of 0; else "cannot be told". Each claim is tested by itself.
-- *No answer %*: these count as wrong. With fewer zooms than it was trained with, or clips that show nothing, a
-  policy may call until no round is left. *Invalid %*: calls that could not be carried out, and turns with neither
-  a call nor an answer, as a share of these and the zooms. *Hit %*: zooms over a part of the evidence.
-- *Best uniform %*: what is expected of one who reads as many uniform frames without a mistake and guesses among
-  the options that they leave. A run can be luckier.
+- *Against the full run*, and each finding: the mean over the questions that both rows were asked, of all
+  seeds that both have, with the 95% interval of 2,000 bootstrap resamples of the videos. It knows of
+  questions, not of other training runs: those are what seeds are for.
+- *Verdict*: "agrees" if the interval, each seed's mean and the exact sign test at 5% say that there is
+  more, "disagrees" if they say that there is less ("yes" and "no" where the paper claims nothing); "no
+  difference" if the interval lies within 1 point (0.1 zooms) of 0; else "cannot be told". Each claim is
+  tested by itself.
+- *No answer %*: these count as wrong. A policy that meets what it was not trained with (fewer zooms,
+  another overview, clips that show nothing) may call until no round is left. *Invalid %*: turns that could
+  not be carried out, such as calls where no zoom was left or of too many frames, as a share of these and
+  the zooms. *Hit %*: of the zooms of questions that have evidence, those that overlap it. *Second zoom
+  inside*: how often it lies in the zoom before it and is shorter. These shares, zooms and frames are means
+  over seeds.
+- *Best uniform %*: what is expected of one who reads as many uniform frames without a mistake and guesses
+  among the options that they leave, every holistic question being right. A run can be luckier.
 - *Minutes*: all stages of a row, a mean over seeds. Rows share stages, so the sum is more than was spent.
-- *Commit*: "with changes" where a file differed, which may be this page."""
+- *Commit*: "with changes" where files differed; in older rows these may have been earlier tables alone."""
 QUICK_NOTE = "Few questions and steps: these numbers say only that it runs."
 PAPER_FPS = (0.249, 0.662, 0.082, 0.006, None)
 
