@@ -22,7 +22,10 @@ from common import UserError, gpu_names, open_folder, write_json
 from findings.compare import read_lines
 from training.run_folder import code_version, fingerprint
 
-GUESS_S = {"sft": 220, "rl": 400, "successes": 60, "rft": 80, "eval": 20}  # of stages of which none was run
+GUESS_S = {  # of stages of which none was run, by suite, on two cores
+    "demo": {"sft": 220, "rl": 400, "successes": 240, "rft": 140, "eval": 30},
+    "search": {"sft": 150, "rl": 1100, "successes": 240, "rft": 140, "eval": 25},
+    "quick": {"sft": 30, "rl": 10, "successes": 50, "rft": 25, "eval": 5}}
 FAILED = set()  # folders
 
 
@@ -94,12 +97,13 @@ def show_plan(chains, runs):
     Stages)."""
     total_s, seen = 0.0, set()
     for place, row, stages in chains:
+        guess_s = GUESS_S.get(place.suite.split("-")[-1], GUESS_S["demo"])
         missing = [stage for stage in stages if not stage.result() and stage.folder not in seen]
         seen |= {stage.folder for stage in missing}
         for stage in missing:
             before = runs.glob(f"{place.suite}/*/stages/{stage.kind}-*/result.json")
             taken = [json.loads(path.read_text())["seconds"] for path in before]
-            total_s += mean(taken or [GUESS_S[stage.kind]])
+            total_s += mean(taken or [guess_s[stage.kind]])
         todo = ", ".join(stage.kind for stage in missing) or "-"
         print(f"{place.suite} {place.seed}  {row.group:9} {row.name:20} {todo:26} {row.shows}")
     print(f"{len(seen)} stages to run, some {total_s / 60:.0f} minutes", flush=True)

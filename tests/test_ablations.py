@@ -115,6 +115,15 @@ def test_without_the_tool_there_are_as_many_updates(place):
     assert cold_start.command[cold_start.command.index("--epochs") + 1] == "9"  # 2 of 9 rows, for 2 passes over 9
 
 
+def test_the_plan_expects_what_a_suite_takes(place, tmp_path, capsys):
+    minutes = []
+    for suite in ("search", "demo", "demo-quick"):
+        there = place._replace(suite=suite)
+        findings.stage.show_plan([(there, ablations.FULL, ablations.chain(ablations.FULL, there))], tmp_path)
+        minutes.append(int(re.search(r"3 stages to run, some (\d+) minutes", capsys.readouterr().out)[1]))
+    assert minutes == [21, 11, 1]
+
+
 def test_a_stage_takes_the_policy_of_the_one_before(place):
     sft, rl, evaluation = ablations.chain(row("no-bonus"), place)
     assert rl.command[:3] == ["rl.py", "--model", str(sft.folder)]
