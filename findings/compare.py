@@ -27,12 +27,12 @@ CURVES = ("full", "no-bonus", "no-reflection", "no-cold-start", "mixed", "reward
 PREFACE = """Made by `python ablations.py`. Data and teacher are built so that zooms and RL are needed: the
 rows say that the code shows an effect, not how large it is on real videos. Commands and more numbers are in
 the .json beside this page, what was right in each question in the .jsonl."""
-READING = """## How to read the tables
+READING = f"""## How to read the tables
 
 - *right %*: the 95% interval takes the questions for independent, as eval.py does. *Spread*: the standard
   deviation over seeds, each with its own data and training.
 - *Against the full run*, and each finding: the mean over the questions that both rows were asked, of all
-  seeds that both have, with the 95% interval of 2,000 bootstrap resamples of the videos. It knows of
+  seeds that both have, with the 95% interval of {RESAMPLES:,} bootstrap resamples of the videos. It knows of
   questions, not of other training runs: those are what seeds are for.
 - *Verdict*: "agrees" if the interval, each seed's mean and the exact sign test at 5% say that there is
   more, "disagrees" if they say that there is less ("yes" and "no" where the paper claims nothing); "no
@@ -86,7 +86,7 @@ FINDINGS = [
               f"overview-{n}", f"no-rl-overview-{n}", of_paper=False) for n in (5, 17, 33)],
     *[Finding(f"RL with 5, 9 and 17 frames helps with {n}", "not shown",
               f"mixed-{n}", f"no-rl-overview-{n}", of_paper=False) for n in (5, 17)],
-    *[Finding(f"... and with {n} more than RL with 9", "not shown",
+    *[Finding(f"RL with 5, 9 and 17 frames is better with {n} than RL with 9", "not shown",
               f"mixed-{n}", f"overview-{n}", of_paper=False) for n in (5, 17)],
     Finding("zooms beat as many uniform frames after SFT and RL without the tool", "not shown",
             "full", "no-tool", of_paper=False),
@@ -356,10 +356,14 @@ def rows_page(rows):
 def changes(row):
     """What a Row does otherwise than the full run, as text."""
     parts = [f"the policy of {row.of}"] if row.of else []
-    parts += ["no sft.py"] if row.sft is None else [f"sft.py {row.sft}"] * bool(row.sft)
-    parts += ["no rl.py"] if row.rl is None else [f"rl.py {row.rl}"] * bool(row.rl)
-    parts += ["sft.py on its own successes"] * (row.rft is not None)
-    return "; ".join(parts + [f"eval.py {row.eval}"] * bool(row.eval))
+    for script, flags in (("sft.py", row.sft), ("rl.py", row.rl), ("eval.py", row.eval)):
+        if flags is None:
+            parts.append(f"no {script}")
+        elif flags:
+            parts.append(f"{script} {flags}")
+    if row.rft is not None:
+        parts.append("sft.py on its own successes")
+    return "; ".join(parts)
 
 
 def write_tables(found, rows, out):
